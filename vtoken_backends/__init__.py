@@ -1,0 +1,1 @@
+"""The built-in storage backends, one flat file each."""
