@@ -1,0 +1,126 @@
+"""Whom a token belongs to: from an application's object to (content type, object id), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID
+
+from vtoken.errors import ConfigurationError, InvalidInput
+from vtoken.inputs import ANY, MAX_NAME_BYTES, Wildcard, check_object_id, check_text
+
+T = TypeVar("T")
+Loader = Callable[[str], Awaitable[object | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The object that a token belongs to, named without the object itself.
+
+    Args:
+        content_type: what kind of object, 1 to 255 bytes of UTF-8, e.g. ``"auth.user"``.
+        object_id: which one, a ``str``, ``int`` or ``UUID`` of 1 to 512 bytes as text. Left out, any
+            object of that content type: for a link that carries nothing but its key.
+
+    What is out of range is refused by the manager's methods, as :class:`~vtoken.InvalidInput`.
+    """
+
+    content_type: str
+    object_id: str | int | UUID | Wildcard = ANY
+
+
+@dataclass(frozen=True, slots=True)
+class _ContentType:
+    name: str
+    get_id: Callable[[Any], object]
+    load: Loader | None
+
+
+class ContentTypes:
+    """Which classes of the application tokens may belong to."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[type, _ContentType] = {}
+        self._by_name: dict[str, _ContentType] = {}
+
+    def register(
+        self,
+        cls: type[T],
+        name: str,
+        get_id: Callable[[T], object] | None = None,
+        load: Loader | None = None,
+    ) -> None:
+        """Let tokens belong to the instances of a class and of its subclasses.
+
+        Args:
+            cls: the class.
+            name: its content type in the store, 1 to 255 bytes; keep it when the class is renamed.
+            get_id: from an instance to its id; left out, the attribute ``id`` or else ``pk``.
+            load: an async callable from an ``object_id`` (always a ``str``) to the object, or
+                to None where it is gone; what :meth:`TokenManager.content_object` calls.
+
+        Raises:
+            InvalidInput: ``name`` is out of range.
+            ConfigurationError: the class or the name is taken.
+        """
+        check_text("content_type", name, MAX_NAME_BYTES)
+        if not isinstance(cls, type):
+            raise ConfigurationError("register() takes a class and its name, e.g. register(User, 'auth.user')")
+        if cls in self._by_class or name in self._by_name:
+            raise ConfigurationError(f"{cls.__qualname__} or the content type {name!r} is registered already")
+        content_type = _ContentType(name, get_id or _default_id(cls), load)
+        self._by_class[cls] = self._by_name[name] = content_type
+
+    def resolve(self, obj: object) -> tuple[str, str | None]:
+        """Return the checked content type and the object id, None standing for any object.
+
+        Raises:
+            InvalidInput: the id is None or out of range.
+            ConfigurationError: the class is not registered.
+        """
+        if isinstance(obj, Subject):
+            content_type = check_text("content_type", obj.content_type, MAX_NAME_BYTES)
+            return content_type, None if obj.object_id is ANY else check_object_id(obj.object_id)
+        if isinstance(obj, type):
+            return self._of_class(obj).name, None
+        if obj is None:
+            raise InvalidInput("a token's object must not be None")
+        content_type_of = self._of_class(type(obj))
+        return content_type_of.name, check_object_id(content_type_of.get_id(obj))
+
+    def loader(self, content_type: str) -> Loader:
+        """Return the registered loader of a content type.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        registered = self._by_name.get(content_type)
+        if registered is None or registered.load is None:
+            raise ConfigurationError(
+                f"no loader for the content type {content_type!r}: register(Class, {content_type!r}, load=...)"
+                " with an async callable from an object id to the object"
+            )
+        return registered.load
+
+    def _of_class(self, cls: type) -> _ContentType:
+        for base in cls.__mro__:  # an ORM's proxy classes are subclasses of the registered one
+            if base in self._by_class:
+                return self._by_class[base]
+        name = cls.__qualname__
+        raise ConfigurationError(
+            f"{name} is not a registered content type: call content_types.register({name}, {name.lower()!r}),"
+            " or pass a Subject(content_type, object_id)"
+        )
+
+
+def _default_id(cls: type) -> Callable[[Any], object]:
+    def get_id(obj: object) -> object:
+        for name in ("id", "pk"):
+            if hasattr(obj, name):
+                return getattr(obj, name)
+        raise ConfigurationError(
+            f"{cls.__qualname__} has no attribute id or pk: register it with get_id=lambda obj: ..."
+        )
+
+    return get_id

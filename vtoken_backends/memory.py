@@ -1,0 +1,331 @@
+"""Tokens in the process's memory: for tests, small tools, and one process that may forget.
+
+It keeps every guarantee within its process and for its life. Nothing is awaited while its lock is held,
+so it is safe from any number of tasks, threads and event loops, under asyncio and trio.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+from vtoken.backend import (
+    Budget,
+    Change,
+    ForgetKey,
+    InsertMode,
+    InsertResult,
+    Lease,
+    Match,
+    Release,
+    SetExtraData,
+    SlugCount,
+    Spent,
+    StoredToken,
+    Use,
+)
+from vtoken.errors import BackendClosed, ConfigurationError
+
+_BUCKET: Final = 1 << 14
+"""Milliseconds of ``ends_at`` that share a bucket of the purge index: 16 seconds."""
+
+
+class _Store:
+    """The records and their indexes, guarded by ``lock``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_id: dict[str, StoredToken] = {}
+        self.by_digest: dict[bytes, str] = {}
+        self.active: dict[tuple[str, str], tuple[str, ...]] = {}  # (content type, object id) -> ids
+        self.ending: defaultdict[int, set[str]] = defaultdict(set)  # bucket of ends_at -> ids
+        self.buckets: list[int] = []  # the keys of `ending`, sorted
+        self.overlaps: dict[str, str] = {}  # id -> its overlap, while it stands in one
+        self.budgets: dict[Budget, tuple[int, int, int]] = {}  # spent, strikes, until
+
+    def put(self, token: StoredToken) -> None:
+        old = self.by_id.get(token.id)
+        self.by_id[token.id] = token
+        if old is None:
+            self.by_digest[token.digest] = token.id
+        if old is None or old.ends_at != token.ends_at:
+            if old is not None:
+                self._leave_bucket(old)
+            self._join_bucket(token)
+        was_active = old is not None and old.is_active
+        if token.is_active is not was_active:
+            subject = token.content_type, token.object_id
+            others = tuple(i for i in self.active.get(subject, ()) if i != token.id)
+            self._set_active(subject, (*others, token.id) if token.is_active else others)
+
+    def remove(self, token: StoredToken) -> None:
+        del self.by_id[token.id]
+        del self.by_digest[token.digest]
+        self.overlaps.pop(token.id, None)
+        self._leave_bucket(token)
+        subject = token.content_type, token.object_id
+        if token.is_active:
+            self._set_active(subject, tuple(i for i in self.active[subject] if i != token.id))
+
+    def _set_active(self, subject: tuple[str, str], ids: tuple[str, ...]) -> None:
+        if ids:
+            self.active[subject] = ids
+        else:
+            self.active.pop(subject, None)
+
+    def _join_bucket(self, token: StoredToken) -> None:
+        bucket = token.ends_at // _BUCKET
+        if bucket not in self.ending:
+            insort(self.buckets, bucket)
+        self.ending[bucket].add(token.id)
+
+    def _leave_bucket(self, token: StoredToken) -> None:
+        bucket = token.ends_at // _BUCKET
+        self.ending[bucket].discard(token.id)
+        if not self.ending[bucket]:
+            del self.ending[bucket]
+            self.buckets.remove(bucket)
+
+
+_named_stores: defaultdict[str, _Store] = defaultdict(_Store)
+
+
+class MemoryBackend:
+    """A :class:`~vtoken.backend.TokenBackend` in memory.
+
+    Args:
+        name: backends of one name share one store, which lives as long as the process; without a
+            name the store is this backend's own.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._store = _named_stores[name] if name else _Store()
+        self._opens = 0
+
+    @classmethod
+    def from_url(cls, url: str, **options: object) -> Self:
+        """``memory://`` is a store of its own, ``memory://name`` is shared by name.
+
+        Raises:
+            ConfigurationError: there are options, a path or a query: it has none.
+        """
+        parts = urlsplit(url)
+        if options or parts.path.strip("/") or parts.query:
+            raise ConfigurationError("memory:// takes a name and nothing else: memory://name")
+        return cls(parts.netloc)
+
+    def __repr__(self) -> str:
+        return "<MemoryBackend>"
+
+    async def open(self) -> None:
+        self._opens += 1
+
+    async def close(self) -> None:
+        self._opens = max(0, self._opens - 1)
+
+    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
+        store = self._opened()
+        with store.lock:
+            if token.digest in store.by_digest or token.id in store.by_id:
+                return InsertResult.KEY_TAKEN
+            subject = Match(
+                content_type=token.content_type, object_id=token.object_id, slug=token.slug, active=True
+            )
+            old = [] if mode is InsertMode.ADD else _matching(store, subject)
+            if mode is InsertMode.IF_NONE_VALID and any(_is_valid(t, token.created_at) for t in old):
+                return InsertResult.HAS_VALID
+            overlapping = mode is InsertMode.REPLACE and keep_until > token.created_at
+            for other in old:
+                if overlapping:
+                    store.overlaps[other.id] = store.overlaps.get(other.id, token.id)
+                    store.put(
+                        other._replace(
+                            expires_at=min(other.expires_at, keep_until), ends_at=min(other.ends_at, keep_until)
+                        )
+                    )
+                else:
+                    store.put(_ended(other, token.created_at))
+            store.put(token)
+            if overlapping and old:
+                # One overlap for all of them: a third token joins the overlap of the first two.
+                overlap = store.overlaps[old[0].id]
+                for member in (*old, token):
+                    store.overlaps[member.id] = overlap
+            return InsertResult.INSERTED
+
+    async def find(
+        self, match: Match, limit: int, after: tuple[int, str] | None = None
+    ) -> list[StoredToken]:
+        store = self._opened()
+        with store.lock:
+            found = _matching(store, match)
+        if len(found) > 1:
+            found.sort(key=_age, reverse=True)
+        if after is not None:
+            found = [token for token in found if _age(token) < after]
+        return found[:limit]
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        store = self._opened()
+        with store.lock:
+            for token in _matching(store, match):
+                changed = _changed(token, change)
+                if changed is None:
+                    continue
+                store.put(changed)
+                if isinstance(change, Use) and token.id in store.overlaps:
+                    _end_overlap(store, token, change.at)
+                return changed
+        return None
+
+    async def deactivate(self, match: Match, at: int) -> int:
+        store = self._opened()
+        with store.lock:
+            found = _matching(store, match._replace(active=True))
+            for token in found:
+                store.put(_ended(token, at))
+        return len(found)
+
+    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+        store = self._opened()
+        with store.lock:
+            ended: list[StoredToken] = []
+            for bucket in store.buckets:
+                if bucket * _BUCKET >= before or len(ended) >= limit:
+                    break
+                tokens = (store.by_id[i] for i in store.ending[bucket])
+                due = [t for t in tokens if t.ends_at < before and t.lease_until <= now]
+                due.sort(key=lambda t: t.ends_at)
+                ended += due[: limit - len(ended)]
+            for token in ended:
+                store.remove(token)
+            old = [b for b, (_, _, until) in store.budgets.items() if until <= budgets_before]
+            for budget in old[:limit]:
+                del store.budgets[budget]
+        return len(ended)
+
+    async def count(self, now: int) -> list[SlugCount]:
+        store = self._opened()
+        counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+        with store.lock:
+            tokens = list(store.by_id.values())
+        for token in tokens:
+            numbers = counts[token.slug]
+            numbers[0] += 1
+            numbers[1] += token.is_active and token.expires_at >= now
+            numbers[2] += token.is_active and token.expires_at < now
+            numbers[3] += not token.is_active and token.uses > 0
+        return [SlugCount(slug, *numbers) for slug, numbers in counts.items()]
+
+    async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
+        store = self._opened()
+        with store.lock:
+            spent, strikes, until = store.budgets.get(budget, (0, 0, 0))
+            if until + max_window <= now:
+                spent, strikes, until = 0, 0, 0
+            elif until <= now and spent:
+                spent, strikes = 0, min(strikes + 1, 20) if spent >= limit else 0
+            if spent >= limit:
+                return Spent(False, until)
+            if not spent:
+                until = now + min(window << strikes, max_window)
+            store.budgets[budget] = spent + 1, strikes, until
+            return Spent(True, until)
+
+    async def refund(self, budget: Budget, until: int) -> None:
+        store = self._opened()
+        with store.lock:
+            spent, strikes, running_until = store.budgets.get(budget, (0, 0, 0))
+            if spent and running_until == until:
+                store.budgets[budget] = spent - 1, strikes, until
+
+    async def reset(self, budget: Budget) -> None:
+        store = self._opened()
+        with store.lock:
+            store.budgets.pop(budget, None)
+
+    def _opened(self) -> _Store:
+        if not self._opens:
+            raise BackendClosed("the memory backend is not open: use `async with manager:`")
+        return self._store
+
+
+def _age(token: StoredToken) -> tuple[int, str]:
+    return token.created_at, token.id
+
+
+def _is_valid(token: StoredToken, now: int) -> bool:
+    return token.is_active and token.expires_at >= now and token.lease_until <= now
+
+
+def _ended(token: StoredToken, at: int) -> StoredToken:
+    return token._replace(is_active=False, ends_at=min(token.ends_at, at - 1))
+
+
+def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
+    """The smallest set of tokens that an index knows to hold every match."""
+    ids: Iterable[str]
+    if match.id is not None:
+        ids = (match.id,)
+    elif match.digests is not None:
+        ids = (store.by_digest[d] for d in match.digests if d in store.by_digest)
+    elif match.content_type is not None and match.object_id is not None and (match.active or match.valid_at is not None):
+        ids = store.active.get((match.content_type, match.object_id), ())
+    else:
+        return store.by_id.values()
+    return [store.by_id[i] for i in ids if i in store.by_id]
+
+
+def _matching(store: _Store, match: Match) -> list[StoredToken]:
+    return [token for token in _candidates(store, match) if _matches(token, match)]
+
+
+def _matches(token: StoredToken, match: Match) -> bool:
+    return (
+        (match.id is None or token.id == match.id)
+        and (match.digests is None or token.digest in match.digests)
+        and (match.content_type is None or token.content_type == match.content_type)
+        and (match.object_id is None or token.object_id == match.object_id)
+        and (match.slug is None or token.slug == match.slug)
+        and (not match.active or token.is_active)
+        and (match.valid_at is None or _is_valid(token, match.valid_at))
+        and (match.context is None or token.context == match.context)
+        and (match.lease_id is None or token.lease_id == match.lease_id)
+        and (match.leased_at is None or token.lease_until > match.leased_at)
+    )
+
+
+def _changed(token: StoredToken, change: Change) -> StoredToken | None:
+    """The token after the change, or None where a use was counted already."""
+    match change:
+        case Use(at, use_id):
+            if use_id and use_id in token.use_ids:
+                return None
+            used = token._replace(
+                uses=token.uses + 1,
+                used_at=at,
+                use_ids=(*token.use_ids, use_id) if use_id else token.use_ids,
+                lease_id="",
+                lease_until=0,
+            )
+            return _ended(used, at) if used.uses >= used.max_uses else used
+        case Lease(lease_id, until):
+            return token._replace(lease_id=lease_id, lease_until=until)
+        case Release():
+            return token._replace(lease_id="", lease_until=0)
+        case SetExtraData(extra_data):
+            return token._replace(extra_data=extra_data)
+        case ForgetKey():
+            return token._replace(plain_key="")
+
+
+def _end_overlap(store: _Store, used: StoredToken, at: int) -> None:
+    overlap = store.overlaps[used.id]
+    subject = Match(content_type=used.content_type, object_id=used.object_id, slug=used.slug, active=True)
+    for token in _matching(store, subject):
+        if token.id != used.id and store.overlaps.get(token.id) == overlap:
+            store.put(_ended(token, at))
