@@ -239,9 +239,7 @@ class TokenBackend(Protocol):
         """
         ...
 
-    async def find(
-        self, match: Match, limit: int, after: tuple[int, str] | None = None
-    ) -> list[StoredToken]:
+    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         """The matching tokens, newest first: by ``created_at``, then ``id``, both descending.
 
         Args:

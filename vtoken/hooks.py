@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from vtoken.backend import Match, StoredToken
 from vtoken.errors import ConfigurationError, Reason
+from vtoken.guess import Guess
 from vtoken.loading import import_object
 
 logger = logging.getLogger("vtoken")
@@ -63,20 +65,40 @@ class LazyHook:
 class Hooks:
     """The hooks of one manager. One that fails is logged and changes no outcome."""
 
-    __slots__ = ("_hooks",)
+    __slots__ = ("_clock", "_hooks")
 
-    def __init__(self, hooks: Iterable[Hook | LazyHook | str]) -> None:
-        self._hooks = [_lazy(hook) for hook in hooks]
+    def __init__(self, hooks: Iterable[Hook | LazyHook | str], clock: Callable[[], datetime]) -> None:
+        self._hooks = [_checked(hook) for hook in hooks]
+        self._clock = clock
 
-    def __bool__(self) -> bool:
-        return bool(self._hooks)
-
-    async def fire(self, event: TokenEvent) -> None:
-        """Tell every hook, in their order."""
+    async def tell(
+        self,
+        name: EventName,
+        about: StoredToken | Guess | Match,
+        *,
+        token_id: str | None = None,
+        reason: Reason | None = None,
+        count: int = 1,
+    ) -> None:
+        """Tell every hook, in their order; without hooks nothing is built."""
+        if not self._hooks:
+            return
+        if isinstance(about, StoredToken):
+            token_id = about.id
+        event = TokenEvent(
+            name,
+            self._clock(),
+            about.content_type,
+            about.object_id,
+            about.slug or None,
+            token_id,
+            reason,
+            count,
+        )
         for position, hook in enumerate(self._hooks):
             try:
                 if isinstance(hook, LazyHook):
-                    hook = self._hooks[position] = hook.factory()  # noqa: PLW2901  # made once, here
+                    hook = self._hooks[position] = hook.factory()  # made once, here
                 answer = hook(event)
                 if inspect.isawaitable(answer):
                     await answer
@@ -84,7 +106,7 @@ class Hooks:
                 logger.exception("a hook failed on the event %r", event.name)
 
 
-def _lazy(hook: Hook | LazyHook | str) -> Hook | LazyHook:
+def _checked(hook: Hook | LazyHook | str) -> Hook | LazyHook:
     if isinstance(hook, LazyHook):
         return hook
     found = import_object(hook) if isinstance(hook, str) else hook

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import (
@@ -74,7 +74,9 @@ class Settings:
             return "previous_secrets must be a sequence of str, not one str"
         for secret in (*(() if self.secret is None else (self.secret,)), *self.previous_secrets):
             if not isinstance(secret, str) or len(secret.encode(errors="replace")) < MIN_SECRET_BYTES:
-                return f"a secret must be a str of at least {MIN_SECRET_BYTES} bytes (secrets.token_urlsafe(32))"
+                return (
+                    f"a secret must be a str of at least {MIN_SECRET_BYTES} bytes (secrets.token_urlsafe(32))"
+                )
         if self.previous_secrets and self.secret is None:
             return "previous_secrets without a secret: name the current one too"
         if self.key_storage not in get_args(KeyStorage):
@@ -123,7 +125,7 @@ class TokenPolicy:
     """
 
     slug: str | None
-    expiration: float | None | Unset = field(default=DEFAULT, kw_only=True)
+    expiration: float | Unset | None = field(default=DEFAULT, kw_only=True)
     key_generator: KeyGenerator | str | None = field(default=None, kw_only=True)
     key_length: int | None = field(default=None, kw_only=True)
     key_chars: str | None = field(default=None, kw_only=True)
@@ -147,7 +149,8 @@ class TokenPolicy:
             slug: the purpose.
             **overrides: any argument of :class:`TokenPolicy`.
         """
-        return cls(slug, **{"expiration": 60, **overrides, "kind": "link"})
+        preset: dict[str, Any] = {"expiration": 60}
+        return cls(slug, **(preset | overrides | {"kind": "link"}))
 
     @classmethod
     def code(cls, slug: str | None, digits: int = 6, **overrides: Any) -> TokenPolicy:
@@ -159,8 +162,13 @@ class TokenPolicy:
             digits: how many, 6 or more.
             **overrides: any argument of :class:`TokenPolicy`; ``key_chars`` for another alphabet.
         """
-        preset = {"expiration": _CODE_MINUTES, "max_attempts": 5, "key_length": digits, "key_chars": DIGITS}
-        return cls(slug, **{**preset, **overrides, "kind": "code"})
+        preset: dict[str, Any] = {
+            "expiration": _CODE_MINUTES,
+            "max_attempts": 5,
+            "key_length": digits,
+            "key_chars": DIGITS,
+        }
+        return cls(slug, **(preset | overrides | {"kind": "code"}))
 
     def __post_init__(self) -> None:
         try:
@@ -200,7 +208,9 @@ class TokenPolicy:
                 raise InvalidInput(f"{name} must be one of {', '.join(str(k) for k in known if k)}")
         if self.kind == "code" and (self.prefix or self.key_storage == "derived"):
             raise InvalidInput("prefix and derived keys are for links, not for codes")
-        if self.allow_weak is not None and (not isinstance(self.allow_weak, str) or not self.allow_weak.strip()):
+        if self.allow_weak is not None and (
+            not isinstance(self.allow_weak, str) or not self.allow_weak.strip()
+        ):
             raise InvalidInput("allow_weak must say why, e.g. allow_weak='end-to-end tests'")
 
     def _weakness(self) -> str | None:
@@ -215,7 +225,9 @@ class TokenPolicy:
                 )
             return None
         if drawn_by_us and values**length < _CODE_VALUES:
-            return f"a code needs at least {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3)"
+            return (
+                f"a code needs at least {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3)"
+            )
         if self.expiration is DEFAULT or self.expiration is None or self.expiration > _CODE_MINUTES:
             return f"a code lives at most {_CODE_MINUTES} minutes (NIST SP 800-63B-4, section 3.1.3)"
         if self.max_attempts is None or self.max_attempts > _CODE_ATTEMPTS:
@@ -289,6 +301,4 @@ def load_generator(generator: KeyGenerator | str) -> KeyGenerator:
     found = import_object(generator) if isinstance(generator, str) else generator
     if not callable(found):
         raise ConfigurationError(f"the key generator {generator!r} is not callable")
-    return found
-
-
+    return cast("KeyGenerator", found)

@@ -66,7 +66,9 @@ class ContentTypes:
         """
         check_text("content_type", name, MAX_NAME_BYTES)
         if not isinstance(cls, type):
-            raise ConfigurationError("register() takes a class and its name, e.g. register(User, 'auth.user')")
+            raise ConfigurationError(
+                "register() takes a class and its name, e.g. register(User, 'auth.user')"
+            )
         if cls in self._by_class or name in self._by_name:
             raise ConfigurationError(f"{cls.__qualname__} or the content type {name!r} is registered already")
         content_type = _ContentType(name, get_id or _default_id(cls), load)

@@ -133,13 +133,13 @@ class VerificationToken:
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "inactive"
-        return (
-            f"<{type(self).__name__} {self.id} {self.content_type}:{self.object_id} slug={self.slug!r} {state}>"
-        )
+        return f"<{type(self).__name__} {self.id} {self.content_type}:{self.object_id} slug={self.slug!r} {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles leave the key behind: they outlive the moment in which it is needed."""
-        return _unpickle, ({name: getattr(self, name) for name in VerificationToken.__slots__ if name[0] != "_"},)
+        return _unpickle, (
+            {name: getattr(self, name) for name in VerificationToken.__slots__ if name[0] != "_"},
+        )
 
 
 class IssuedToken(VerificationToken):

@@ -144,7 +144,8 @@ class MemoryBackend:
                     store.overlaps[other.id] = store.overlaps.get(other.id, token.id)
                     store.put(
                         other._replace(
-                            expires_at=min(other.expires_at, keep_until), ends_at=min(other.ends_at, keep_until)
+                            expires_at=min(other.expires_at, keep_until),
+                            ends_at=min(other.ends_at, keep_until),
                         )
                     )
                 else:
@@ -157,9 +158,7 @@ class MemoryBackend:
                     store.overlaps[member.id] = overlap
             return InsertResult.INSERTED
 
-    async def find(
-        self, match: Match, limit: int, after: tuple[int, str] | None = None
-    ) -> list[StoredToken]:
+    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         store = self._opened()
         with store.lock:
             found = _matching(store, match)
@@ -273,7 +272,11 @@ def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
         ids = (match.id,)
     elif match.digests is not None:
         ids = (store.by_digest[d] for d in match.digests if d in store.by_digest)
-    elif match.content_type is not None and match.object_id is not None and (match.active or match.valid_at is not None):
+    elif (
+        match.content_type is not None
+        and match.object_id is not None
+        and (match.active or match.valid_at is not None)
+    ):
         ids = store.active.get((match.content_type, match.object_id), ())
     else:
         return store.by_id.values()

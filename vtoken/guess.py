@@ -1,0 +1,84 @@
+"""A presented key, worked into what the store is asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vtoken.backend import Budget, Match
+from vtoken.errors import InvalidInput
+from vtoken.inputs import MAX_KEY_BYTES, text_problem
+from vtoken.keys import Digests, Hidden, Keyring, context_digest, has_checksum, normalise_code
+from vtoken.policy import Rules
+
+
+class Guess(NamedTuple):
+    """A key that somebody presents for an object and a slug, as digests only."""
+
+    content_type: str
+    object_id: str | None
+    slug: str | None
+    """``""`` without one, None for any."""
+    rules: Rules
+    digests: tuple[bytes, ...]
+    """Empty where the key cannot be one of ours: its checksum is wrong."""
+    context: bytes | None
+
+    def __repr__(self) -> str:
+        return "<Guess>"
+
+    def match(self, *, valid_at: int | None = None) -> Match:
+        """The tokens that the key fits, or only those valid at a time."""
+        return Match(
+            digests=self.digests,
+            content_type=self.content_type,
+            object_id=self.object_id,
+            slug=self.slug,
+            valid_at=valid_at,
+            context=self.context,
+        )
+
+    def budget(self) -> Budget | None:
+        """The attempt budget that this guess is charged to, if the policy has a cap."""
+        if self.rules.max_attempts is None or self.object_id is None or self.slug is None:
+            return None
+        return Budget(self.content_type, self.object_id, self.slug, "attempts")
+
+
+def make_guess(
+    keyring: Keyring,
+    rules: Rules,
+    subject: tuple[str, str | None],
+    slug: str | None,
+    key: Hidden,
+    context: Hidden,
+) -> Guess:
+    """Digest a presented key, and the context it comes with.
+
+    Raises:
+        InvalidInput: the key or the context is no text of at most 512 bytes, or a code comes
+            without its object.
+    """
+    for name, hidden in (("key", key), ("context", context)):
+        if hidden.reveal() == "" or (hidden is context and hidden.reveal() is None):
+            continue  # an empty key is a wrong key; a missing context matches no bound token
+        problem = text_problem(hidden.reveal(), MAX_KEY_BYTES)
+        if problem is not None:
+            raise InvalidInput(f"{name} {problem}")
+    content_type, object_id = subject
+    if rules.is_code and object_id is None:
+        raise InvalidInput("a code is checked for one object: pass the object, not its class")
+    digests = _digests(keyring, rules, content_type, object_id, slug, key)
+    bound_to = context_digest(str(context.reveal() or "")) if rules.needs_context else None
+    return Guess(content_type, object_id, slug, rules, digests.values, bound_to)
+
+
+def _digests(
+    keyring: Keyring, rules: Rules, content_type: str, object_id: str | None, slug: str | None, key: Hidden
+) -> Digests:
+    text = str(key.reveal())
+    if rules.is_code:
+        assert object_id is not None and slug is not None  # noqa: S101, PT018  # make_guess has seen to it
+        return keyring.codes(content_type, object_id, slug, normalise_code(text, rules.key_chars))
+    if rules.prefix and not has_checksum(rules.prefix, text):
+        return Digests(())
+    return keyring.links(text)
