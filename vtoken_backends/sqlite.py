@@ -458,7 +458,7 @@ def _is_sound(token: StoredToken) -> bool:
         or min(token.created_at, token.expires_at, token.used_at, token.lease_until) < 0
     ):
         return False
-    if token.max_uses < 1 or not len(token.use_ids) <= token.uses <= token.max_uses:
+    if token.max_uses < 1 or len(token.use_ids) > token.uses:
         return False
     if not all(isinstance(use_id, str) for use_id in token.use_ids):
         return False
