@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from vtoken.backend import Match, StoredToken, TokenBackend
@@ -40,7 +41,7 @@ class Clock:
         start: an aware datetime.
     """
 
-    def __init__(self, start: datetime = datetime(2100, 1, 1, tzinfo=UTC)) -> None:  # noqa: B008 - immutable
+    def __init__(self, start: datetime = datetime(2100, 1, 1, tzinfo=UTC)) -> None:
         if start.tzinfo is None:
             raise ValueError("start must be an aware datetime")
         self._now = start
@@ -216,6 +217,16 @@ def a_token(**fields: Any) -> StoredToken:
     return token._replace(**fields)
 
 
+def where(**fields: Any) -> Match:
+    """A condition of fields named at run time."""
+    return Match(**fields)
+
+
+def dice(seed: int) -> Random:
+    """A source of variety that is the same in every run."""
+    return Random(seed)  # noqa: S311 - it guards nothing
+
+
 def a_digest(seed: object) -> bytes:
     return hashlib.sha256(str(seed).encode()).digest()
 
@@ -233,6 +244,15 @@ async def find_all(backend: TokenBackend) -> list[StoredToken]:
         found += page
         page = await backend.find(Match(), 500, (found[-1].created_at, found[-1].id))
     return found
+
+
+async def at_once(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """Run them all at once, let all of them end, and raise the first error, if any."""
+    return (await race(calls, _NoRefusal))[0]
+
+
+class _NoRefusal(Exception):
+    pass
 
 
 async def race(calls: Iterable[Awaitable[T]], refusal: type[E]) -> tuple[list[T], list[E]]:
