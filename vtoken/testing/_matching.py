@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
@@ -103,6 +103,29 @@ def key_calls(manager: TokenManager, slug: str = "reset") -> list[Callable[[Any]
     ]
 
 
+def hostile_calls(manager: TokenManager) -> Iterator[tuple[object, Awaitable[object]]]:
+    """Calls with something in them that must be refused, one made after the other."""
+    for bad in NO_OBJECT_ID:
+        subject = Subject("auth.user", bad)
+        yield bad, manager.deactivate_and_create(subject, "reset")
+        yield bad, manager.get_active_or_create(subject, "reset")
+        yield bad, manager.consume(subject, "reset", "key")
+        yield bad, manager.deactivate(subject)
+        yield bad, manager.exists_valid(subject)
+    for bad in NO_SLUG:
+        yield bad, manager.deactivate_and_create(USER, bad)
+        yield bad, manager.get_active_or_create(USER, bad)
+        yield bad, manager.consume(USER, bad, "key")
+        yield bad, manager.deactivate(USER, bad)
+        yield bad, manager.deactivate_and_create(Subject(bad, "42"), "reset")
+    for bad in NO_CONSUME_ID:
+        yield bad, manager.consume(USER, "reset", "key", consume_id=bad)
+    for bad in NO_EXTRA_DATA:
+        yield type(bad), manager.deactivate_and_create(USER, "reset", bad)
+    for bad in NO_MINUTES:
+        yield bad, manager.deactivate_and_create(USER, "reset", expiration_in_minutes=bad)
+
+
 class MatchingCases(Suite):
     """Cases about what matches, and what comes back."""
 
@@ -165,27 +188,7 @@ class MatchingCases(Suite):
         """Operator documents, arrays, NUL, surrogates and huge values are ``InvalidInput``; nothing is
         stored."""
         manager = await bench.manager(CODE)
-        hostile: list[tuple[object, Awaitable[object]]] = []
-        for bad in NO_OBJECT_ID:
-            subject = Subject("auth.user", bad)
-            hostile.append((bad, manager.deactivate_and_create(subject, "reset")))
-            hostile.append((bad, manager.get_active_or_create(subject, "reset")))
-            hostile.append((bad, manager.consume(subject, "reset", "key")))
-            hostile.append((bad, manager.deactivate(subject)))
-            hostile.append((bad, manager.exists_valid(subject)))
-        for bad in NO_SLUG:
-            hostile.append((bad, manager.deactivate_and_create(USER, bad)))
-            hostile.append((bad, manager.get_active_or_create(USER, bad)))
-            hostile.append((bad, manager.consume(USER, bad, "key")))
-            hostile.append((bad, manager.deactivate(USER, bad)))
-            hostile.append((bad, manager.deactivate_and_create(Subject(bad, "42"), "reset")))
-        for bad in NO_CONSUME_ID:
-            hostile += [(bad, manager.consume(USER, "reset", "key", consume_id=bad))]
-        for bad in NO_EXTRA_DATA:
-            hostile += [("extra_data", manager.deactivate_and_create(USER, "reset", bad))]
-        for bad in NO_MINUTES:
-            hostile += [(bad, manager.deactivate_and_create(USER, "reset", expiration_in_minutes=bad))]
-        for what, call in hostile:
+        for what, call in hostile_calls(manager):
             await refused(InvalidInput, call, what)
         assert await bench.stored() == []
 
@@ -363,29 +366,25 @@ class MatchingCases(Suite):
         manager = await bench.manager(TokenPolicy.code("sms-login", digits=12, max_attempts=1))
         await manager.deactivate_and_create(USER, "sms-login")
         canary = "Canary-of-a-key-that-nothing-may-repeat"
-        taken = await manager.deactivate_and_create(
-            USER, "reset", key_generator_kwargs={"generator": lambda: canary}
-        )
-        assert taken.key == canary
+        kwargs = {"generator": lambda: canary}
+        assert (await manager.deactivate_and_create(USER, "reset", key_generator_kwargs=kwargs)).key == canary
         wrong = "271828182845"
         closed = bench.new_manager()
-        calls: list[tuple[type[VTokenError], Awaitable[object]]] = [
-            (InvalidToken, manager.consume(USER, "sms-login", wrong)),
-            (TooManyAttempts, manager.consume(USER, "sms-login", wrong)),
-            (InvalidToken, manager.consume(USER, "confirm", canary)),
-            (InvalidInput, manager.verify(USER, "reset", canary * 20)),
-            (InvalidInput, manager.verify(USER, canary + "\0", canary)),
+        calls: list[tuple[type[VTokenError], Callable[[], Awaitable[object]]]] = [
+            (InvalidToken, lambda: manager.consume(USER, "sms-login", wrong)),
+            (TooManyAttempts, lambda: manager.consume(USER, "sms-login", wrong)),
+            (InvalidToken, lambda: manager.consume(USER, "confirm", canary)),
+            (InvalidInput, lambda: manager.verify(USER, "reset", canary * 20)),
+            (InvalidInput, lambda: manager.verify(USER, canary + "\0", canary)),
             (
                 KeyGenerationError,
-                manager.deactivate_and_create(
-                    USER, "other", key_generator_kwargs={"generator": lambda: canary}
-                ),
+                lambda: manager.deactivate_and_create(USER, "x", key_generator_kwargs=kwargs),
             ),
-            (BackendClosed, closed.consume(USER, "reset", canary)),
-            (BackendClosed, closed.deactivate(USER, "reset", canary)),
+            (BackendClosed, lambda: closed.consume(USER, "reset", canary)),
+            (BackendClosed, lambda: closed.deactivate(USER, "reset", canary)),
         ]
         for kind, call in calls:
-            error = await refused(kind, call)
+            error = await refused(kind, call())
             copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled on this line
             assert type(copy) is kind
             assert (str(copy), vars(copy)) == (str(error), vars(error))

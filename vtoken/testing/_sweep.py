@@ -112,14 +112,11 @@ class SweepCases(Suite):
             async with manager:
                 issued = await manager.deactivate_and_create(USER, "reset")
             await manager.aclose()
-            for call in (
-                manager.verify(USER, "reset", issued.key),
-                manager.get(issued.id),
-                manager.deactivate(USER),
-                manager.purge(),
-                manager.stats(),
-            ):
-                await refused(BackendClosed, call)
+            await refused(BackendClosed, manager.verify(USER, "reset", issued.key))
+            await refused(BackendClosed, manager.get(issued.id))
+            await refused(BackendClosed, manager.deactivate(USER))
+            await refused(BackendClosed, manager.purge())
+            await refused(BackendClosed, manager.stats())
 
     @case(5)
     async def test_a_cancelled_issue_leaves_one_valid_token(self, bench: Bench) -> None:
