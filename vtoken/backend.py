@@ -22,7 +22,7 @@ class StoredToken(NamedTuple):
     """A token as it is stored: immutable, so that a backend may hand out its own record."""
 
     id: str
-    """Unique, 32 hexadecimal digits, in the order of creation within one manager (RFC 9562, UUIDv7)."""
+    """Unique, 32 hexadecimal digits, in the order of creation within a manager (RFC 9562, UUIDv7)."""
     content_type: str
     object_id: str
     slug: str
@@ -91,8 +91,8 @@ class Match(NamedTuple):
 
 class Use(NamedTuple):
     """Count one use: ``uses + 1``, ``used_at = at``, ``use_id`` (unless ``""``) appended to
-    ``use_ids``, the lease cleared (``lease_id = ""``, ``lease_until = 0``). When ``uses`` reaches ``max_uses``
-    the token becomes inactive and ``ends_at = min(ends_at, at - 1)``.
+    ``use_ids``, the lease cleared (``lease_id = ""``, ``lease_until = 0``). When ``uses`` reaches
+    ``max_uses`` the token becomes inactive and ``ends_at = min(ends_at, at - 1)``.
 
     Where ``use_id`` is in ``use_ids`` already, the token does not match.
 
@@ -232,7 +232,8 @@ class TokenBackend(Protocol):
 
         Args:
             token: the record, to be stored in all its fields.
-            mode: see :class:`InsertMode`. Deactivated tokens end as by :meth:`deactivate` at ``token.created_at``.
+            mode: see :class:`InsertMode`. Deactivated tokens end as by :meth:`deactivate` at
+                ``token.created_at``.
             keep_until: with ``REPLACE`` only. When later than ``token.created_at``, the old tokens are not
                 deactivated: their ``expires_at`` and ``ends_at`` become the earlier of what they are and
                 ``keep_until``, and they and the new one stand in one *overlap* (see :class:`Use`).
@@ -265,8 +266,8 @@ class TokenBackend(Protocol):
 
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
         """Delete at most ``limit`` tokens with ``ends_at < before and lease_until <= now``, the
-        longest ended first, and return how many. Also forgets at most ``limit`` budgets with ``until <= budgets_before``,
-        which are not counted."""
+        longest ended first, and return how many. Also forgets at most ``limit`` budgets with
+        ``until <= budgets_before``, which are not counted."""
         ...
 
     async def count(self, now: int) -> list[SlugCount]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, cast
 
 from vtoken.backend import Match, StoredToken
 from vtoken.errors import ConfigurationError, Reason
@@ -27,8 +27,8 @@ class TokenEvent:
     """Something that happened.
 
     Args:
-        name: ``issued``, ``verified``, ``failed`` (a key was refused), ``consumed``, ``reused`` (a used key was presented
-            again), ``capped`` (an attempt budget is spent), ``deactivated`` or ``purged``.
+        name: ``issued``, ``verified``, ``failed`` (a key was refused), ``consumed``, ``reused`` (a used key
+            was presented again), ``capped`` (an attempt budget is spent), ``deactivated`` or ``purged``.
         at: when, by the manager's clock.
         content_type: of the object, None where the event has none.
         object_id: of the object, None where it is not known.
@@ -112,4 +112,4 @@ def _checked(hook: Hook | LazyHook | str) -> Hook | LazyHook:
     found = import_object(hook) if isinstance(hook, str) else hook
     if not callable(found):
         raise ConfigurationError(f"the hook {hook!r} is not callable")
-    return found
+    return cast("Hook", found)

@@ -99,7 +99,7 @@ def check_object_id(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | UUID):
         raise InvalidInput(f"object_id must be a str, int or UUID, not {type(value).__name__}")
     if isinstance(value, int):
-        # Longer numbers are refused before str() does: it has a limit of its own (sys.set_int_max_str_digits).
+        # Refused before str() does it: that has a limit of its own (sys.set_int_max_str_digits).
         if value.bit_length() > 1_700:
             raise InvalidInput(f"object_id must be at most {MAX_OBJECT_ID_BYTES} bytes long")
         value = int.__repr__(value)
@@ -134,7 +134,8 @@ def check_minutes(name: str, value: object) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInput(f"{name} must be a number of minutes or None, not {type(value).__name__}")
-    if not (math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64) or value <= 0:
+    is_finite = math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64
+    if not is_finite or value <= 0:
         raise InvalidInput(f"{name} must be a finite number of minutes greater than 0")
     return int(value * 60_000)
 

@@ -10,6 +10,7 @@ from vtoken.backend import NEVER, StoredToken
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import MAX_KEY_BYTES, Unset, check_minutes, dump_json, text_problem
 from vtoken.keys import (
+    CHECKSUM_LENGTH,
     Digest,
     Hidden,
     KeyGenerator,
@@ -137,7 +138,7 @@ def new_key(keyring: Keyring, order: Order) -> NewKey:
         key = Hidden(_framed(rules, derived))
         return NewKey(key, keyring.link(str(key.reveal())), nonce)
     key = Hidden(order.generator(**order.generator_kwargs))
-    problem = text_problem(key.reveal(), MAX_KEY_BYTES - len(rules.prefix.encode()) - 6)
+    problem = text_problem(key.reveal(), MAX_KEY_BYTES - _frame_length(rules))
     if problem is not None:
         raise InvalidInput(f"the key generator's key {problem}")
     if rules.is_code:
@@ -154,6 +155,10 @@ def reveal_derived_key(keyring: Keyring, rules: Rules, stored: StoredToken) -> s
         stored.nonce, stored.content_type, stored.object_id, stored.slug, stored.secret_id
     )
     return None if derived is None else _framed(rules, derived)
+
+
+def _frame_length(rules: Rules) -> int:
+    return len(rules.prefix.encode()) + CHECKSUM_LENGTH if rules.prefix else 0
 
 
 def _framed(rules: Rules, body: str) -> str:

@@ -104,21 +104,24 @@ class TokenPolicy:
             ``get_active_or_create`` can give it again; generator, length and alphabet don't matter then.
         max_attempts: how many wrong guesses a window holds, per object and slug, whether or not there is a
             token; None for no cap. At most 100 for codes (NIST SP 800-63B-4, section 3.2.2).
-        attempt_window: from the first wrong guess, up to one day. An exhausted window doubles the next one, up to a day.
+        attempt_window: from the first wrong guess, up to one day. An exhausted window doubles the next
+            one, up to a day.
         cooldown: the least time between two tokens of an object; None for none.
         max_uses: how often a token can be consumed, 1 or more.
-        overlap: how long the previous token stays good beside a new one, or until one of them is used; None: not at all.
+        overlap: how long the previous token stays good beside a new one, or until one of them is used;
+            None: not at all.
         prefix: a link key begins with it and ends with a checksum (GitHub's form), e.g. ``"vt_"``.
-        context: ``"required"``: a token is bound to a nonce of the caller (a browser's cookie), given as ``context=...`` when it is
-            issued and when it is used; ``"ignored"``: it is not.
-        kind: ``"link"``: a long key, unique over the store; ``"code"``: a short one, digested with its object and slug.
+        context: ``"required"``: a token is bound to a nonce of the caller (a browser's cookie), given as
+            ``context=...`` when it is issued and when it is used; ``"ignored"``: it is not.
+        kind: ``"link"``: a long key, unique over the store; ``"code"``: a short one, digested with its
+            object and slug.
         allow_weak: why this policy may break a floor, e.g. ``"end-to-end tests"``.
 
     Floors:
         * a link key has at least 128 bits (OWASP Session Management Cheat Sheet asks for 64 at the least,
           RFC 6749, section 10.10, for a chance of guessing of at most 2**-128);
-        * a code has at least a million values and lives at most 10 minutes (NIST SP 800-63B-4, section 3.1.3), has a cap,
-          and needs ``Settings.secret``.
+        * a code has at least a million values and lives at most 10 minutes (NIST SP 800-63B-4, section
+          3.1.3), has a cap, and needs ``Settings.secret``.
 
     Raises:
         ConfigurationError: a value is out of range or below its floor.
@@ -149,8 +152,8 @@ class TokenPolicy:
             slug: the purpose.
             **overrides: any argument of :class:`TokenPolicy`.
         """
-        preset: dict[str, Any] = {"expiration": 60}
-        return cls(slug, **(preset | overrides | {"kind": "link"}))
+        fields: dict[str, Any] = {"expiration": 60, **overrides, "kind": "link"}
+        return cls(slug, **fields)
 
     @classmethod
     def code(cls, slug: str | None, digits: int = 6, **overrides: Any) -> TokenPolicy:
@@ -168,7 +171,8 @@ class TokenPolicy:
             "key_length": digits,
             "key_chars": DIGITS,
         }
-        return cls(slug, **(preset | overrides | {"kind": "code"}))
+        fields: dict[str, Any] = {**preset, **overrides, "kind": "code"}
+        return cls(slug, **fields)
 
     def __post_init__(self) -> None:
         try:
@@ -220,8 +224,8 @@ class TokenPolicy:
         if self.kind == "link":
             if drawn_by_us and length * math.log2(values) < _LINK_BITS:
                 return (
-                    f"a link key needs at least {_LINK_BITS} random bits (RFC 6749, section 10.10): take a longer"
-                    " key_length, or TokenPolicy.code(...) for a short code that people type"
+                    f"a link key needs at least {_LINK_BITS} random bits (RFC 6749, section 10.10): take a"
+                    " longer key_length, or TokenPolicy.code(...) for a short code that people type"
                 )
             return None
         if drawn_by_us and values**length < _CODE_VALUES:
@@ -252,6 +256,11 @@ class Rules:
     overlap: int
     prefix: str
     needs_context: bool
+
+    @property
+    def is_guarded(self) -> bool:
+        """A key is checked only beside its budget or its context."""
+        return self.max_attempts is not None or self.needs_context
 
     @classmethod
     def of(cls, policy: TokenPolicy, settings: Settings) -> Rules:

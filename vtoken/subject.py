@@ -66,9 +66,7 @@ class ContentTypes:
         """
         check_text("content_type", name, MAX_NAME_BYTES)
         if not isinstance(cls, type):
-            raise ConfigurationError(
-                "register() takes a class and its name, e.g. register(User, 'auth.user')"
-            )
+            raise ConfigurationError("register() takes a class and its name: register(User, 'auth.user')")
         if cls in self._by_class or name in self._by_name:
             raise ConfigurationError(f"{cls.__qualname__} or the content type {name!r} is registered already")
         content_type = _ContentType(name, get_id or _default_id(cls), load)
@@ -100,8 +98,8 @@ class ContentTypes:
         registered = self._by_name.get(content_type)
         if registered is None or registered.load is None:
             raise ConfigurationError(
-                f"no loader for the content type {content_type!r}: register(Class, {content_type!r}, load=...)"
-                " with an async callable from an object id to the object"
+                f"no loader for the content type {content_type!r}:"
+                f" register(Class, {content_type!r}, load=...) with an async callable from an object id to the object"
             )
         return registered.load
 

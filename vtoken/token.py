@@ -133,7 +133,8 @@ class VerificationToken:
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "inactive"
-        return f"<{type(self).__name__} {self.id} {self.content_type}:{self.object_id} slug={self.slug!r} {state}>"
+        subject = f"{self.content_type}:{self.object_id}"
+        return f"<{type(self).__name__} {self.id} {subject} slug={self.slug!r} {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles leave the key behind: they outlive the moment in which it is needed."""
