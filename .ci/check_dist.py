@@ -1,0 +1,66 @@
+"""Look into the wheel and the sdist of a folder: all that belongs there, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with the wheel and the sdist in ``folder``."""
+    (wheel,) = folder.glob("*.whl")
+    (sdist,) = folder.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (info,) = {name.split("/")[0] for name in names if name.split("/")[0].endswith(".dist-info")}
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+    with tarfile.open(sdist) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+
+    found = []
+    tops = {name.split("/")[0] for name in names}
+    if tops != {"vtoken", "vtoken_backends", info}:
+        found.append(f"the wheel's top level is {sorted(tops)}")
+    found += [
+        f"the wheel has no {name}"
+        for name in ("vtoken/py.typed", "vtoken_backends/py.typed", f"{info}/licenses/LICENSE")
+        if name not in names
+    ]
+    found += [
+        f"the wheel has {name}" for name in names if not name.endswith((".py", ".typed")) and info not in name
+    ]
+    found += [
+        f"no entry point {line!r}"
+        for line in (
+            "vtoken = vtoken.__main__:main",
+            "memory = vtoken_backends.memory:MemoryBackend",
+            "sqlite = vtoken_backends.sqlite:SQLiteBackend",
+            "mongodb = vtoken_backends.mongodb:MongoDBBackend",
+            "mongodb+srv = vtoken_backends.mongodb:MongoDBBackend",
+        )
+        if line not in entry_points.splitlines()
+    ]
+    found += [
+        f"the metadata has no line {line!r}"
+        for line in (
+            "Name: vtoken",
+            "License-Expression: MIT",
+            "Requires-Python: >=3.11",
+            "Provides-Extra: cli",
+        )
+        if line not in metadata.splitlines()
+    ]
+    found += [
+        f"the sdist has no {name}"
+        for name in ("LICENSE", "README.md", "pyproject.toml", "tests/conftest.py", "docs/security.md")
+        if name not in sources
+    ]
+    return found
+
+
+if __name__ == "__main__":
+    wrong = problems(Path(sys.argv[1]))
+    sys.exit("\n".join(wrong) or None)
