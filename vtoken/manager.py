@@ -111,7 +111,8 @@ class TokenManager:
             ConfigurationError: a variable is missing or not understood.
         """
         found = Configuration.from_env()
-        return cls.from_url(found.url, **{"settings": found.settings, "policies": found.policies, **keywords})
+        said = {"settings": found.settings, "policies": found.policies, "hooks": found.hooks}
+        return cls.from_url(found.url, **(said | keywords))
 
     async def open(self) -> None:
         """Open the backend, unless this manager has opened it already.
