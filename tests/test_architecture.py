@@ -1,0 +1,196 @@
+"""The rules of the layout, read from the source: imports run one way, and the core knows no driver."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vtoken
+import vtoken.testing
+import vtoken_backends
+
+ROOT = Path(__file__).parent.parent
+CORE = Path(vtoken.__file__).parent
+BACKENDS = Path(vtoken_backends.__file__).parent
+
+LAYERS = [
+    {"errors", "backend", "ids", "redact", "stats", "_version"},
+    {"inputs", "loading"},
+    {"token", "subject", "keys"},
+    {"policy"},
+    {"guess", "issue", "loaded", "config_read"},
+    {"budgets", "hooks"},
+    {"config", "lifecycle"},
+    {"manager"},
+    {"testing", "contrib"},
+    {"cli"},
+    {"__main__"},
+]
+"""The core from the ground up: a module imports what stands on the lines above its own, and nothing else."""
+
+THIRD_PARTY = {"cli": {"anyio", "cyclopts", "rich"}, "testing": {"anyio", "pytest"}}
+"""What a part of the core may import beside the standard library; others, anyio; ``contrib``, anything."""
+
+DRIVERS = {
+    "memory": set[str](),
+    "sqlite": {"anyio", "aiosqlite"},
+    "mongodb": {"anyio", "bson", "motor", "pymongo"},
+}
+"""What a backend may import beside the standard library and the protocol."""
+
+FROM_THE_CORE = {"backend", "errors", "token"}
+"""What a backend may know of the core."""
+
+MAX_LINES = 500
+
+
+def modules(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def part(module: Path) -> str:
+    """The name under which a module of the core stands in :data:`LAYERS`."""
+    return module.relative_to(CORE).parts[0].removesuffix(".py")
+
+
+def imports(module: Path) -> Iterator[str]:
+    """The dotted names that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.name}:{node.lineno}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def of_the_core(module: Path) -> set[str]:
+    """What a module imports of the core; ``import vtoken`` itself is ``"__init__"``, which is on no layer."""
+    names = (name.split(".") for name in imports(module))
+    return {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "vtoken"}
+
+
+def third_party(module: Path) -> set[str]:
+    tops = {name.split(".")[0] for name in imports(module)}
+    return tops - sys.stdlib_module_names - {"vtoken", "vtoken_backends"}
+
+
+def relative(paths: list[Path], start: Path) -> list[str]:
+    return [str(path.relative_to(start)) for path in paths]
+
+
+@pytest.mark.parametrize("module", modules(CORE), ids=relative(modules(CORE), CORE))
+def test_the_core_imports_downwards_only(module: Path) -> None:
+    if module == CORE / "__init__.py":
+        return  # re-exports what is public
+    (level,) = (n for n, layer in enumerate(LAYERS) if part(module) in layer)
+    allowed: set[str] = set().union(*LAYERS[:level])
+    if module.parent != CORE:
+        allowed.add(part(module))  # the modules of a subpackage know each other
+    assert of_the_core(module) <= allowed
+
+
+@pytest.mark.parametrize("module", modules(CORE), ids=relative(modules(CORE), CORE))
+def test_the_core_imports_no_driver_and_names_no_backend(module: Path) -> None:
+    name = part(module)
+    if name != "contrib":
+        assert third_party(module) <= THIRD_PARTY.get(name, {"anyio"})
+    assert "vtoken_backends" not in module.read_text()
+
+
+def test_init_only_re_exports() -> None:
+    for node in ast.parse((CORE / "__init__.py").read_text()).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert is_docstring or is_all or isinstance(node, ast.ImportFrom), f"line {node.lineno}"
+
+
+def test_importing_vtoken_loads_no_driver() -> None:
+    heavy = {"aiosqlite", "bson", "cyclopts", "motor", "pymongo", "pytest", "rich", "sqlite3", "trio"}
+    heavy |= {"vtoken_backends", "vtoken.testing", "vtoken.cli"}
+    code = f"import sys, vtoken; print(*sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", modules(BACKENDS), ids=relative(modules(BACKENDS), BACKENDS))
+def test_a_backend_knows_the_protocol_and_its_own_driver(module: Path) -> None:
+    assert of_the_core(module) <= FROM_THE_CORE
+    driver = next((d for d in DRIVERS if d in module.stem), "")
+    assert third_party(module) <= DRIVERS.get(driver, {"anyio"})
+    others = {name.split(".")[1] for name in imports(module) if name.startswith("vtoken_backends.")}
+    assert not others & DRIVERS.keys(), "a backend imports another"
+
+
+def test_the_built_in_backends_are_registered_as_a_third_partys_would_be() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {value.split(":")[0] for value in project["entry-points"]["vtoken.backends"].values()}
+    assert named == {f"vtoken_backends.{name}" for name in DRIVERS}
+
+
+@pytest.mark.parametrize("folder", [CORE, BACKENDS, ROOT / "tests"], ids=lambda folder: folder.name)
+def test_no_module_is_too_long_to_read(folder: Path) -> None:
+    lengths = {str(m.relative_to(folder)): len(m.read_text().splitlines()) for m in modules(folder)}
+    assert not {name: n for name, n in lengths.items() if n > MAX_LINES}
+
+
+def public_objects() -> list[tuple[str, Any]]:
+    return [(n, getattr(p, n)) for p in (vtoken, vtoken.testing) for n in p.__all__ if n != "__version__"]
+
+
+@pytest.mark.parametrize(("name", "thing"), public_objects(), ids=[name for name, _ in public_objects()])
+def test_every_public_name_has_a_docstring(name: str, thing: Any) -> None:
+    if not inspect.isclass(thing) and not inspect.isfunction(thing):
+        assert name in documented_constants()
+        return
+    missing = [name] if not (thing.__doc__ or "").strip() else []
+    for attribute, value in vars(thing).items():
+        member = getattr(value, "__func__", value)  # what a classmethod wraps
+        is_method = inspect.isfunction(member) or isinstance(member, property)
+        if is_method and not attribute.startswith("_") and not (member.__doc__ or "").strip():
+            missing.append(f"{name}.{attribute}")
+    assert not missing
+
+
+def documented_constants() -> set[str]:
+    """Names that a module of the core assigns at its top level with a string right below."""
+    found: set[str] = set()
+    for module in modules(CORE):
+        for node, following in pairwise(ast.parse(module.read_text()).body):
+            if isinstance(node, ast.AnnAssign | ast.Assign) and isinstance(following, ast.Expr):
+                target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+                found.add(ast.unparse(target))
+    return found
+
+
+def repository_files() -> list[Path]:
+    """The files of the repository: all but what .gitignore names."""
+    ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
+    return [
+        path
+        for path in sorted(ROOT.rglob("*"))
+        if path.is_file()
+        and not any(fnmatch(name, pattern) for name in path.relative_to(ROOT).parts for pattern in ignored)
+    ]
+
+
+def test_no_file_names_a_path_of_a_machine_or_a_registry() -> None:
+    private = re.compile(r"(?<![\w.$}])/(?:root|home|Users|work|workspace)/\w|pypi\.org|pythonhosted|npmjs")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in repository_files()
+        for match in private.finditer(path.read_text(errors="replace"))
+        if path != Path(__file__)
+    ]
+    assert not found

@@ -1,0 +1,107 @@
+"""What the documentation shows, runs: every Python block of every page, a page's blocks in one namespace."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from vtoken.backend import TokenBackend
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+_FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s#]+)[^)]*\)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    info: str
+    code: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for found in _FENCE.finditer(text):
+        yield Block(text.count("\n", 0, found.start("code")), found["info"].strip(), found["code"])
+
+
+def run_python(page: Path) -> dict[str, Any]:
+    """Run the blocks marked ``python`` in their order; they may ``await`` anywhere, as in a REPL."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    with asyncio.Runner() as runner:
+        for block in blocks(page):
+            if block.info != "python":
+                continue
+            code = compile(
+                "\n" * block.line + block.code,
+                str(page),
+                "exec",
+                ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+                dont_inherit=True,
+            )
+            result = eval(code, namespace)  # noqa: S307  # our own pages
+            if inspect.iscoroutine(result):
+                runner.run(result)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_python(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_blocks_that_do_not_run_say_why(page: Path) -> None:
+    for block in blocks(page):
+        if block.info.startswith("python") and block.info != "python":
+            assert re.fullmatch(r"python no-run: .{10,}", block.info), (
+                f"{page.name}:{block.line}: {block.info!r}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    targets = [found["target"] for found in _LINK.finditer(_FENCE.sub("", page.read_text()))]
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_the_readmes_answers_are_the_ones_it_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace = run_python(ROOT / "README.md")
+    claimed = re.findall(r"^ *print\(.*\)  # (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert claimed
+    assert capsys.readouterr().out.splitlines() == claimed
+    assert namespace["passwords"] == {"ada": "new"}
+
+
+def test_the_readmes_sketch_of_a_backend_has_the_protocols_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sketch = run_python(ROOT / "README.md")["MyBackend"]
+    methods = [name for name, _ in inspect.getmembers(TokenBackend, callable) if not name.startswith("_")]
+    assert len(methods) == 12
+    for name in methods:
+        promised = inspect.signature(getattr(TokenBackend, name), eval_str=True)
+        assert inspect.signature(getattr(sketch, name), eval_str=True) == promised, name
+
+
+@pytest.mark.parametrize("tag", ["demo", "tests"])
+def test_the_readme_has_one_command_that_sets_up_everything(tag: str) -> None:
+    found = [block.code for block in blocks(ROOT / "README.md") if block.info == f"sh {tag}"]
+    assert len(found) == 1
+    assert found[0].count("\n") == 1, "one plain line"
