@@ -165,7 +165,7 @@ def _open_file(path: str, options: Options) -> sqlite3.Connection:
     # else may get to the new file before it is closed again.
     with _making, contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    if not os.access(path, os.R_OK | os.W_OK):
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise BackendUnavailable(f"{path} may not be read and written")
     url = pathlib.Path(path).as_uri()
     # Twice: the first look may have met a file that another process was about to make.

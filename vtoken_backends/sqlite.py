@@ -46,6 +46,7 @@ from vtoken.errors import (
     BackendClosed,
     ConfigurationError,
     CorruptStore,
+    VTokenError,
 )
 from vtoken_backends._sqlite_file import Check, Opener, Options, Private, Synchronous, as_backend_error
 
@@ -122,11 +123,22 @@ class _Link(NamedTuple):
         return self.pid != os.getpid()
 
     async def close(self) -> None:
-        with anyio.CancelScope(shield=True) as scope:
-            if not self.opener.worker_lives():
-                # Nobody answers; cancelled at each await, close() still marks the connection as closed.
-                self.opener.abandon()
-                scope.cancel()
+        if not self.opener.worker_lives():
+            return await self._close_without_worker()
+        closing = asyncio.ensure_future(self.connection.close())
+        with anyio.CancelScope(shield=True):
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:  # what asyncio itself cancels, no anyio scope shields
+                await closing
+                raise
+        return None
+
+    async def _close_without_worker(self) -> None:
+        """Nobody answers; but cancelled at every await, aiosqlite still marks the connection as closed."""
+        self.opener.abandon()
+        with anyio.CancelScope() as scope:
+            scope.cancel()
             await self.connection.close()
 
 
@@ -162,7 +174,7 @@ class SQLiteBackend:
         self._link: _Link | None = None  # first, as __del__ looks at it
         self._opens = 0
         self._opening = threading.Lock()
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         if not name or name.startswith(":memory:"):
             raise ConfigurationError("an SQLite backend needs a file; for tokens in memory use memory://")
         if "\0" in name:
@@ -208,7 +220,8 @@ class SQLiteBackend:
             return
         if link.opener.worker_lives() and not sys.is_finalizing():
             # In a thread and loop of its own, because here there may be none or another's.
-            threading.Thread(target=lambda: asyncio.run(link.close()), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+                threading.Thread(target=lambda: asyncio.run(link.close()), daemon=True).start()
         warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=1, source=self)
 
     async def open(self) -> None:
@@ -317,10 +330,17 @@ class SQLiteBackend:
         return cast(list[Private], rows)
 
     async def _connect(self) -> _Link:
+        if not _runs_asyncio():
+            raise ConfigurationError("the SQLite backend needs asyncio, as aiosqlite does")
         opener = Opener(self._path, self._options)
         connection = _daemonic_connection(opener)
         try:
             await _translated(connection)
+        except VTokenError:
+            # Its thread was told to end, and would stumble over a loop that is closed by then.
+            while opener.worker_lives():  # noqa: ASYNC110  # a thread sets no event when it ends
+                await anyio.sleep(0.001)
+            raise
         except BaseException:
             opener.abandon()
             raise
@@ -331,7 +351,11 @@ class SQLiteBackend:
         has been done; all that is lost is the thread."""
         async with self._connecting():
             if self._link is dead:
-                self._link = await self._connect()
+                fresh = await self._connect()
+                if self._link is dead:
+                    self._link = fresh
+                else:
+                    await fresh.close()  # the backend was closed meanwhile
                 await dead.close()
         if self._link is None:
             raise BackendClosed("the SQLite backend is not open")
@@ -359,6 +383,13 @@ def _percent_decoded(text: str) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return unquote(text, errors="strict")
     raise ConfigurationError("the percent-encoded bytes in the URL of an SQLite file must be UTF-8")
+
+
+def _runs_asyncio() -> bool:
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        return True
+    return False
 
 
 def _daemonic_connection(opener: Opener) -> aiosqlite.Connection:

@@ -1,0 +1,109 @@
+"""What the tests of the SQLite backend share."""
+
+# looking at a small file is no wait to speak of
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator
+from pathlib import Path
+from typing import TypeVar
+
+from vtoken.backend import (
+    InsertMode,
+    Match,
+    StoredToken,
+)
+from vtoken_backends.sqlite import SQLiteBackend
+
+B = TypeVar("B", bound=SQLiteBackend)
+NOW = 1_700_000_000_000
+
+
+def digest(number: int) -> bytes:
+    return hashlib.sha256(str(number).encode()).digest()
+
+
+def token(number: int, object_id: str = "1", created_at: int = NOW) -> StoredToken:
+    return StoredToken(
+        id=f"{number:032x}",
+        content_type="auth.user",
+        object_id=object_id,
+        slug="reset",
+        digest=digest(number),
+        scheme="sha256",
+        secret_id="",
+        plain_key="",
+        nonce="",
+        context=b"",
+        created_at=created_at,
+        expires_at=created_at + 1000,
+        ends_at=created_at + 1000,
+        is_active=True,
+        extra_data=None,
+        max_uses=1,
+        uses=0,
+        used_at=0,
+        use_ids=(),
+        lease_id="",
+        lease_until=0,
+    )
+
+
+def subject(object_id: str = "1") -> Match:
+    return Match(content_type="auth.user", object_id=object_id, slug="reset", active=True)
+
+
+@contextlib.asynccontextmanager
+async def opened(backend: B) -> AsyncGenerator[B]:
+    await backend.open()
+    try:
+        yield backend
+    finally:
+        await backend.close()
+
+
+@contextlib.contextmanager
+def plain(path: Path) -> Generator[sqlite3.Connection]:
+    """A second program on the same file, which does not wait for anybody."""
+    with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+        yield database
+
+
+async def make_store(path: Path, tokens: int = 0) -> None:
+    async with opened(SQLiteBackend(path, synchronous="normal")) as backend:
+        for number in range(tokens):
+            await backend.insert(token(number, str(number)), InsertMode.ADD)
+
+
+def beside(path: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in path.parent.iterdir()}
+
+
+def python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-W",
+            "always",
+            "-c",
+            script.replace("{path!r}", repr(sys.path)),
+            *map(str, arguments),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def no_more_than(most: int, count: Callable[[], int]) -> None:
+    """Threads that were told to end are waited for, by a deadline that only a failure meets."""
+    async with asyncio.timeout(60):
+        while count() > most:  # noqa: ASYNC110  # threads set no event when they end
+            await asyncio.sleep(0.01)
