@@ -1,0 +1,298 @@
+"""The MongoDB backend's link to the server: which client, its life, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine
+from inspect import isawaitable
+from typing import Any, Final, TypeVar, cast
+from urllib.parse import unquote, unquote_plus
+
+import anyio
+import pymongo
+from anyio.lowlevel import checkpoint_if_cancelled
+from bson.codec_options import CodecOptions
+from bson.errors import BSONError, InvalidBSON
+from pymongo import AsyncMongoClient, errors
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+from vtoken.errors import (
+    BackendClosed,
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+    CorruptStore,
+    OutcomeUnknown,
+)
+
+_T = TypeVar("_T")
+
+LONG: Final = 30
+"""How many times longer than others an operation over the whole collection may take."""
+
+_IN_FLIGHT: Final = 32
+"""Operations at once; with more, PyMongo gets slower and unfair."""
+_DENIED: Final = frozenset({13, 18, 8000})
+_INTERRUPTED: Final = frozenset(
+    {6, 7, 50, 64, 89, 91, 100, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436}
+)
+"""Codes of MongoDB's specification of retryable writes, and those of time limits and the write concern."""
+
+
+class Duplicate(BackendError):
+    """A unique index refused a write; never leaves the backend."""
+
+    def __init__(self, in_slot: bool) -> None:
+        super().__init__("MongoDB: duplicate key")
+        self.in_slot = in_slot
+
+
+class Link:
+    """A client, handed in or of our own making, and the collections. Arguments: as of the backend."""
+
+    def __init__(
+        self,
+        client: Any,
+        url: str | None,
+        database: str | None,
+        collection: str,
+        driver: str,
+        durable: bool,
+        timeout: float,
+    ) -> None:
+        self._opens = 0
+        if (client is None) == (url is None):
+            raise ConfigurationError("give MongoDBBackend either a client or url=...")
+        if client is not None and not _is_async_client(client):
+            raise ConfigurationError(
+                "client must be a pymongo.AsyncMongoClient or a motor.motor_asyncio.AsyncIOMotorClient,"
+                f" not {type(client).__name__}"
+            )
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+            raise ConfigurationError("timeout must be a number of seconds, more than 0")
+        if not isinstance(durable, bool):
+            raise ConfigurationError("durable must be True or False")
+        self._database = None if database is None else _name("database", database, '/\\. "$*<>:|?\0')
+        self.collection = _name("collection", collection, "$\0")
+        self._client_class = None if url is None else _client_class(driver)
+        self._url = url
+        self._client: Any = client
+        self._write_concern = WriteConcern("majority", j=True) if durable else WriteConcern(1)
+        self._timeout = timeout
+        self._opening = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"{self._database or '(default)'}.{self.collection}"
+
+    def __del__(self) -> None:
+        if self._opens and self._url is not None and self._pid == os.getpid():
+            warnings.warn(
+                f"the MongoDB backend of {self!r} was dropped without close()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    async def open(self, prepare: Callable[[], Awaitable[None]]) -> None:
+        """Connect and prepare the store, if this is the first of the open ones."""
+        async with self._opening:
+            if self._opens and not self._is_abandoned():
+                self._check_place()
+                self._opens += 1
+                return
+            self._pid = os.getpid()
+            self._loop = asyncio.get_running_loop()
+            self._limit = anyio.Semaphore(_IN_FLIGHT, fast_acquire=True)
+            if self._client_class is not None:
+                self._client = _connect(self._client_class, cast("str", self._url))
+            self._opens = 1
+            try:
+                self._choose_collections()
+                await prepare()
+            except BaseException:
+                self._opens = 0
+                await self._disconnect()
+                raise
+
+    async def close(self) -> None:
+        """Undo one :meth:`open`."""
+        async with self._opening:
+            if not self._opens:
+                return
+            if self._is_abandoned():
+                self._opens = 0  # the client's sockets are another process's, or went with their loop
+                return
+            self._check_place()
+            self._opens -= 1
+            if not self._opens:
+                await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        if self._client_class is None:
+            return
+        client, self._client = self._client, None
+        closing = client.close()
+        if isawaitable(closing):  # PyMongo's is, Motor's is not
+            await closing
+
+    def _is_abandoned(self) -> bool:
+        return self._pid != os.getpid() or self._loop.is_closed()
+
+    def _check_place(self) -> None:
+        if not self._opens:
+            raise BackendClosed("the MongoDB backend is not open: use `async with manager:`")
+        if self._pid != os.getpid():
+            raise BackendClosed("the MongoDB backend was opened in another process: open one after the fork")
+        if self._loop is not asyncio.get_running_loop():
+            raise BackendClosed("the MongoDB backend was opened in another event loop: open one in each loop")
+
+    def _choose_collections(self) -> None:
+        if self._database is None:
+            self._database = cast("str", self._client.get_default_database("vtoken").name)
+        # Nothing is left to the client's own settings: they could change what is stored and read.
+        options: dict[str, Any] = {
+            "codec_options": CodecOptions(),
+            "read_preference": ReadPreference.PRIMARY,
+            "write_concern": self._write_concern,
+            "read_concern": ReadConcern("local"),
+        }
+        self.db = self._client.get_database(self._database, **options)
+        self.tokens = self.db.get_collection(self.collection, **options)
+        self.budgets = self.db.get_collection(f"{self.collection}.budgets", **options)
+        self.meta = self.db.get_collection(f"{self.collection}.meta", **options)
+
+    async def run(
+        self, operation: Callable[[], Awaitable[_T]], *, writes: bool = True, times: float = 1
+    ) -> _T:
+        """Run one operation of the driver, and translate what it raises.
+
+        Documents are made within ``operation``, so that no frame of a traceback holds a digest.
+        """
+        self._check_place()
+        async with self._limit:
+            self._check_place()
+            try:
+                with pymongo.timeout(self._timeout * times):
+                    return await operation()
+            except (errors.PyMongoError, BSONError, CorruptStore) as error:
+                failure = _translated(error, writes)
+        raise failure  # outside of the block: the driver's error quotes keys, and must not become the context
+
+
+def _translated(error: Exception, writes: bool) -> BackendError:
+    if isinstance(error, CorruptStore):
+        return CorruptStore(*error.args)
+    if isinstance(error, InvalidBSON):
+        return CorruptStore("MongoDB: a document is damaged")
+    if isinstance(error, errors.InvalidOperation):
+        return BackendClosed("the MongoDB client was closed")
+    if not isinstance(error, errors.PyMongoError):
+        return BackendError(f"MongoDB: {type(error).__name__}")
+    details = getattr(error, "details", None)
+    details = details if isinstance(details, dict) else {}
+    if isinstance(error, errors.BulkWriteError):
+        problems = [*details.get("writeErrors", ()), *details.get("writeConcernErrors", ())]
+        details = problems[0] if problems else {}
+    code = details.get("code", getattr(error, "code", None))
+    if code == 11000:
+        return Duplicate("slot" in details.get("keyPattern", {}))
+    said = type(error).__name__ + (f", code {code} {details.get('codeName', '')}".rstrip() if code else "")
+    if isinstance(error, errors.ServerSelectionTimeoutError):
+        return BackendUnavailable(f"MongoDB: no server answers ({said})")
+    if isinstance(error, errors.ConfigurationError):
+        return BackendUnavailable(
+            f"MongoDB: the driver refuses the URL, or finds no host of that name ({said})"
+        )
+    if code in _DENIED:
+        return BackendUnavailable(f"MongoDB: access denied ({said})")
+    lost = isinstance(error, errors.ConnectionFailure | errors.WriteConcernError | errors.ExecutionTimeout)
+    if not lost and code not in _INTERRUPTED and "writeConcernError" not in details:
+        return BackendError(f"MongoDB refused ({said})")
+    not_sent = isinstance(error, errors.WaitQueueTimeoutError) or error.has_error_label("NoWritesPerformed")
+    if not writes or not_sent:
+        return BackendUnavailable(f"MongoDB: interrupted ({said})")
+    return OutcomeUnknown(f"MongoDB: the write may or may not have happened ({said})")
+
+
+async def settle(step: Coroutine[Any, Any, _T]) -> _T:
+    """Await a step that cancellation does not cut short: it is raised once the step has ended.
+
+    Cancelled in the middle, PyMongo drops its connection, and the server may or may not go on.
+    """
+    try:
+        await checkpoint_if_cancelled()
+        task = asyncio.ensure_future(step)
+    except BaseException:
+        step.close()
+        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task})
+        except asyncio.CancelledError as error:  # by task.cancel(), which no scope shields from
+            cancelled = error
+    if cancelled is None:
+        await checkpoint_if_cancelled()
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # else asyncio would log that nobody looked
+    try:
+        raise cancelled
+    finally:
+        del cancelled  # no cycle
+
+
+def _is_async_client(client: Any) -> bool:
+    # By class: a Motor client has every attribute that it is asked for.
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(client).__mro__}
+    return isinstance(client, AsyncMongoClient) or "motor.motor_asyncio.AsyncIOMotorClient" in names
+
+
+def _client_class(driver: str) -> Any:
+    if driver == "pymongo":
+        return AsyncMongoClient
+    if driver != "motor":
+        raise ConfigurationError('driver must be "pymongo" or "motor"')
+    try:
+        from motor.motor_asyncio import AsyncIOMotorClient
+    except ImportError:
+        pass
+    else:
+        return AsyncIOMotorClient
+    raise ConfigurationError('the driver "motor" is not installed: pip install "vtoken[motor]"')
+
+
+def _connect(client_class: Any, url: str) -> Any:
+    bounds = {} if "serverselectiontimeoutms=" in url.lower() else {"serverSelectionTimeoutMS": 5_000}
+    try:
+        return client_class(url, **bounds)
+    except (errors.PyMongoError, ValueError, TypeError):
+        pass  # the driver's message may quote the URL
+    raise ConfigurationError(
+        "the driver does not understand the MongoDB URL; are user name and password percent-encoded?"
+    )
+
+
+def _name(what: str, name: object, forbidden: str) -> str:
+    if isinstance(name, str) and name and not set(name) & set(forbidden) and len(name.encode()) <= 60:
+        return name
+    raise ConfigurationError(f"the MongoDB {what} has no possible name")
+
+
+def split_url(url: str) -> tuple[str, dict[str, object]]:
+    """The URL without what only we understand, and the options that it names."""
+    start, mark, query = url.partition("?")
+    parameters = [parameter.partition("=") for parameter in query.split("&")]
+    named: dict[str, object] = {
+        key: unquote_plus(value) for key, _, value in parameters if key == "collection"
+    }
+    database = unquote(start.partition("://")[2].partition("/")[2])
+    if database:
+        named["database"] = database
+    rest = "&".join("".join(parameter) for parameter in parameters if parameter[0] != "collection")
+    return start + (mark + rest if rest else ""), named

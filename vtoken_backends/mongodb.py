@@ -1,0 +1,382 @@
+"""Tokens in MongoDB, by PyMongo's async client or Motor, on a replica set or a standalone server.
+
+One document is one token. What is atomic is one document or one unique index, never a transaction (a
+standalone has none). A token of ``REPLACE`` or ``IF_NONE_VALID`` is active in the slot ``""`` of its subject
+and slug, which a unique index gives to one token at a time. A new token that has to push older ones out is
+first stored *pending*: that secures its digest, and no reader sees it. Then one command ends the older ones
+and activates it. A crash in between leaves the older ones, or none, never two.
+
+Reads go to the primary with read concern "local". A primary has every write that a majority acknowledged from
+the moment it is elected; "majority" can lag behind that after a fail-over and show a used token as valid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from inspect import isawaitable
+from typing import Any, Final, Self, cast
+
+from pymongo import IndexModel, ReturnDocument, UpdateMany, UpdateOne
+
+import vtoken_backends._mongodb_documents as documents
+from vtoken.backend import (
+    Budget,
+    Change,
+    InsertMode,
+    InsertResult,
+    Match,
+    SlugCount,
+    Spent,
+    StoredToken,
+    Use,
+)
+from vtoken.errors import (
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+    CorruptStore,
+    OutcomeUnknown,
+)
+from vtoken_backends._mongodb_documents import Document, State
+from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_url
+
+_SCHEMA: Final = 1
+_ATTEMPTS: Final = 1000
+"""How often a lost race is run again; each time another one has won."""
+_OPTIONS: Final = ("database", "collection", "driver", "durable", "timeout")
+
+
+class MongoDBBackend:
+    """A :class:`~vtoken.backend.TokenBackend` in a MongoDB database, for any number of processes and hosts.
+
+    Needs asyncio. Operations are refused in another event loop or process than that of :meth:`open`.
+
+    Args:
+        client: a ``pymongo.AsyncMongoClient`` or a Motor ``AsyncIOMotorClient``, which stays the caller's.
+        url: instead of a client; :meth:`open` makes a client of it and :meth:`close` closes that.
+        database: default: the one that the URL or the client names, else ``vtoken``.
+        collection: of the tokens; ``<collection>.budgets`` and ``<collection>.meta`` go with it.
+        driver: of the client for ``url``: ``"pymongo"`` or ``"motor"``.
+        durable: ``False`` acknowledges a write before it is on disk and with a majority. A crash of the
+            server can then lose issued tokens and make used ones valid again.
+        timeout: seconds that one operation on the server may take, more than 0.
+
+    Raises:
+        ConfigurationError: an argument is of the wrong kind, or the driver is not installed.
+    """
+
+    def __init__(
+        self,
+        client: Any = None,
+        *,
+        url: str | None = None,
+        database: str | None = None,
+        collection: str = "vtoken",
+        driver: str = "pymongo",
+        durable: bool = True,
+        timeout: float = 10.0,
+    ) -> None:
+        self._link = Link(client, url, database, collection, driver, durable, timeout)
+
+    @classmethod
+    def from_url(cls, url: str, **options: object) -> Self:
+        """``mongodb://[user:password@]host[:port][,...][/database][?collection=name]``, or ``mongodb+srv://``.
+
+        All other parameters of the query are the driver's own. As drivers do it, a user is looked up in the
+        database of the path, unless ``authSource`` names another.
+
+        Args:
+            url: as above.
+            **options: as of the class, but for ``client`` and ``url``.
+
+        Raises:
+            ConfigurationError: as of the protocol.
+        """
+        for option in options:
+            if option not in _OPTIONS:
+                near = difflib.get_close_matches(option, _OPTIONS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_OPTIONS)}"
+                raise ConfigurationError(f"the MongoDB backend has no option {option!r}: {hint}")
+        url, named = split_url(url)
+        return cls(url=url, **cast("Document", named | options))
+
+    def __repr__(self) -> str:
+        return f"<MongoDBBackend {self._link!r}>"
+
+    async def open(self) -> None:
+        """As of the protocol."""
+        await settle(self._link.open(self._prepare))
+
+    async def close(self) -> None:
+        """As of the protocol. A client that was handed in stays open."""
+        await settle(self._link.close())
+
+    async def _prepare(self) -> None:
+        """Refuse what is not ours before the first write; then make and check the indexes."""
+        await self._check_options()
+        found = await self._link.run(lambda: self._link.tokens.find_one({}, {"_id": 1}), writes=False)
+        marker = await self._link.run(lambda: self._link.meta.find_one({"_id": "schema"}), writes=False)
+        if marker is None and found is not None:  # the marker is written before the first token
+            raise CorruptStore(f"the collection {self._link.collection!r} was not made by vtoken")
+        version = _SCHEMA if marker is None else marker.get("version")
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise CorruptStore("the schema marker is damaged")
+        if version > _SCHEMA:
+            raise BackendError(f"the store has schema {version}, newer than {_SCHEMA}: upgrade vtoken")
+        # Even where it changes nothing: a server that cannot write durably refuses it here and now.
+        stamp = {"$setOnInsert": {"version": _SCHEMA}}
+        await self._upsert(lambda: self._link.meta.update_one({"_id": "schema"}, stamp, upsert=True))
+        await self._ensure(self._link.tokens, documents.TOKEN_INDEXES)
+        await self._ensure(self._link.budgets, documents.BUDGET_INDEXES)
+
+    async def _check_options(self) -> None:
+        names = [self._link.collection, f"{self._link.collection}.budgets", f"{self._link.collection}.meta"]
+        command = {"listCollections": 1, "filter": {"name": {"$in": names}}}
+        answer = await self._link.run(lambda: self._link.db.command(command), writes=False)
+        for found in answer["cursor"]["firstBatch"]:
+            bad = {"collation", "capped", "viewOn", "timeseries"} & found.get("options", {}).keys()
+            if bad:
+                raise CorruptStore(f"the collection {found['name']!r} has {', '.join(sorted(bad))}")
+
+    async def _ensure(self, collection: Any, indexes: Sequence[Document]) -> None:
+        models = [
+            IndexModel(index["key"], **{k: v for k, v in index.items() if k != "key"}) for index in indexes
+        ]
+        failure: BackendError | None = None
+        try:  # waits for those that another process is making
+            await self._link.run(lambda: collection.create_indexes(models), times=LONG)
+        except BackendError as error:
+            failure = error  # of no matter if they are there: perhaps this user may not make any
+        found = await self._link.run(collection.index_information, writes=False)
+        there = [
+            {k: dict(v) if k == "key" else v for k, v in index.items() if k not in {"v", "ns", "background"}}
+            for index in found.values()
+        ]
+        for index in indexes:
+            if index in there:
+                continue
+            if isinstance(failure, BackendUnavailable | OutcomeUnknown):
+                raise failure
+            raise CorruptStore(f"the index on {', '.join(index['key'])} is missing and cannot be made")
+
+    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
+        """As of the protocol."""
+        if mode is InsertMode.ADD:
+            return await settle(self._add(token, slot=token.id))
+        return await settle(self._replace(token, mode, keep_until))
+
+    async def _add(self, token: StoredToken, **more: object) -> InsertResult:
+        refused = await self._refused(lambda: self._link.tokens.insert_one(documents.document(token, **more)))
+        return InsertResult.KEY_TAKEN if refused else InsertResult.INSERTED
+
+    async def _replace(self, token: StoredToken, mode: InsertMode, keep_until: int) -> InsertResult:
+        only_if_none = mode is InsertMode.IF_NONE_VALID
+        if only_if_none and await self._has_valid(token):
+            return InsertResult.HAS_VALID
+        old = documents.active(token)
+        if await self._link.run(lambda: self._link.tokens.find_one(old, {"_id": 1}), writes=False) is None:
+            # Nobody is to be pushed out; should one come in between, the unique index says so.
+            refused = await self._refused(
+                lambda: self._link.tokens.insert_one(documents.document(token, slot=""))
+            )
+            if refused is None:
+                return InsertResult.INSERTED
+            if not refused.in_slot:
+                return InsertResult.KEY_TAKEN
+        overlap = not only_if_none and keep_until > token.created_at
+        until = token.created_at + documents.PENDING_FOR
+        added = await self._add(
+            token, slot="", pending=True, is_active=False, ends_at=until, has_older=overlap
+        )
+        if added is InsertResult.KEY_TAKEN:
+            return added
+        change: Any = documents.ending(token.created_at)
+        if overlap:
+            change = documents.overlapping(token.id, keep_until)
+        if only_if_none:
+            old |= documents.invalid(token.created_at)
+        mine = {"_id": token.id, "pending": True}
+        steps = [UpdateMany(old, change), UpdateOne(mine, documents.activation(token))]
+        for attempt in range(_ATTEMPTS):
+            if not await self._refused(lambda: self._link.tokens.bulk_write(steps)):
+                return InsertResult.INSERTED
+            if only_if_none and await self._has_valid(token):
+                await self._link.run(lambda: self._link.tokens.delete_one(mine))
+                return InsertResult.HAS_VALID
+            await _back_off(attempt)
+        raise BackendUnavailable("MongoDB: others took the slot again and again")
+
+    async def _has_valid(self, token: StoredToken) -> bool:
+        # An update that changes nothing: its write concern waits until what it found is durable.
+        query = documents.active(token) | documents.valid(token.created_at)
+        found = await self._link.run(
+            lambda: self._link.tokens.update_one(query, {"$max": {"uses": 0}}), writes=False
+        )
+        return bool(found.matched_count)
+
+    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
+        """As of the protocol."""
+
+        async def find() -> list[StoredToken]:
+            query = documents.page(match, after)
+            cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
+            return [documents.state(found).token for found in await cursor.to_list(limit)]
+
+        return await self._link.run(find, writes=False)
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        """As of the protocol."""
+        if isinstance(change, Use):
+            return await settle(self._use(match, change))
+        changed = await settle(self._change(lambda: documents.condition(match), change))
+        return changed.token if changed else None
+
+    async def _change(self, query: Callable[[], Document], change: Change) -> State | None:
+        async def apply() -> State | None:
+            found = await self._link.tokens.find_one_and_update(
+                query(), documents.update(change), return_document=ReturnDocument.AFTER
+            )
+            return documents.state(found) if found else None
+
+        return await self._link.run(apply)
+
+    async def _use(self, match: Match, use: Use) -> StoredToken | None:
+        used = await self._change(lambda: documents.usable(match, use, newer={"$exists": False}), use)
+        if used is None:
+            used = await self._use_older(match, use)
+        if used is None:
+            return None
+        if used.newer or used.has_older:
+            await self._end(lambda: documents.overlap_of(used), use.at)
+        return used.token
+
+    async def _use_older(self, match: Match, use: Use) -> State | None:
+        """Use a token that newer ones overlap, once each of them is sealed for it."""
+
+        async def look() -> State | None:
+            found = await self._link.tokens.find_one(documents.usable(match, use, newer={"$exists": True}))
+            return documents.state(found) if found else None
+
+        while older := await self._link.run(look, writes=False):
+            rival = older.token.id
+            # The newest one first: it is where all of an overlap meet, so one of them gets past it.
+            for newer in reversed(older.newer):
+                if not await self._seal(newer, rival, use.at):
+                    await self._end(partial(documents.condition, Match(id=rival)), use.at)
+                    return None
+            same = {"_id": rival, "newer": {"$eq": list(older.newer)}}
+            used = await self._change(partial(documents.usable, match, use, **same), use)
+            if used is not None:
+                return used
+        return None
+
+    async def _seal(self, id_: str, rival: str, at: int) -> bool:
+        """Make a token inactive in favour of an older one, by compare-and-set on its ``uses``."""
+        sealed = await self._link.run(
+            lambda: self._link.tokens.find_one_and_update(
+                {"_id": id_, **documents.SHOWN},
+                documents.sealing(rival, at),
+                {"sealed_for": 1},
+                return_document=ReturnDocument.AFTER,
+            )
+        )
+        # One that is missing is not active yet, or purged after its overlap was ended.
+        return sealed is None or sealed["sealed_for"] == rival
+
+    async def deactivate(self, match: Match, at: int) -> int:
+        """As of the protocol."""
+
+        return await settle(self._end(lambda: documents.condition(match), at))
+
+    async def _end(self, query: Callable[[], Document], at: int) -> int:
+        async def end() -> int:
+            active = query() | {"is_active": True}
+            return int((await self._link.tokens.update_many(active, documents.ending(at))).modified_count)
+
+        return await self._link.run(end)
+
+    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+        """As of the protocol."""
+        return await settle(self._purge(before, now, limit, budgets_before))
+
+    async def _purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+        ended = {"ends_at": {"$lt": before}, "lease_until": {"$lte": now}}
+        names = ("content_type", "object_id", "slug", "uses", "has_older", "sealed_for")
+        found = await self._link.run(
+            lambda: self._link.tokens.find(ended, names).sort([("ends_at", 1)]).limit(limit).to_list(limit),
+            writes=False,
+        )
+        for old in found:
+            if old.get("has_older") and (old["uses"] or old.get("sealed_for")):
+                # A crash after a use may have left the others of the overlap active.
+                await self._end(partial(documents.overlap_of_purged, old), now)
+        tokens = {"_id": {"$in": [old["_id"] for old in found]}, **ended}
+        deleted = await self._link.run(lambda: self._link.tokens.delete_many(tokens)) if found else None
+        over = {"until": {"$lte": budgets_before}}
+        found = await self._link.run(
+            lambda: self._link.budgets.find(over, {"_id": 1}).limit(limit).to_list(limit), writes=False
+        )
+        budgets = {"_id": {"$in": [old["_id"] for old in found]}, **over}
+        if found:
+            await self._link.run(lambda: self._link.budgets.delete_many(budgets))
+        return int(deleted.deleted_count) if deleted else 0
+
+    async def count(self, now: int) -> list[SlugCount]:
+        """As of the protocol."""
+
+        async def count() -> list[SlugCount]:
+            cursor = self._link.tokens.aggregate(documents.counting(now), allowDiskUse=True)
+            if isawaitable(cursor):  # PyMongo's is, Motor's is not
+                cursor = await cursor
+            return [documents.slug_count(found) for found in await cursor.to_list(None)]
+
+        return await self._link.run(count, writes=False, times=LONG)
+
+    async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
+        """As of the protocol."""
+        found = await settle(
+            self._upsert(
+                lambda: self._link.budgets.find_one_and_update(
+                    documents.budget_id(budget),
+                    documents.spending(now, limit, window, max_window),
+                    upsert=True,
+                    return_document=ReturnDocument.AFTER,
+                )
+            )
+        )
+        return Spent(found["allowed"], int(found["until"]))
+
+    async def refund(self, budget: Budget, until: int) -> None:
+        """As of the protocol."""
+        query = documents.budget_id(budget) | {"until": until, "spent": {"$gt": 0}}
+        await settle(self._link.run(lambda: self._link.budgets.update_one(query, {"$inc": {"spent": -1}})))
+
+    async def reset(self, budget: Budget) -> None:
+        """As of the protocol."""
+        await settle(self._link.run(lambda: self._link.budgets.delete_one(documents.budget_id(budget))))
+
+    async def _refused(self, write: Callable[[], Awaitable[object]]) -> Duplicate | None:
+        """Write, and say which unique index refused it."""
+        try:
+            await self._link.run(write)
+        except Duplicate as duplicate:
+            return duplicate
+        return None
+
+    async def _upsert(self, write: Callable[[], Awaitable[Any]]) -> Any:
+        """Write once more where two upserts at once both began to insert."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return await self._link.run(write)
+            except Duplicate:
+                pass
+            await _back_off(attempt)
+        raise BackendUnavailable("MongoDB: others were quicker again and again")
+
+
+async def _back_off(attempt: int) -> None:
+    await asyncio.sleep(random.uniform(0, min(0.05, 0.001 * 2 ** min(attempt, 6))))  # noqa: S311  # no secret
