@@ -221,7 +221,8 @@ def _translated(error: Exception, writes: bool) -> BackendError:
 async def settle(step: Coroutine[Any, Any, _T]) -> _T:
     """Await a step that cancellation does not cut short: it is raised once the step has ended.
 
-    Cancelled in the middle, PyMongo drops its connection, and the server may or may not go on.
+    Cancelled in the middle, PyMongo drops its connection (and swallows the cancellation of some reads), and the
+    server may or may not go on. The wait is bounded: each operation has its timeout.
     """
     try:
         await checkpoint_if_cancelled()

@@ -226,7 +226,7 @@ class MongoDBBackend:
             cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
             return [documents.state(found).token for found in await cursor.to_list(limit)]
 
-        return await self._link.run(find, writes=False)
+        return await settle(self._link.run(find, writes=False))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         """As of the protocol."""
@@ -334,7 +334,7 @@ class MongoDBBackend:
                 cursor = await cursor
             return [documents.slug_count(found) for found in await cursor.to_list(None)]
 
-        return await self._link.run(count, writes=False, times=LONG)
+        return await settle(self._link.run(count, writes=False, times=LONG))
 
     async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
         """As of the protocol."""
