@@ -68,14 +68,18 @@ def make_guess(
     if rules.is_code and object_id is None:
         raise InvalidInput("a code is checked for one object: pass the object, not its class")
     digests = _digests(keyring, rules, content_type, object_id, slug, key)
-    bound_to = context_digest(str(context.reveal() or "")) if rules.needs_context else None
+    bound_to = _bound_to(context) if rules.needs_context else None
     return Guess(content_type, object_id, slug, rules, digests.values, bound_to)
+
+
+def _bound_to(context: Hidden) -> bytes:
+    return context_digest("" if context.reveal() is None else context.text())
 
 
 def _digests(
     keyring: Keyring, rules: Rules, content_type: str, object_id: str | None, slug: str | None, key: Hidden
 ) -> Digests:
-    text = str(key.reveal())
+    text = key.text()
     if rules.is_code:
         assert object_id is not None and slug is not None  # noqa: S101, PT018  # make_guess has seen to it
         return keyring.codes(content_type, object_id, slug, normalise_code(text, rules.key_chars))

@@ -26,7 +26,7 @@ MAX_EXTRA_DATA_DEPTH: Final = 16
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-_INT64: Final = range(-(2**63), 2**63)
+_MAX_MINUTES: Final = timedelta(days=9_999 * 366) // timedelta(minutes=1)
 
 
 class Wildcard(Enum):
@@ -128,16 +128,15 @@ def check_minutes(name: str, value: object) -> int | None:
     """Return a lifetime in whole milliseconds, or None for ``None`` (never expires).
 
     Raises:
-        InvalidInput: neither None nor a finite ``int`` or ``float`` greater than 0.
+        InvalidInput: neither None nor an ``int`` or ``float`` greater than 0, of at most 9999 years.
     """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInput(f"{name} must be a number of minutes or None, not {type(value).__name__}")
-    is_finite = math.isfinite(value) if isinstance(value, float) else value.bit_length() < 64
-    if not is_finite or value <= 0:
-        raise InvalidInput(f"{name} must be a finite number of minutes greater than 0")
-    return int(value * 60_000)
+    if not 0 < value < _MAX_MINUTES:  # which NaN is not either
+        raise InvalidInput(f"{name} must be a number of minutes greater than 0, and at most 9999 years")
+    return timedelta(minutes=value) // _MILLISECOND
 
 
 def check_duration(name: str, value: object, *, least: timedelta = _MILLISECOND) -> int:
@@ -204,7 +203,7 @@ def _check_json(value: object, depth: int) -> None:
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, int):
-        if value not in _INT64:
+        if not -(2**63) <= value < 2**63:
             raise InvalidInput("extra_data: integers must fit into 64 bits signed")
     elif isinstance(value, float):
         if not math.isfinite(value):

@@ -63,7 +63,7 @@ class Order(NamedTuple):
             digest=new.digest.value,
             scheme=new.digest.scheme,
             secret_id=new.digest.secret_id,
-            plain_key=str(new.key.reveal()) if self.rules.storage == "plain" else "",
+            plain_key=new.key.text() if self.rules.storage == "plain" else "",
             nonce=new.nonce,
             context=self.context,
             created_at=now,
@@ -136,25 +136,40 @@ def new_key(keyring: Keyring, order: Order) -> NewKey:
         if derived is None:
             raise ConfigurationError("derived keys need Settings(secret=...)")
         key = Hidden(_framed(rules, derived))
-        return NewKey(key, keyring.link(str(key.reveal())), nonce)
-    key = Hidden(order.generator(**order.generator_kwargs))
-    problem = text_problem(key.reveal(), MAX_KEY_BYTES - _frame_length(rules))
-    if problem is not None:
-        raise InvalidInput(f"the key generator's key {problem}")
+        return NewKey(key, keyring.link(key.text()), nonce)
+    key = drawn_key(order.generator(**order.generator_kwargs), MAX_KEY_BYTES - _frame_length(rules))
     if rules.is_code:
         return NewKey(key, _code_digest(keyring, order, key), "")
-    key = Hidden(_framed(rules, str(key.reveal())))
-    return NewKey(key, keyring.link(str(key.reveal())), "")
+    key = Hidden(_framed(rules, key.text()))
+    return NewKey(key, keyring.link(key.text()), "")
+
+
+def drawn_key(key: object, limit: int = MAX_KEY_BYTES) -> Hidden:
+    """Check what a generator returned.
+
+    Raises:
+        InvalidInput: it is no text of 1 to ``limit`` bytes.
+    """
+    hidden = Hidden(key)
+    del key
+    problem = text_problem(hidden.reveal(), limit)
+    if problem is not None:
+        raise InvalidInput(f"the key generator's key {problem}")
+    return hidden
 
 
 def reveal_derived_key(keyring: Keyring, rules: Rules, stored: StoredToken) -> str | None:
-    """The key of a stored derived token, made again; None for other tokens, or where its secret is gone."""
+    """The key of a stored derived token, made again; None for other tokens, or where its secret or the
+    prefix of its time is gone: better no link than a dead one."""
     if not stored.nonce:
         return None
     derived = keyring.derive(
         stored.nonce, stored.content_type, stored.object_id, stored.slug, stored.secret_id
     )
-    return None if derived is None else _framed(rules, derived)
+    if derived is None:
+        return None
+    key = _framed(rules, derived)
+    return key if stored.digest in keyring.links(key).values else None
 
 
 def _frame_length(rules: Rules) -> int:
@@ -166,7 +181,7 @@ def _framed(rules: Rules, body: str) -> str:
 
 
 def _code_digest(keyring: Keyring, order: Order, key: Hidden) -> Digest:
-    code = normalise_code(str(key.reveal()), order.rules.key_chars)
+    code = normalise_code(key.text(), order.rules.key_chars)
     return keyring.code(order.content_type, order.object_id, order.slug, code)
 
 
@@ -180,4 +195,4 @@ def _bound_to(rules: Rules, context: Hidden) -> bytes:
     problem = text_problem(context.reveal(), MAX_KEY_BYTES)
     if problem is not None:
         raise InvalidInput(f"context {problem}: the policy binds tokens to one")
-    return context_digest(str(context.reveal()))
+    return context_digest(context.text())

@@ -20,7 +20,7 @@ import string
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from vtoken.errors import InvalidInput
 from vtoken.inputs import MAX_KEY_BYTES
@@ -45,6 +45,10 @@ class Hidden:
     def reveal(self) -> object:
         """The key itself."""
         return self._key
+
+    def text(self) -> str:
+        """The key, once it was checked to be one, as a plain ``str``: of an enum, its value."""
+        return str.__str__(cast("str", self._key))
 
     def __repr__(self) -> str:
         return "<hidden>"

@@ -13,6 +13,7 @@ import anyio
 
 from vtoken import inputs
 from vtoken.backend import (
+    NEVER,
     ForgetKey,
     InsertMode,
     InsertResult,
@@ -47,13 +48,16 @@ from vtoken.subject import ContentTypes
 from vtoken.token import IssuedToken, VerificationToken
 
 
+def closed() -> BackendClosed:
+    """The error of every call before opening and after closing."""
+    return BackendClosed("the manager is not open: use `async with manager:`, or await manager.open() first")
+
+
 class _Closed:
     """What stands in for the backend while the manager is not open."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise BackendClosed(
-            "the manager is not open: use `async with manager:`, or await manager.open() first"
-        )
+        raise closed()
 
 
 CLOSED: Final = cast("TokenBackend", _Closed())
@@ -79,11 +83,12 @@ class Lifecycle:
         self.keyring = Keyring(settings.secret, settings.previous_secrets)
         self.max_key_iterations = settings.max_key_iterations
         self.default_rules = Rules.of(TokenPolicy(None), settings)
-        self._rules: dict[str | None, Rules] = {}
+        self._rules: dict[str, Rules] = {}
         for policy in policies:
-            if policy.slug in self._rules:
+            slug = slug_text(policy.slug)
+            if slug in self._rules:
                 raise ConfigurationError(f"two policies for the slug {policy.slug!r}")
-            self._rules[policy.slug] = Rules.of(policy, settings)
+            self._rules[slug] = Rules.of(policy, settings)
         self._clock = clock
         self._ids = IdSequence()
 
@@ -91,8 +96,13 @@ class Lifecycle:
         """The injected clock's time, in milliseconds."""
         return inputs.milliseconds(self._clock())
 
-    def rules_of(self, slug: str | None) -> Rules:
-        """The rules of a slug."""
+    def require_open(self) -> None:
+        """Raise :class:`BackendClosed` unless the manager is open, where the store is not asked."""
+        if self.store is CLOSED:
+            raise closed()
+
+    def rules_of(self, slug: str) -> Rules:
+        """The rules of a slug in its stored form."""
         return self._rules.get(slug, self.default_rules)
 
     def order(
@@ -106,19 +116,21 @@ class Lifecycle:
     ) -> Order:
         """Check the arguments of issuing, and put them together."""
         subject, slug_name = self.content_types.resolve(obj), slug_text(slug)
-        rules = self.rules_of(slug)
+        rules = self.rules_of(slug_name)
         return make_order(rules, subject, slug_name, extra_data, expiration, key_generator_kwargs, context)
 
     async def issue(self, order: Order, mode: InsertMode) -> IssuedToken | None:
         """Insert a token with a fresh key; None where ``IF_NONE_VALID`` found a valid one."""
         now = self.now()
-        drawn = new_key(self.keyring, order)  # before the cooldown is charged: the generator may raise
+        drawn = new_key(self.keyring, order)
+        token = order.token(self._ids.next(now), now, drawn)
+        # What may raise for its arguments, the generator's own exception too, has done so: charge only now.
         charge = await charge_cooldown(self.store, order, now)
         try:
             for iteration in range(self.max_key_iterations):
                 if iteration:
                     drawn = new_key(self.keyring, order)
-                token = order.token(self._ids.next(now), now, drawn)
+                    token = order.token(self._ids.next(now), now, drawn)
                 result = await self.store.insert(token, mode, now + order.rules.overlap)
                 if result is InsertResult.INSERTED:
                     await self.hooks.tell("issued", token)
@@ -154,6 +166,7 @@ class Lifecycle:
 
     async def charge(self, guess: Guess, now: int) -> Charge | None:
         """Count an attempt, in a committed write, before anything is compared."""
+        self.require_open()
         if not guess.digests:  # a typing error: refused before the store is asked
             await self.hooks.tell("failed", guess, reason="unknown")
             raise InvalidToken("unknown")
@@ -168,7 +181,7 @@ class Lifecycle:
     async def _look_up(self, guess: Guess) -> StoredToken | None:
         found = await self.store.find(guess.match(), len(guess.digests))
         for stored in found:
-            if guess.slug is None and self.rules_of(stored.slug or None).is_guarded:
+            if guess.slug is None and self.rules_of(stored.slug).is_guarded:
                 continue  # a slug with a cap or a context is asked for by its name
             # In constant time, over all candidates: the store's index has only narrowed them down.
             if sum(hmac.compare_digest(stored.digest, digest) for digest in guess.digests):
@@ -190,6 +203,8 @@ class Lifecycle:
         """Lease a token, and use it when the block ends normally."""
         lease_id = secrets.token_hex(16)  # the fencing id: nobody else's lease can pass for this one
         now = self.now()
+        if now + lease >= NEVER:
+            raise InvalidInput("the lease ends after the year 9999")
         charge = await self.charge(guess, now)
         try:
             stored = await self.take(guess, now, Lease(lease_id, now + lease), charge)
@@ -235,11 +250,14 @@ class Lifecycle:
         return await self._refuse(guess, None, "leased", charge)
 
     async def settle(self, guess: Guess, stored: StoredToken) -> None:
-        """What follows a use: the attempt budget starts afresh."""
+        """What follows a use: the attempt budget starts afresh. The use stands, whatever fails here."""
         budget = guess.budget()
-        if budget is not None:
-            await self.store.reset(budget)
-        await self._forget_plain_key(guess.rules, stored)
+        try:
+            if budget is not None:
+                await self.store.reset(budget)
+            await self._forget_plain_key(guess.rules, stored)
+        except BackendError as error:
+            logger.warning("a token was used, but what follows its use failed: %r", error)
         await self.hooks.tell("consumed", stored)
 
     def guess(self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden) -> Guess:
@@ -247,15 +265,22 @@ class Lifecycle:
         subject = self.content_types.resolve(obj)
         if isinstance(slug, Wildcard):
             return make_guess(self.keyring, self.default_rules, subject, None, key, context)
-        return make_guess(self.keyring, self.rules_of(slug), subject, slug_text(slug), key, context)
+        slug_name = slug_text(slug)
+        return make_guess(self.keyring, self.rules_of(slug_name), subject, slug_name, key, context)
 
-    def active(self, obj: object, slug: str | Wildcard | None, key: Hidden | None) -> Match:
+    async def active(self, obj: object, slug: str | Wildcard | None, key: Hidden | None) -> Match:
         """The active tokens that ``deactivate`` and ``filter_active_tokens`` are about."""
         if key is not None:
             guess = self.guess(obj, slug, key, Hidden(None))
             if guess.rules.max_attempts is not None:
                 raise InvalidInput("the policy caps attempts: use verify() or consume(), which count them")
-            return guess.match()._replace(active=True, context=None)
+            match = guess.match()._replace(active=True, context=None)
+            if guess.slug is not None:
+                return match
+            # With any slug, a key says nothing about tokens whose slug caps attempts.
+            found = await self.store.find(match, len(guess.digests))
+            free = [stored for stored in found if self.rules_of(stored.slug).max_attempts is None]
+            return match._replace(digests=tuple(stored.digest for stored in free))
         content_type, object_id = self.content_types.resolve(obj)
         wanted = None if isinstance(slug, Wildcard) else slug_text(slug)
         return Match(content_type=content_type, object_id=object_id, slug=wanted, active=True)

@@ -13,7 +13,7 @@ from vtoken.token import IssuedToken, VerificationToken
 
 def issued(stored: StoredToken, key: Hidden) -> IssuedToken:
     """The token at its issue, with its key."""
-    return IssuedToken(**_fields(stored), key=str(key.reveal()))
+    return IssuedToken(**_fields(stored), key=key.text())
 
 
 def loaded(stored: StoredToken, key: str | None = None, *, lease_is_ours: bool = False) -> VerificationToken:

@@ -28,7 +28,7 @@ from vtoken.errors import (
 from vtoken.guess import make_guess
 from vtoken.hooks import Hook, Hooks, LazyHook
 from vtoken.inputs import ANY, DEFAULT, Unset, Wildcard
-from vtoken.issue import reveal_derived_key
+from vtoken.issue import drawn_key, reveal_derived_key
 from vtoken.keys import Hidden, KeyGenerator
 from vtoken.lifecycle import CLOSED, Lifecycle, checked_use_id, one_slug, slug_text
 from vtoken.loaded import loaded
@@ -235,15 +235,16 @@ class TokenManager:
 
         Raises:
             KeyGenerationError: ``Settings.max_key_iterations`` draws yielded only keys that are taken.
+            InvalidInput: the generator returned no text of 1 to 512 bytes.
         """
         rules = self._life.default_rules
         draw = rules.generator if generator is None else load_generator(generator)
         kwargs = {**(rules.generator_kwargs if generator is None and not args else {}), **kwargs}
         for _ in range(self.settings.max_key_iterations):
-            key = Hidden(draw(*args, **kwargs))
+            key = drawn_key(draw(*args, **kwargs))
             guess = make_guess(self._life.keyring, rules, ("", None), None, key, Hidden(None))
             if not await self._life.store.find(Match(digests=guess.digests), 1):
-                return str(key.reveal())
+                return key.text()
         raise KeyGenerationError(f"{self.settings.max_key_iterations} draws yielded only keys that are taken")
 
     # Checked -----------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ class TokenManager:
         presented = Hidden(key)
         any_key = key is ANY
         del key
-        match = self._life.active(obj, slug, None if any_key else presented)
+        match = await self._life.active(obj, slug, None if any_key else presented)
         after: tuple[int, str] | None = None
         while True:
             page = await self._life.store.find(match, _PAGE, after)
@@ -337,6 +338,7 @@ class TokenManager:
         Raises:
             ConfigurationError: no loader is registered for its content type.
         """
+        self._life.require_open()
         return await self.content_types.loader(token.content_type)(token.object_id)
 
     # Used --------------------------------------------------------------------------------------
@@ -425,7 +427,7 @@ class TokenManager:
         presented = Hidden(key)
         any_key = key is ANY
         del key
-        match = self._life.active(obj, slug, None if any_key else presented)
+        match = await self._life.active(obj, slug, None if any_key else presented)
         count = await self._life.store.deactivate(match, self._life.now())
         if count:
             await self._life.hooks.tell("deactivated", match, count=count)

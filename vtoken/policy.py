@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, Literal, cast, get_args
+from functools import wraps
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import (
@@ -21,6 +22,8 @@ from vtoken.inputs import (
 from vtoken.keys import ALPHANUMERIC, DIGITS, MIN_SECRET_BYTES, KeyGenerator, random_key
 from vtoken.loading import import_object
 
+_T = TypeVar("_T")
+
 KeyStorage = Literal["digest", "plain", "derived"]
 
 MAX_WINDOW: Final = timedelta(days=1)
@@ -33,6 +36,26 @@ _CODE_MINUTES: Final = 10
 _CODE_ATTEMPTS: Final = 100
 
 
+def _without_locals(cls: type[_T]) -> type[_T]:
+    """Raise what a dataclass's generated ``__init__`` raises from a frame that holds no argument: error
+    trackers record the locals of each frame, and one of them is the secret."""
+    generated: Callable[..., None] = cls.__init__
+
+    @wraps(generated)
+    def init(self: object, *args: object, **fields: object) -> None:
+        try:
+            generated(self, *args, **fields)
+            return
+        except Exception as error:
+            refused = error.with_traceback(None)
+        del args, fields
+        raise refused
+
+    cls.__init__ = init  # type: ignore[method-assign]  # the same signature, by wraps()
+    return cls
+
+
+@_without_locals
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What holds for every slug unless its policy says otherwise.
@@ -70,13 +93,15 @@ class Settings:
         object.__setattr__(self, "previous_secrets", tuple(self.previous_secrets))
 
     def _problem(self) -> str | None:
-        if isinstance(self.previous_secrets, str):
+        if isinstance(self.previous_secrets, str) or not isinstance(self.previous_secrets, Sequence):
             return "previous_secrets must be a sequence of str, not one str"
         for secret in (*(() if self.secret is None else (self.secret,)), *self.previous_secrets):
-            if not isinstance(secret, str) or len(secret.encode(errors="replace")) < MIN_SECRET_BYTES:
+            if not isinstance(secret, str) or len(secret.encode(errors="ignore")) < MIN_SECRET_BYTES:
                 return (
                     f"a secret must be a str of at least {MIN_SECRET_BYTES} bytes (secrets.token_urlsafe(32))"
                 )
+            if any("\ud800" <= c <= "\udfff" for c in secret):
+                return "a secret must not contain lone surrogates"
         if self.previous_secrets and self.secret is None:
             return "previous_secrets without a secret: name the current one too"
         if self.key_storage not in get_args(KeyStorage):
