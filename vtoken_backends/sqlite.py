@@ -42,12 +42,7 @@ from vtoken.backend import (
     StoredToken,
     Use,
 )
-from vtoken.errors import (
-    BackendClosed,
-    ConfigurationError,
-    CorruptStore,
-    VTokenError,
-)
+from vtoken.errors import BackendClosed, ConfigurationError, CorruptStore, VTokenError
 from vtoken_backends._sqlite_file import Check, Opener, Options, Private, Synchronous, as_backend_error
 
 _T = TypeVar("_T")
@@ -123,23 +118,29 @@ class _Link(NamedTuple):
         return self.pid != os.getpid()
 
     async def close(self) -> None:
-        if not self.opener.worker_lives():
-            return await self._close_without_worker()
-        closing = asyncio.ensure_future(self.connection.close())
+        closing = asyncio.ensure_future(self._close())
         with anyio.CancelScope(shield=True):
             try:
                 await asyncio.shield(closing)
             except asyncio.CancelledError:  # what asyncio itself cancels, no anyio scope shields
                 await closing
                 raise
-        return None
 
-    async def _close_without_worker(self) -> None:
-        """Nobody answers; but cancelled at every await, aiosqlite still marks the connection as closed."""
+    async def _close(self) -> None:
+        if self.opener.worker_lives():
+            await self.connection.close()
+            return await self.worker_end()
+        # Nobody answers; but cancelled at every await, aiosqlite still marks the connection as closed.
         self.opener.abandon()
         with anyio.CancelScope() as scope:
             scope.cancel()
             await self.connection.close()
+        return None
+
+    async def worker_end(self) -> None:
+        """Wait for a thread that was told to end: it would stumble over a loop that is closed by then."""
+        while self.opener.worker_lives():  # noqa: ASYNC110  # a thread sets no event when it ends
+            await anyio.sleep(0.001)
 
 
 _inherited: list[_Link] = []  # kept for ever: a forked child that closed them could break its parent's locks
@@ -333,18 +334,16 @@ class SQLiteBackend:
         if not _runs_asyncio():
             raise ConfigurationError("the SQLite backend needs asyncio, as aiosqlite does")
         opener = Opener(self._path, self._options)
-        connection = _daemonic_connection(opener)
+        link = _Link(_daemonic_connection(opener), opener, os.getpid())
         try:
-            await _translated(connection)
+            await _translated(link.connection)
         except VTokenError:
-            # Its thread was told to end, and would stumble over a loop that is closed by then.
-            while opener.worker_lives():  # noqa: ASYNC110  # a thread sets no event when it ends
-                await anyio.sleep(0.001)
+            await link.worker_end()
             raise
         except BaseException:
             opener.abandon()
             raise
-        return _Link(connection, opener, os.getpid())
+        return link
 
     async def _reconnect(self, dead: _Link) -> _Link:
         """A loop that is closed while a statement runs takes aiosqlite's worker thread with it. The statement
