@@ -153,7 +153,13 @@ class Configuration:
     hooks: tuple[Hook | LazyHook | str, ...] = ()
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Configuration:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        url: str | None = None,
+        default_url: str | None = None,
+    ) -> Configuration:
         """Read the ``VTOKEN_*`` variables, and the TOML file that ``VTOKEN_CONFIG`` names.
 
         ``VTOKEN_URL``
@@ -172,6 +178,8 @@ class Configuration:
 
         Args:
             environ: the variables; left out, those of the process.
+            url: goes before the variable and the file.
+            default_url: taken where nothing names one.
 
         Raises:
             ConfigurationError: the URL is missing, a name is unknown (the nearest right one is named), a
@@ -190,7 +198,9 @@ class Configuration:
         table = read_file(file) if file is not None else {}
         found: dict[str, Found] = {name: (f"{name} in {file}", value) for name, value in table.items()}
         found |= {_VARIABLES[name]: (name, value) for name, value in given.items()}
-        if "url" not in found:
+        if url is not None or "url" not in found:
+            found["url"] = ("the URL", default_url if url is None else url)
+        if found["url"][1] is None:
             raise ConfigurationError(
                 "VTOKEN_URL is not set: it names the store, e.g. VTOKEN_URL=sqlite:///tokens.db"
             )

@@ -167,7 +167,7 @@ def _whole(value: object) -> int:
     raise ConfigurationError("must be a whole number")
 
 
-def _minutes(value: object) -> float | None:
+def minutes(value: object) -> float | None:
     """A lifetime: minutes as a number, a text with a unit, or "never"."""
     if isinstance(value, str) and value.strip().lower() == "never":
         return None
@@ -209,7 +209,7 @@ def _as_it_is(value: object) -> object:
 
 
 _SETTINGS_VALUES: Final[dict[str, Callable[[object], object]]] = {
-    "default_expiration": _minutes,
+    "default_expiration": minutes,
     "default_key_generator": text,
     "default_key_length": _whole,
     "default_key_chars": text,
@@ -219,7 +219,7 @@ _SETTINGS_VALUES: Final[dict[str, Callable[[object], object]]] = {
     "key_storage": _choice(*get_args(KeyStorage)),
 }
 _POLICY_VALUES: Final[dict[str, Callable[[object], object]]] = {
-    "expiration": _minutes,
+    "expiration": minutes,
     "key_generator": text,
     "key_length": _whole,
     "key_chars": text,

@@ -1,0 +1,176 @@
+"""The application: from arguments to a command, and from its end to an exit status.
+
+====== =============================================================================
+status meaning
+====== =============================================================================
+0      valid, or done
+1      not valid; too many attempts; a cooldown runs
+2      usage or configuration; also an argument out of its range
+3      the store failed: not there, not reachable, damaged, outcome unknown
+4      an unexpected error: a mistake in vtoken, or in the application's own hooks and generators
+130    interrupted by Ctrl-C
+141    the reader of the answer is gone, as for every program in a pipe
+====== =============================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+from cyclopts import App, CycloptsError
+from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
+
+from vtoken._version import __version__
+from vtoken.cli import demo, store, tokens
+from vtoken.cli.options import Output
+from vtoken.cli.output import Result, print_json, show, show_error
+from vtoken.errors import (
+    BackendError,
+    CooldownActive,
+    InvalidToken,
+    TooManyAttempts,
+    VTokenError,
+)
+
+NOT_VALID: Final = 1
+USAGE: Final = 2
+STORE_FAILED: Final = 3
+UNEXPECTED: Final = 4
+INTERRUPTED: Final = 130
+READER_GONE: Final = 141
+
+app = App(
+    name="vtoken",
+    version=__version__,
+    help="Verification tokens: password reset, e-mail confirmation, codes, magic links, invitations.",
+)
+for _command in (
+    demo.demo,
+    tokens.issue,
+    tokens.check,
+    tokens.consume,
+    tokens.deactivate,
+    store.purge,
+    store.stats,
+    store.config,
+):
+    app.command(_command)
+
+
+def main() -> int:
+    """Run the command that the process was started with, and return its exit status."""
+    if sys.stdout is None or sys.stderr is None:  # started with one of them closed
+        sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")
+        sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a real stream has it
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # quiets the flush at exit
+        return READER_GONE if isinstance(error, BrokenPipeError) else status or STORE_FAILED
+    return status
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command, print its answer or its error, and return the exit status.
+
+    Args:
+        arguments: without the program's name.
+    """
+    as_json = "--json" in arguments
+    try:
+        command, bound, _ = app.parse_args(list(arguments), exit_on_error=False, print_error=False)
+        bound.apply_defaults()
+        as_json = any(isinstance(value, Output) and value.json for value in bound.arguments.values())
+        answer = command(*bound.args, **bound.kwargs)
+        if not asyncio.iscoroutine(answer):  # --help and --version have printed theirs
+            return 0
+        result = asyncio.run(cast("Coroutine[Any, Any, Result]", answer))
+        show(result, as_json)
+    except KeyboardInterrupt:
+        show_error("Interrupted", "interrupted", as_json)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return READER_GONE
+    except Exception as error:
+        return _report(error, as_json)
+    return result.status
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    """Print an error in one line, and return the exit status that it stands for."""
+    kind, data = type(error).__name__, dict[str, Any]()
+    if isinstance(error, CycloptsError):
+        show_error("UsageError", _usage(error), as_json)
+        return USAGE
+    if isinstance(error, TooManyAttempts | CooldownActive):
+        data["retry_after"] = error.retry_after
+    if isinstance(error, InvalidToken):
+        data["reason"] = error.reason
+        if as_json:
+            print_json({"valid": False, **data})
+    if isinstance(error, VTokenError):
+        show_error(kind, _message(error), as_json, **data)
+        return _status(error)
+    if isinstance(error, OSError):  # a temporary folder that cannot be written, say
+        show_error(kind, error.strerror or kind, as_json)
+        return STORE_FAILED
+    show_error(kind, f"unexpected {kind}{_place(error)}", as_json)
+    return UNEXPECTED
+
+
+def _status(error: VTokenError) -> int:
+    if isinstance(error, InvalidToken | CooldownActive):
+        return NOT_VALID
+    return STORE_FAILED if isinstance(error, BackendError) else USAGE
+
+
+def _message(error: VTokenError) -> str:
+    if isinstance(error, TooManyAttempts):
+        return f"Too many attempts: nothing was compared. Try again in {error.retry_after:.0f} seconds."
+    if isinstance(error, CooldownActive):
+        return f"{error} Try again in {error.retry_after:.0f} seconds."
+    if isinstance(error, InvalidToken):
+        return f"{error} ({error.reason})"
+    return str(error) or type(error).__name__
+
+
+def _usage(error: CycloptsError) -> str:
+    """What was wrong with the arguments, without repeating one that may be a key."""
+    error.verbose = False
+    text = str(error)
+    if isinstance(error, UnusedCliTokensError):
+        text = "Too many arguments: one that holds spaces needs quotes."
+    elif isinstance(error, UnknownOptionError) and "Did you mean" not in text:
+        text = "Unknown option."
+    command = " ".join(("vtoken", *(error.command_chain or ())))
+    return f"{text} See {command} --help."
+
+
+def _place(error: Exception) -> str:
+    """Where an unexpected error came from; its message is not shown, because it may hold a key."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return ""
+    return f" in {Path(traceback.tb_frame.f_code.co_filename).name}, line {traceback.tb_lineno}"
+
+
+class _OneLine(logging.Formatter):
+    """A log record in one line: of an exception its type only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = record.exc_info[0] if record.exc_info else None
+        return f"vtoken: {record.getMessage()}{f' ({kind.__name__})' if kind else ''}"
