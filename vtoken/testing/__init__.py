@@ -39,6 +39,7 @@ with suppress(ModuleNotFoundError):
     )
 
 from vtoken.testing._bench import Case, Clock
+from vtoken.testing._durable import DurableBackendConformance
 from vtoken.testing._suite import BackendConformance
 
-__all__ = ["BackendConformance", "Case", "Clock"]
+__all__ = ["BackendConformance", "Case", "Clock", "DurableBackendConformance"]

@@ -242,6 +242,7 @@ async def find_all(backend: TokenBackend) -> list[StoredToken]:
     page = await backend.find(Match(), 500)
     while page:
         found += page
+        assert len({token.id for token in found}) == len(found), "a page repeats the one before"
         page = await backend.find(Match(), 500, (found[-1].created_at, found[-1].id))
     return found
 

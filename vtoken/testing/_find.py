@@ -60,6 +60,7 @@ class FindCases(Suite):
                 while page := await backend.find(match, limit, after):
                     assert len(page) <= limit
                     joined += page
+                    assert len(joined) <= len(whole)
                     after = (page[-1].created_at, page[-1].id)
                 assert joined == whole
         assert await backend.find(Match(), 9, (NOW, "")) == []

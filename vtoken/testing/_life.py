@@ -215,12 +215,9 @@ class LifeCases(Suite):
         async def works(cancelled: bool) -> None:
             await backend.open()
             await put(backend)
-            while True:
+            for _ in range(2):  # a cancelled close may leave one open to be closed
                 await backend.close()
-                try:
-                    await backend.count(NOW)
-                except BackendClosed:
-                    break
+            await refused(BackendClosed, backend.count(NOW))
             await put(other)
 
         async def open_and_close() -> None:
