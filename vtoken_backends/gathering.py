@@ -1,0 +1,117 @@
+"""Gathering: concurrent operations share one trip to the store (also called micro-batching).
+
+While one batch is on its way the next one collects. An operation that comes alone goes at once: there
+is no timer. Nobody is told of success before the batch that holds the operation has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+from vtoken.errors import BackendError
+
+Op = TypeVar("Op")
+
+MAX_BATCH: Final = 256
+"""Operations in one trip. More of them gain little more and make the first one wait for the last."""
+MAX_WAITING: Final = 8192
+"""Operations that wait for their trip in one event loop; further callers wait before they join."""
+
+
+class _Waiting(NamedTuple, Generic[Op]):
+    op: Op
+    answer: asyncio.Future[object]
+
+
+class _Queue(Generic[Op]):
+    """The operations of one event loop that wait for their trip, first come, first served."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Waiting[Op]] = deque()
+        self.driver: asyncio.Task[None] | None = None
+        self.room = asyncio.Event()
+
+
+class Gatherer(Generic[Op]):
+    """Carries operations to the store in batches, one batch after the other.
+
+    Args:
+        carry: takes 1 to ``max_batch`` operations, in the order in which they came, and returns
+            an answer for each; an answer that is an exception is raised to the caller it belongs to. What
+            ``carry`` itself raises is raised to every caller of the batch.
+        max_batch: operations in one batch, 1 or more.
+    """
+
+    def __init__(
+        self, carry: Callable[[Sequence[Op]], Awaitable[Sequence[object]]], max_batch: int = MAX_BATCH
+    ) -> None:
+        self._carry = carry
+        self._max_batch = max_batch
+        # A queue for each event loop: futures and tasks belong to one, the store serves them all.
+        self._queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue[Op]] = WeakKeyDictionary()
+
+    async def submit(self, op: Op) -> object:
+        """Have an operation carried, and return its answer.
+
+        Cancelled while it waits, the operation is left out; cancelled on its way, it is carried out and
+        its neighbours don't notice.
+        """
+        loop = asyncio.get_running_loop()
+        queue = self._queues.get(loop)
+        if queue is None:
+            queue = self._queues[loop] = _Queue()
+        while len(queue.waiting) >= MAX_WAITING:
+            queue.room.clear()
+            await queue.room.wait()
+        answer: asyncio.Future[object] = loop.create_future()
+        queue.waiting.append(_Waiting(op, answer))
+        if queue.driver is None:
+            queue.driver = loop.create_task(self._drive(queue))
+        return await answer
+
+    async def _drive(self, queue: _Queue[Op]) -> None:
+        batch: list[_Waiting[Op]] = []
+        try:
+            while queue.waiting:
+                batch = self._next_batch(queue)
+                if batch:
+                    _deliver(batch, await self._try(batch))
+        finally:
+            queue.driver = None
+            # Cancelled with its event loop: nobody must wait for an answer that will not come.
+            for _, answer in (*batch, *queue.waiting):
+                answer.cancel()
+            queue.waiting.clear()
+
+    def _next_batch(self, queue: _Queue[Op]) -> list[_Waiting[Op]]:
+        batch: list[_Waiting[Op]] = []
+        while queue.waiting and len(batch) < self._max_batch:
+            entry = queue.waiting.popleft()
+            if not entry.answer.done():  # its caller was cancelled
+                batch.append(entry)
+        queue.room.set()
+        return batch
+
+    async def _try(self, batch: list[_Waiting[Op]]) -> Sequence[object]:
+        try:
+            return await self._carry([entry.op for entry in batch])
+        except BackendError as error:
+            # One for each: an exception that several tasks raise would collect all of their tracebacks.
+            return [type(error)(*error.args) for _ in batch]
+        except Exception as error:
+            failure = error
+        return [BackendError(f"{type(failure).__name__} in the backend") for _ in batch]
+
+
+def _deliver(batch: list[_Waiting[Op]], answers: Sequence[object]) -> None:
+    for (_, waiter), answer in zip(batch, answers, strict=True):
+        if waiter.done():
+            continue
+        if isinstance(answer, Exception):
+            waiter.set_exception(answer)
+        else:
+            waiter.set_result(answer)
