@@ -1,0 +1,1 @@
+"""How fast, beside what an application would write by hand: ``python -m tests.benchmarks``."""

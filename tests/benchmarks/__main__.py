@@ -1,0 +1,120 @@
+"""``python -m tests.benchmarks``: run them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from . import machine, report, slow_disk, sqlite
+from .cells import Cell, Entry
+from .rounds import Effort, Result, run
+from .targets import verdicts
+
+_STORES = ("sqlite", "memory", "mongodb")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="all cells, longer rounds (a quick pass without)")
+    parser.add_argument("--only", choices=_STORES, help="one store")
+    parser.add_argument("--match", default="", help="only cells whose title has this text, e.g. 'issue, 256'")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, help="of one round of one contender")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
+    )
+    parser.add_argument("--slow-disk", action="store_true", help=argparse.SUPPRESS)  # for our own child
+    return parser.parse_args()
+
+
+class _Session:
+    """One run of the benchmarks."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.effort = Effort(options.rounds, options.seconds or (1.0 if options.full else 0.12))
+        self.results: list[Result] = []
+        self.absent: list[str] = []
+
+    def wants(self, store: str) -> bool:
+        return self.options.only in (None, store)
+
+    def measure(self, cells: Iterable[tuple[Cell, list[Entry]]]) -> None:
+        for cell, entries in cells:
+            if self.options.match not in str(cell):
+                continue
+            result = run(cell, entries, self.effort)
+            self.results.append(result)
+            _say("\n".join(report.cell_lines(result)))
+
+    def slow_disk(self, folder: Path) -> None:
+        """In a child, whose disk is slow; it prints its cells itself."""
+        why_not = slow_disk.why_not()
+        if why_not:
+            self.skip(why_not)
+            return
+        out = folder / "slow-disk.json"
+        command = [sys.executable, "-m", __package__ or "tests.benchmarks", "--slow-disk", "--json", str(out)]
+        command += ["--rounds", str(self.options.rounds), "--seconds", str(self.effort.seconds)]
+        command += ["--folder", str(folder), "--match", self.options.match, *["--full"] * self.options.full]
+        subprocess.run(command, check=True, env=slow_disk.environment(folder))
+        self.results += [Result.from_json(data) for data in json.loads(out.read_text())["cells"]]
+
+    def skip(self, why: str) -> None:
+        self.absent.append(why)
+        _say(f"absent: {why}")
+
+    def as_json(self, folder: Path) -> dict[str, Any]:
+        return {
+            "machine": machine.describe(folder),
+            "mode": "full" if self.options.full else "quick",
+            "rounds": self.effort.rounds,
+            "seconds": self.effort.seconds,
+            "absent": self.absent,
+            "cells": [result.as_json() for result in self.results],
+        }
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    options = _arguments()
+    session = _Session(options)
+    begun = monotonic()
+    with tempfile.TemporaryDirectory(prefix="vtoken-benchmarks-", dir=options.folder) as name:
+        folder = Path(name)
+        if options.slow_disk:
+            slow_disk.check(folder)
+            session.measure(sqlite.Stores(folder).slow_cells(options.full))
+        else:
+            _say(f"load average {machine.load_average()} at the beginning")
+            _run_all(session, folder)
+            _say("\nTargets, at the median of the rounds:")
+            _say("\n".join(report.verdict_lines(verdicts(session.results))))
+            _say(f"{monotonic() - begun:.0f} s; load average {machine.load_average()} at the end")
+        if options.json:
+            options.json.write_text(json.dumps(session.as_json(folder), indent=1))
+
+
+def _run_all(session: _Session, folder: Path) -> None:
+    if session.wants("sqlite"):
+        stores = sqlite.Stores(folder)
+        for why in stores.absent:
+            session.skip(why)
+        session.measure(stores.cells(session.options.full))
+        session.slow_disk(folder)
+
+
+if __name__ == "__main__":
+    main()

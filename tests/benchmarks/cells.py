@@ -1,0 +1,157 @@
+"""A cell: one workload, at one number of tasks, on one store, in one situation, for one contender at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from . import slow_disk
+from .atomicity import verify
+from .beside import Beside, beside
+from .contender import Contender, Kind, Op, Run
+
+Workload = Literal["issue", "check", "consume", "mix"]
+
+MIX: Final[dict[Kind, int]] = {"check": 60, "issue": 25, "consume": 15}
+_MOST_CHECKED: Final = 1000
+_WARM_UP: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is measured.
+
+    Args:
+        store: ``"sqlite"``, ``"mongodb"`` or ``"memory"``.
+        workload: one kind of operation, or a mix of them.
+        tasks: how many of the application's tasks ask at once.
+        beside: what else goes on.
+    """
+
+    store: str
+    workload: Workload
+    tasks: int
+    beside: Beside = ""
+
+    def __str__(self) -> str:
+        tasks = f"{self.tasks} task{'s' * (self.tasks > 1)}"
+        situation = {
+            "": "",
+            "ticker": ", beside a 1 ms ticker",
+            "busy loop": ", beside a 50 % busy loop",
+            "slow fsync": ", 2 ms added to each fsync",
+        }
+        return f"{self.store} {self.workload}, {tasks}{situation[self.beside]}"
+
+
+class Entry(NamedTuple):
+    """A contender by its name, and how to get one with a fresh store, open."""
+
+    name: str
+    fresh: Callable[[], AbstractAsyncContextManager[Contender]]
+
+
+class Sample(NamedTuple):
+    """What one round has shown of one contender."""
+
+    rate: float
+    """Operations per second."""
+    p99: float
+    """Seconds that one operation in a hundred took longer than."""
+    tick_p99: float | None
+    """Seconds that one tick in a hundred was later than, where there was a ticker."""
+    syncs: float | None
+    """Calls of fsync for each operation, where they are counted."""
+
+
+class Plan(NamedTuple):
+    """The operations of a cell, and whose tokens must be there before."""
+
+    filled: list[str]
+    ops: Callable[[Sequence[str]], list[Op]]
+    """From the keys of ``filled``."""
+
+
+def plan(workload: Workload, count: int, prefix: str = "") -> Plan:
+    """So many operations of a workload, the same ones each time.
+
+    An issue finds an older token in every second case. A token that is consumed is never checked.
+
+    Args:
+        workload: which.
+        count: how many, 1 or more.
+        prefix: of the objects' names.
+    """
+    kinds: list[Kind] = [workload] * count if workload != "mix" else _mixed(count)
+    subjects = max(kinds.count("issue") // 2, 1)
+    consumed = [f"{prefix}consume-{number}" for number in range(kinds.count("consume"))]
+    checked = [f"{prefix}check-{number}" for number in range(min(kinds.count("check"), _MOST_CHECKED))]
+    filled = [*consumed, *checked]
+
+    def ops(keys: Sequence[str]) -> list[Op]:
+        key_of = dict(zip(filled, keys, strict=True))
+        to_consume, issued = iter(consumed), 0
+        dice = random.Random(count)  # noqa: S311  # the same order for every contender
+        made: list[Op] = []
+        for kind in kinds:
+            if kind == "issue":
+                object_id = f"{prefix}issue-{issued % subjects}"
+                issued += 1
+                made.append(Op(kind, object_id))
+            else:
+                object_id = next(to_consume) if kind == "consume" else dice.choice(checked)
+                made.append(Op(kind, object_id, key_of[object_id]))
+        return made
+
+    return Plan(filled, ops)
+
+
+def _mixed(count: int) -> list[Kind]:
+    kinds: list[Kind] = [kind for kind, share in MIX.items() for _ in range(-(-count * share // 100))]
+    random.Random(count).shuffle(kinds)  # noqa: S311  # the same order for every contender
+    return kinds
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that a share of the values does not exceed."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def measure(entry: Entry, cell: Cell, count: int) -> Sample:
+    """One round of one contender: a fresh store, a warm-up, the operations, and the check of what is stored.
+
+    Raises:
+        NotAtomicError: the contender is fast and wrong.
+    """
+    return asyncio.run(_measure(entry, cell, count))
+
+
+async def _measure(entry: Entry, cell: Cell, count: int) -> Sample:
+    async with entry.fresh() as contender:
+        warm, warm_ops, warm_run = await _warm_up(contender, cell)
+        planned = plan(cell.workload, count)
+        ops = planned.ops(await contender.fill(planned.filled))
+        gc.collect()
+        syncs = slow_disk.syncs()
+        async with beside(cell.beside) as late:
+            run = await contender.run(ops, cell.tasks)
+        synced = None if syncs is None else ((slow_disk.syncs() or 0) - syncs) / len(ops)
+        both = Run([*warm_run.answers, *run.answers], warm_run.waits + run.waits, run.seconds)
+        await verify(contender, [*warm.filled, *planned.filled], [*warm_ops, *ops], both)
+    return Sample(len(ops) / run.seconds, percentile(run.waits, 0.99), _late(late), synced)
+
+
+async def _warm_up(contender: Contender, cell: Cell) -> tuple[Plan, list[Op], Run]:
+    warm = plan(cell.workload, min(_WARM_UP, 4 * cell.tasks), "warm-up-")
+    ops = warm.ops(await contender.fill(warm.filled))
+    return warm, ops, await contender.run(ops, cell.tasks)
+
+
+def _late(late: array[float]) -> float | None:
+    return percentile(late, 0.99) if late else None

@@ -1,0 +1,90 @@
+"""The cells of SQLite, and who takes part in them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from .by_hand import HandWritten, Plain, rows_of
+from .cells import Cell, Entry, Workload
+from .contender import Contender, Row
+from .ours import VToken
+
+WORKLOADS: Final[tuple[Workload, ...]] = ("issue", "consume", "check")
+
+
+class Stores:
+    """Who takes part, each time with a fresh file in one folder.
+
+    Args:
+        folder: on the file system that is measured.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.ours = self._entry("vtoken", vtoken)
+        self.by_hand = self._entry(HandWritten.name, HandWritten)
+        self.plain_1 = self._entry("plain sqlite3, 1 per transaction", lambda own: Plain(own, 1))
+        self.plain_256 = self._entry("plain sqlite3, 256 per transaction", lambda own: Plain(own, 256))
+        self.absent: list[str] = []
+        self.sqlalchemy = self._sqlalchemy()
+
+    def _entry(self, name: str, make: Callable[[Path], Contender]) -> Entry:
+        @contextlib.asynccontextmanager
+        async def fresh() -> AsyncGenerator[Contender]:
+            with tempfile.TemporaryDirectory(dir=self._folder) as own:
+                contender = make(Path(own))
+                await contender.open()
+                try:
+                    yield contender
+                finally:
+                    await contender.close()
+
+        return Entry(name, fresh)
+
+    def _sqlalchemy(self) -> tuple[Entry, ...]:
+        if find_spec("sqlalchemy") is None or find_spec("greenlet") is None:
+            self.absent.append('SQLAlchemy async: not installed (pip install "vtoken[bench]")')
+            return ()
+        from .by_sqlalchemy import SQLAlchemy  # noqa: PLC0415  # an optional contender
+
+        return (self._entry(SQLAlchemy.name, SQLAlchemy),)
+
+    def cells(self, full: bool) -> Iterable[tuple[Cell, list[Entry]]]:
+        """What is measured, the most important first."""
+        for workload in WORKLOADS:
+            yield (
+                Cell("sqlite", workload, 256),
+                [self.ours, self.by_hand, self.plain_1, self.plain_256, *self.sqlalchemy],
+            )
+        for workload in WORKLOADS:
+            yield Cell("sqlite", workload, 1), [self.ours, self.by_hand, *self.sqlalchemy * full]
+        for workload in WORKLOADS if full else ():
+            yield Cell("sqlite", workload, 16), [self.ours, self.by_hand, *self.sqlalchemy]
+        for tasks in (1, 16, 256) if full else (256,):
+            yield Cell("sqlite", "mix", tasks), [self.ours, self.by_hand, *self.sqlalchemy * full]
+        for workload in WORKLOADS if full else WORKLOADS[:2]:
+            yield Cell("sqlite", workload, 256, "busy loop"), [self.ours, self.by_hand]
+        for workload in WORKLOADS:
+            yield Cell("sqlite", workload, 256, "ticker"), [self.ours, self.by_hand]
+
+    def slow_cells(self, full: bool) -> Iterable[tuple[Cell, list[Entry]]]:
+        """What is measured on a slow disk."""
+        for workload in WORKLOADS[:2]:
+            for tasks in (1, 256) if full else (256,):
+                entries = [self.ours, self.by_hand, self.plain_256, *self.sqlalchemy * full]
+                yield Cell("sqlite", workload, tasks, "slow fsync"), entries
+
+
+def vtoken(folder: Path) -> VToken:
+    """vtoken on a file of its own."""
+    path = folder / "tokens.db"
+
+    async def look() -> list[Row]:
+        return rows_of(path)
+
+    return VToken(f"sqlite:///{path}", look)
