@@ -137,6 +137,7 @@ async def test_the_durable_settings_are_really_set(path: Path, level: tuple[str,
         assert await backend._run("PRAGMA synchronous", Private()) == [(level[1],)]
         assert await backend._run("PRAGMA busy_timeout", Private()) == [(30_000,)]
         assert await backend._run("PRAGMA trusted_schema", Private()) == [(0,)]
+        assert await backend._run("PRAGMA secure_delete", Private()) == [(1,)]
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal", "wal left by a crash"])

@@ -317,9 +317,10 @@ def test_a_loop_closed_in_mid_operation_does_not_stop_the_backend(path: Path) ->
     assert not worker.is_alive()
 
     async def afterwards() -> None:
-        assert await backend.find(subject(), 9) == [token(1)]
-        assert await backend.insert(token(2), InsertMode.REPLACE) is InsertResult.INSERTED
-        await backend.close()
+        async with asyncio.timeout(60):
+            assert await backend.find(subject(), 9) == [token(1)]
+            assert await backend.insert(token(2), InsertMode.REPLACE) is InsertResult.INSERTED
+            await backend.close()
 
     asyncio.run(afterwards())
     assert set(threading.enumerate()) <= before | {worker}

@@ -219,7 +219,7 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
     for setting in (
         "trusted_schema = OFF",
         "cell_size_check = ON",
-        "secure_delete = FAST",
+        "secure_delete = ON",
         f"fullfsync = {int(options.synchronous == 'full')}",
         f"synchronous = {options.synchronous}",
         "wal_autocheckpoint = 4000",
