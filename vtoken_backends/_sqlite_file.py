@@ -101,7 +101,7 @@ _SCHEMA: Final = (
     END
     """,
     """
-    CREATE TRIGGER tokens_use AFTER UPDATE OF uses ON tokens WHEN NEW.overlap > 0
+    CREATE TRIGGER tokens_use AFTER UPDATE OF uses ON tokens WHEN NEW.overlap > 0 AND OLD.is_active = 1
     BEGIN
         UPDATE tokens SET is_active = 0, ends_at = min(ends_at, NEW.used_at - 1)
         WHERE (content_type, object_id, slug) = (NEW.content_type, NEW.object_id, NEW.slug) AND is_active = 1
