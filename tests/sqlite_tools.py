@@ -1,6 +1,7 @@
 """What the tests of the SQLite backend share."""
 
 # looking at a small file is no wait to speak of
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from vtoken.backend import (
     Match,
     StoredToken,
 )
+from vtoken_backends._sqlite_batch import Operation, Private, Rows
 from vtoken_backends.sqlite import SQLiteBackend
 
 B = TypeVar("B", bound=SQLiteBackend)
@@ -107,3 +109,8 @@ async def no_more_than(most: int, count: Callable[[], int]) -> None:
     async with asyncio.timeout(60):
         while count() > most:  # noqa: ASYNC110  # threads set no event when they end
             await asyncio.sleep(0.01)
+
+
+async def ask(backend: SQLiteBackend, sql: str) -> Rows:
+    """Have the backend's own connection answer: its settings can be seen from nowhere else."""
+    return await backend._submit(Operation(lambda: (sql, Private()), False, ()))

@@ -31,10 +31,11 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
-from vtoken_backends._sqlite_file import Private, as_backend_error
+from vtoken_backends._sqlite_file import as_backend_error
 from vtoken_backends.sqlite import SQLiteBackend
 
 from .sqlite_tools import (
+    ask,
     beside,
     digest,
     make_store,
@@ -133,11 +134,11 @@ async def test_an_empty_file_becomes_a_store(path: Path) -> None:
 async def test_the_durable_settings_are_really_set(path: Path, level: tuple[str, int]) -> None:
     backend = SQLiteBackend.from_url(f"sqlite:///{path}", synchronous=level[0])
     async with opened(backend):
-        assert await backend._run("PRAGMA journal_mode", Private()) == [("wal",)]
-        assert await backend._run("PRAGMA synchronous", Private()) == [(level[1],)]
-        assert await backend._run("PRAGMA busy_timeout", Private()) == [(30_000,)]
-        assert await backend._run("PRAGMA trusted_schema", Private()) == [(0,)]
-        assert await backend._run("PRAGMA secure_delete", Private()) == [(1,)]
+        assert await ask(backend, "PRAGMA journal_mode") == [("wal",)]
+        assert await ask(backend, "PRAGMA synchronous") == [(level[1],)]
+        assert await ask(backend, "PRAGMA busy_timeout") == [(30_000,)]
+        assert await ask(backend, "PRAGMA trusted_schema") == [(0,)]
+        assert await ask(backend, "PRAGMA secure_delete") == [(1,)]
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal", "wal left by a crash"])
@@ -282,7 +283,7 @@ async def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None
 
 async def test_a_full_store_still_reads_and_works_again_when_there_is_room(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as backend:
-        await backend._run("PRAGMA max_page_count = 1", Private())  # SQLite takes what there is
+        await ask(backend, "PRAGMA max_page_count = 1")  # SQLite takes what there is
         stored = 0
 
         async def fill() -> None:
@@ -293,7 +294,7 @@ async def test_a_full_store_still_reads_and_works_again_when_there_is_room(path:
         with pytest.raises(BackendUnavailable, match="full"):
             await fill()
         assert len(await backend.find(Match(), 1000)) == stored
-        await backend._run("PRAGMA max_page_count = 100000", Private())
+        await ask(backend, "PRAGMA max_page_count = 100000")
         assert await backend.insert(token(stored), InsertMode.ADD) is InsertResult.INSERTED
 
 

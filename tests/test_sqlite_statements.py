@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +19,13 @@ from vtoken.backend import (
     Budget,
     ForgetKey,
     InsertMode,
+    InsertResult,
     Match,
     SetExtraData,
     Use,
 )
-from vtoken_backends._sqlite_file import Private
-from vtoken_backends.sqlite import _INSERT, SQLiteBackend, _encode
+from vtoken_backends._sqlite_batch import Operation, Rows
+from vtoken_backends.sqlite import SQLiteBackend
 
 from .sqlite_tools import (
     NOW,
@@ -44,11 +47,13 @@ class Spy(SQLiteBackend):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.sent: list[tuple[str, Private]] = []
+        self.sent: list[tuple[str, Sequence[Any]]] = []
 
-    async def _run(self, sql: str, parameters: Private) -> list[Private]:
-        self.sent.append((sql, parameters))
-        return await super()._run(sql, parameters)
+    async def _submit(self, operation: Operation) -> Rows:
+        self.sent.append(operation.alone())
+        if operation.kind is not None:
+            self.sent.append(operation.kind([operation] * 5))
+        return await super()._submit(operation)
 
 
 SCANS = ("SCAN tokens", "SCAN budgets")
@@ -90,7 +95,7 @@ async def test_every_statement_goes_by_an_index(path: Path) -> None:
 async def test_the_plan_of_a_full_scan_would_be_seen(path: Path) -> None:
     async with opened(Spy(path)) as backend:
         await backend.find(Match(slug="reset"), 1)
-        [(sql, parameters)] = backend.sent
+        (sql, parameters), *_ = backend.sent
         with plain(path) as database:
             plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
         assert any(step.startswith(SCANS) for step in plan)
@@ -98,20 +103,19 @@ async def test_the_plan_of_a_full_scan_would_be_seen(path: Path) -> None:
 
 async def test_one_statement_of_many_rows_goes_row_by_row(path: Path) -> None:
     rows = [
-        (token(1, "a"), 1, 0),
-        (token(2, "a"), 1, 0),  # replaces 1
-        (token(2, "b"), 0, 0),  # its digest is taken
-        (token(3, "a"), 2, 0),  # 2 is valid
-        (token(4, "c"), 2, 0),
-        (token(5, "c"), 2, 0),  # 4 is valid
-        (token(6, "a"), 1, NOW + 10),  # overlaps 2
+        (token(1, "a"), InsertMode.REPLACE, 0),
+        (token(2, "a"), InsertMode.REPLACE, 0),  # replaces 1
+        (token(2, "b"), InsertMode.ADD, 0),  # its digest is taken
+        (token(3, "a"), InsertMode.IF_NONE_VALID, 0),  # 2 is valid
+        (token(4, "c"), InsertMode.IF_NONE_VALID, 0),
+        (token(5, "c"), InsertMode.IF_NONE_VALID, 0),  # 4 is valid
+        (token(6, "a"), InsertMode.REPLACE, NOW + 10),  # overlaps 2
     ]
-    one_row = _INSERT[_INSERT.index("VALUES ") + 7 : _INSERT.index(" ON CONFLICT")]
-    sql = _INSERT.replace(one_row, ", ".join([one_row] * len(rows))).replace("RETURNING 1", "RETURNING id")
-    parameters = [value for stored, mode, overlap in rows for value in (*_encode(stored), mode, overlap)]
     async with opened(SQLiteBackend(path)) as backend:
-        inserted = await backend._run(sql, Private(parameters))
-        assert [int(row[0], 16) for row in inserted] == [1, 2, 4, 6]
+        # All of them wait for the first trip, so they share one statement.
+        results = await asyncio.gather(*(backend.insert(*row) for row in rows))
+        inserted = [n for n, result in enumerate(results) if result is InsertResult.INSERTED]
+        assert inserted == [0, 1, 4, 6]
         active = {int(found.id, 16): found.expires_at for found in await backend.find(Match(active=True), 9)}
         assert active == {2: NOW + 10, 4: NOW + 1000, 6: NOW + 1000}
         assert await backend.update(Match(digests=(digest(6),), valid_at=NOW), Use(NOW + 1)) is not None
@@ -129,8 +133,8 @@ async def test_no_digest_in_any_log(path: Path, caplog: pytest.LogCaptureFixture
         await backend.find(Match(digests=(digest(1),)), 9)
         await backend.update(Match(digests=(digest(1),)), Use(NOW))
     loop.set_debug(False)
-    assert "INSERT INTO tokens" in caplog.text
-    assert "<23 values>" in caplog.text
+    assert "<1 operations>" in caplog.text
+    assert "<1 answers>" in caplog.text
     for secret in ("plain-as-day", repr(digest(1))[2:12], digest(1).hex()[:8]):
         assert secret not in caplog.text
 

@@ -24,7 +24,7 @@ from vtoken.backend import Match, StoredToken
 COLUMNS: Final = ", ".join(StoredToken._fields)
 _ROW: Final = f"({', '.join('?' * (len(StoredToken._fields) + 2))})"
 INSERT: Final = (
-    f"INSERT INTO tokens ({COLUMNS}, mode, overlap) VALUES {_ROW} ON CONFLICT DO NOTHING RETURNING id"
+    f"INSERT INTO tokens ({COLUMNS}, mode, overlap) VALUES {_ROW} ON CONFLICT DO NOTHING RETURNING id, digest"
 )
 USE: Final = (
     "uses = uses + 1, used_at = {at}, lease_id = '', lease_until = 0,"
@@ -79,9 +79,8 @@ class Operation(NamedTuple):
     Operations that share one of their ``subjects`` are carried out in the order in which they came.
     """
 
-    sql: str
-    """What it is alone."""
-    parameters: Private
+    alone: Callable[[], tuple[str, Private]]
+    """Makes its own statement, with the values."""
     writes: bool
     subjects: tuple[Hashable, ...]
     kind: Callable[[Sequence[Operation]], tuple[str, list[Any]]] | None = None
@@ -145,7 +144,7 @@ def insert_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
     size = _padded(len(operations))
     values: list[Any] = []
     for operation in operations:
-        values += operation.parameters
+        values += operation.shared
     values += [None] * ((size - len(operations)) * _ROW.count("?"))
     return _insert_sql(size), values
 
@@ -178,7 +177,7 @@ def _insert_sql(size: int) -> str:
     return (
         f"INSERT INTO tokens ({COLUMNS}, mode, overlap)"
         f" SELECT {columns} FROM (VALUES {', '.join([_ROW] * size)}) WHERE column1 IS NOT NULL"
-        " ON CONFLICT DO NOTHING RETURNING id"
+        " ON CONFLICT DO NOTHING RETURNING id, digest"
     )
 
 
@@ -253,7 +252,7 @@ class _Trip:
     def _run_alone(self, group: Iterable[int]) -> None:
         for number in group:
             operation = self._operations[number]
-            self._answers[number] = self._execute(operation.sql, operation.parameters)
+            self._answers[number] = self._execute(*operation.alone())
 
     def _run_shared(self, group: list[int]) -> None:
         operations = [self._operations[number] for number in group]
@@ -266,9 +265,11 @@ class _Trip:
                 self._answers[number] = _found(by_digest, *operation.shared)
             return
         if many is insert_many:
-            inserted = {row[0] for row in rows}
+            inserted = set(rows)
             for number, operation in zip(group, operations, strict=True):
-                self._answers[number] = [operation.shared] if operation.shared in inserted else []
+                name = operation.shared[_ID], operation.shared[_DIGEST]
+                self._answers[number] = [name] if name in inserted else []
+                inserted.discard(name)
             return
         used = {row[_DIGEST]: row for row in rows}
         left = []
@@ -297,7 +298,8 @@ class _Trip:
                 self._answers[number] = own
 
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> Rows:
-        return self._connection.execute(sql, parameters).fetchall()
+        rows: Rows = self._connection.execute(sql, parameters).fetchall()
+        return rows
 
 
 _NOT_YET: Final[Rows] = []

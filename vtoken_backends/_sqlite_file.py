@@ -12,7 +12,7 @@ import pathlib
 import sqlite3
 import threading
 import time
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from vtoken.errors import (
     BackendClosed,
@@ -22,6 +22,7 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
+from vtoken_backends._sqlite_batch import Connection
 
 APPLICATION_ID: Final = 0x76746F6B
 """``vtok``, in the header of every file that this backend made."""
@@ -31,15 +32,6 @@ CHECK_LIMIT: Final = 64 * 1024 * 1024
 
 Synchronous = Literal["full", "normal"]
 Check = Literal["auto", "always", "never"]
-
-
-class Private(tuple[Any, ...]):
-    """The parameters of a statement, or a row: neither a driver's log nor a traceback shows what is in it."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} values>"
 
 
 class Options(NamedTuple):
@@ -177,21 +169,17 @@ def _open_file(path: str, options: Options) -> sqlite3.Connection:
         timeout=options.busy_timeout / 1000,
         isolation_level=None,
         check_same_thread=False,  # abandon() closes it from where it is
+        factory=Connection,
     )
     try:
         _prepare(database, path, options)
     except BaseException:
         database.close()
         raise
-    database.row_factory = _private_row
     return database
 
 
 _FOREIGN: Final = "{} is a database, but not one of vtoken; it was left as it is"
-
-
-def _private_row(_cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> Private:
-    return Private(row)
 
 
 def _looks_foreign(path: str, url: str) -> bool:

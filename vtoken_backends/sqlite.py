@@ -1,27 +1,22 @@
 """Tokens in an SQLite file, by aiosqlite.
 
-Every operation is one SQL statement in autocommit, sent by one call of aiosqlite. Its worker thread
-finishes a statement whether or not the task still waits for it, so a cancelled operation has happened
-wholly or not at all and never leaves a transaction open. What an operation does beside its own row
-(replacing older tokens, ending an overlap) is done by triggers, within the same statement and row by
-row, so that the statements stay right when they carry many rows.
+Concurrent operations are gathered, and a batch of them is one call of aiosqlite. Its worker thread
+finishes a batch whether or not a task still waits for it, so a cancelled operation has happened wholly or
+not at all and never leaves a transaction open.
 """
-
-# ruff: noqa: S608  # the SQL is put together from this module's own texts; values are always parameters
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import difflib
-import json
 import os
 import sqlite3
 import sys
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, Final, NamedTuple, Self, TypeVar, cast
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import Any, NamedTuple, Self, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
 import aiosqlite
@@ -30,80 +25,20 @@ import anyio
 from vtoken.backend import (
     Budget,
     Change,
-    ForgetKey,
     InsertMode,
     InsertResult,
-    Lease,
     Match,
-    Release,
-    SetExtraData,
     SlugCount,
     Spent,
     StoredToken,
-    Use,
 )
 from vtoken.errors import BackendClosed, ConfigurationError, CorruptStore, VTokenError
-from vtoken_backends._sqlite_file import Check, Opener, Options, Private, Synchronous, as_backend_error
+from vtoken_backends import _sqlite_statements as statements
+from vtoken_backends._sqlite_batch import Answers, Batch, Operation, Rows
+from vtoken_backends._sqlite_file import Check, Opener, Options, Synchronous, as_backend_error
+from vtoken_backends.gathering import Gatherer
 
 _T = TypeVar("_T")
-
-_COLUMNS: Final = ", ".join(StoredToken._fields)
-_MODES: Final = {InsertMode.ADD: 0, InsertMode.REPLACE: 1, InsertMode.IF_NONE_VALID: 2}
-_ROW: Final = f"({', '.join('?' * (len(StoredToken._fields) + 2))})"
-_INSERT: Final = (
-    f"INSERT INTO tokens ({_COLUMNS}, mode, overlap) VALUES {_ROW} ON CONFLICT DO NOTHING RETURNING 1"
-)
-_WHY_NOT_INSERTED: Final = """
-    SELECT EXISTS (SELECT 1 FROM tokens WHERE digest = ?) OR EXISTS (SELECT 1 FROM tokens WHERE id = ?),
-        EXISTS (
-            SELECT 1 FROM tokens
-            WHERE (content_type, object_id, slug) = (?, ?, ?) AND is_active = 1
-                AND expires_at >= ? AND lease_until <= ?
-        )
-    """
-_PURGE: Final = """
-    DELETE FROM tokens WHERE seq IN (
-        SELECT seq FROM tokens WHERE ends_at < ? AND lease_until <= ? ORDER BY ends_at LIMIT ?
-    ) RETURNING 1
-    """
-_PURGE_BUDGETS: Final = """
-    DELETE FROM budgets WHERE (content_type, object_id, slug, kind) IN (
-        SELECT content_type, object_id, slug, kind FROM budgets WHERE until <= ? ORDER BY until LIMIT ?
-    )
-    """
-_COUNT: Final = """
-    SELECT slug, count(*), sum(is_active = 1 AND expires_at >= asked.now),
-        sum(is_active = 1 AND expires_at < asked.now), sum(is_active = 0 AND uses > 0)
-    FROM tokens, (SELECT ? AS now) AS asked GROUP BY slug
-    """
-# The write lock is held from the beginning of the statement, so what it reads is what it changes.
-# A product too great for an integer becomes a float and loses against max_window.
-_SPEND: Final = """
-    INSERT INTO budgets (content_type, object_id, slug, kind, spent, strikes, until)
-    WITH asked (content_type, object_id, slug, kind, now, most, window, max_window) AS (
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-    ),
-    state AS (
-        SELECT asked.*, spent, until,
-            spent > 0 AND until > now AND until + max_window > now AS running,
-            CASE
-                WHEN until IS NULL OR until + max_window <= now THEN 0
-                WHEN spent = 0 OR until > now THEN strikes
-                WHEN spent >= most THEN min(strikes + 1, 20)
-                ELSE 0
-            END AS strikes
-        FROM asked LEFT JOIN budgets USING (content_type, object_id, slug, kind)
-    )
-    SELECT content_type, object_id, slug, kind, iif(running, spent + 1, 1), strikes,
-        iif(running, until, now + min(window * (1 << strikes), max_window))
-    FROM state WHERE NOT ifnull(running, 0) OR spent < most
-    ON CONFLICT DO UPDATE SET spent = excluded.spent, strikes = excluded.strikes, until = excluded.until
-    RETURNING until
-    """
-_BUDGET: Final = "(content_type, object_id, slug, kind) = (?, ?, ?, ?)"
-_DENIED: Final = f"SELECT until FROM budgets WHERE {_BUDGET} AND until > ? AND spent >= ?"
-_REFUND: Final = f"UPDATE budgets SET spent = spent - 1 WHERE {_BUDGET} AND until = ? AND spent > 0"
-_RESET: Final = f"DELETE FROM budgets WHERE {_BUDGET}"
 
 
 class _Link(NamedTuple):
@@ -186,6 +121,7 @@ class SQLiteBackend:
             raise ConfigurationError("busy_timeout is a number of milliseconds, 0 to 2147483647")
         self._path = os.path.abspath(name)
         self._options = Options(synchronous, busy_timeout, check)
+        self._gatherer = Gatherer(self._carry)
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
@@ -245,13 +181,8 @@ class SQLiteBackend:
             await _translated(link.close())
 
     async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        overlap = keep_until if mode is InsertMode.REPLACE and keep_until > token.created_at else 0
-        row = Private((*_encode(token), _MODES[mode], overlap))
-        subject = (token.content_type, token.object_id, token.slug)
-        now = token.created_at
-        while not await self._run(_INSERT, row):
-            why = Private((token.digest, token.id, *subject, now, now))
-            [(key_taken, has_valid)] = await self._run(_WHY_NOT_INSERTED, why)
+        while not await self._submit(statements.insert(token, mode, keep_until)):
+            [(key_taken, has_valid)] = await self._submit(statements.why_not_inserted(token))
             if key_taken:
                 return InsertResult.KEY_TAKEN
             if has_valid and mode is InsertMode.IF_NONE_VALID:
@@ -260,64 +191,50 @@ class SQLiteBackend:
         return InsertResult.INSERTED
 
     async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
-        where, values = _conditions(match)
-        if after is not None:
-            where += " AND (created_at, id) < (?, ?)"
-        sql = f"SELECT {_COLUMNS} FROM tokens WHERE {where} ORDER BY created_at DESC, id DESC LIMIT ?"
-        return await self._tokens(sql, Private((*values, *(after or ()), limit)))
+        return self._decoded(await self._submit(statements.find(match, limit, after)))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
-        where, values = _conditions(match)
-        assignments, new_values = _assignments(change)
-        if isinstance(change, Use) and change.use_id:
-            where += " AND NOT EXISTS (SELECT 1 FROM json_each(use_ids) WHERE value = ?)"
-            values = Private((*values, change.use_id))
-        sql = (
-            f"UPDATE tokens SET {assignments} WHERE seq = ("
-            f"SELECT seq FROM tokens WHERE {where} ORDER BY created_at DESC, id DESC LIMIT 1"
-            f") RETURNING {_COLUMNS}"
-        )
-        tokens = await self._tokens(sql, Private((*new_values, *values)))
+        tokens = self._decoded(await self._submit(statements.update(match, change)))
         return tokens[0] if tokens else None
 
     async def deactivate(self, match: Match, at: int) -> int:
-        where, values = _conditions(match._replace(active=True))
-        sql = f"UPDATE tokens SET is_active = 0, ends_at = min(ends_at, ?) WHERE {where} RETURNING 1"
-        return len(await self._run(sql, Private((at - 1, *values))))
+        return len(await self._submit(statements.deactivate(match, at)))
 
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
-        purged = await self._run(_PURGE, Private((before, now, limit)))
-        await self._run(_PURGE_BUDGETS, Private((budgets_before, limit)))
+        purged = await self._submit(statements.purge(before, now, limit))
+        await self._submit(statements.purge_budgets(budgets_before, limit))
         return len(purged)
 
     async def count(self, now: int) -> list[SlugCount]:
-        return [SlugCount(*row) for row in await self._run(_COUNT, Private((now,)))]
+        return [SlugCount(*row) for row in await self._submit(statements.count(now))]
 
     async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
         while True:
-            taken = await self._run(_SPEND, Private((*budget, now, limit, window, max_window)))
+            taken = await self._submit(statements.spend(budget, now, limit, window, max_window))
             if taken:
                 return Spent(True, taken[0][0])
-            denied = await self._run(_DENIED, Private((*budget, now, limit)))
+            denied = await self._submit(statements.denied(budget, now, limit))
             if denied:
                 return Spent(False, denied[0][0])
             # It was given back or reset between the two: again.
 
     async def refund(self, budget: Budget, until: int) -> None:
-        await self._run(_REFUND, Private((*budget, until)))
+        await self._submit(statements.refund(budget, until))
 
     async def reset(self, budget: Budget) -> None:
-        await self._run(_RESET, Private(budget))
+        await self._submit(statements.reset(budget))
 
-    async def _tokens(self, sql: str, parameters: Private) -> list[StoredToken]:
-        tokens = [_decode(row) for row in await self._run(sql, parameters)]
-        sound = [token for token in tokens if token is not None]
-        if len(sound) < len(tokens):
+    def _decoded(self, rows: Rows) -> list[StoredToken]:
+        tokens = [token for row in rows if (token := statements.decode(row)) is not None]
+        if len(tokens) < len(rows):
             raise CorruptStore(f"{self._path} holds a token that makes no sense")
-        return sound
+        return tokens
 
-    async def _run(self, sql: str, parameters: Private) -> list[Private]:
-        """Send one statement, and all of the rows that it returns back."""
+    async def _submit(self, operation: Operation) -> Rows:
+        return cast(Rows, await self._gatherer.submit(operation))
+
+    async def _carry(self, operations: Sequence[Operation]) -> list[Rows | Exception]:
+        """Send a batch, and bring the answers back."""
         link = self._link
         if link is None:
             raise BackendClosed("the SQLite backend is not open")
@@ -327,8 +244,8 @@ class SQLiteBackend:
             )
         if not link.opener.worker_lives():
             link = await self._reconnect(link)
-        rows = await _translated(link.connection.execute_fetchall(sql, parameters))
-        return cast(list[Private], rows)
+        answers = cast(Answers, await _translated(link.connection.execute_fetchall("", Batch(operations))))
+        return [as_backend_error(a) if isinstance(a, Exception) else a for a in answers.answers]
 
     async def _connect(self) -> _Link:
         if not _runs_asyncio():
@@ -408,89 +325,3 @@ async def _translated(awaitable: Awaitable[_T]) -> _T:
     except (sqlite3.Error, OSError, ValueError) as error:
         failure = as_backend_error(error)
     raise failure
-
-
-def _conditions(match: Match) -> tuple[str, Private]:
-    """The WHERE of a match, and its values. is_active = 1 is spelled out, as its partial index wants."""
-    terms = ["1"]
-    values: list[object] = []
-    for column, value in (
-        ("id", match.id),
-        ("content_type", match.content_type),
-        ("object_id", match.object_id),
-        ("slug", match.slug),
-        ("context", match.context),
-        ("lease_id", match.lease_id),
-    ):
-        if value is not None:
-            terms.append(f"{column} = ?")
-            values.append(value)
-    if match.digests is not None:
-        terms.append(f"digest IN ({', '.join('?' * len(match.digests))})")
-        values.extend(match.digests)
-    if match.active or match.valid_at is not None:
-        terms.append("is_active = 1")
-    if match.valid_at is not None:
-        terms.append("expires_at >= ? AND lease_until <= ?")
-        values += (match.valid_at, match.valid_at)
-    if match.leased_at is not None:
-        terms.append("lease_until > ?")
-        values.append(match.leased_at)
-    return " AND ".join(terms), Private(values)
-
-
-def _assignments(change: Change) -> tuple[str, Private]:
-    match change:
-        case Use(at, use_id):
-            return (
-                "uses = uses + 1, used_at = ?, lease_id = '', lease_until = 0,"
-                " use_ids = iif(? = '', use_ids, json_insert(use_ids, '$[#]', ?)),"
-                " is_active = is_active AND uses + 1 < max_uses,"
-                " ends_at = iif(uses + 1 < max_uses, ends_at, min(ends_at, ?))"
-            ), Private((at, use_id, use_id, at - 1))
-        case Lease(lease_id, until):
-            return "lease_id = ?, lease_until = ?", Private((lease_id, until))
-        case Release():
-            return "lease_id = '', lease_until = 0", Private()
-        case SetExtraData(extra_data):
-            return "extra_data = ?", Private((extra_data,))
-        case ForgetKey():
-            return "plain_key = ''", Private()
-
-
-_ACTIVE: Final = StoredToken._fields.index("is_active")
-_USE_IDS: Final = StoredToken._fields.index("use_ids")
-
-
-def _encode(token: StoredToken) -> Private:
-    use_ids = json.dumps(token.use_ids, ensure_ascii=False) if token.use_ids else "[]"
-    return Private((*token[:_USE_IDS], use_ids, *token[_USE_IDS + 1 :]))
-
-
-def _decode(row: Private) -> StoredToken | None:
-    """The token of a row, or None where no backend of ours can have written it: the file is not trusted."""
-    try:
-        use_ids = json.loads(row[_USE_IDS])
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(use_ids, list):
-        return None
-    values = list(row)
-    values[_ACTIVE] = row[_ACTIVE] == 1
-    values[_USE_IDS] = tuple(use_ids)
-    token = StoredToken._make(values)
-    return token if row[_ACTIVE] in (0, 1) and _is_sound(token) else None
-
-
-def _is_sound(token: StoredToken) -> bool:
-    if (
-        len(token.digest) != 32
-        or min(token.created_at, token.expires_at, token.used_at, token.lease_until) < 0
-    ):
-        return False
-    if token.max_uses < 1 or len(token.use_ids) > token.uses:
-        return False
-    if not all(isinstance(use_id, str) for use_id in token.use_ids):
-        return False
-    # A token that was switched on again by hand: its end tells of it.
-    return token.ends_at == token.expires_at and token.uses < token.max_uses if token.is_active else True
