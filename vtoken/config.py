@@ -122,9 +122,12 @@ def _missing(path: str, error: ImportError) -> str:
 
 def _call(path: str, make: Any, url: str, *arguments: str, **options: Any) -> TokenBackend:
     """Make a backend, and pass on no error but vtoken's own: another one may hold the URL's password."""
-    problem: str
     try:
-        return cast("TokenBackend", make(*arguments, **options))
+        made = make(*arguments, **options)
+        missing = [name for name in vars(TokenBackend) if name[0] != "_" and not hasattr(made, name)]
+        if not missing:
+            return cast("TokenBackend", made)
+        problem = f"{path!r} is no TokenBackend: it has no {', '.join(missing)}"
     except VTokenError:
         raise
     except ImportError as error:  # a driver that an option asks for

@@ -66,8 +66,8 @@ for _command in (
 def main() -> int:
     """Run the command that the process was started with, and return its exit status."""
     if sys.stdout is None or sys.stderr is None:  # started with one of them closed
-        sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")
-        sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # as long as the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a real stream has it
     handler = logging.StreamHandler()

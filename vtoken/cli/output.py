@@ -39,7 +39,9 @@ def show(result: Result, as_json: bool) -> None:
         return
     # Without a terminal nothing is cut or wrapped to a width that nobody has.
     console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, soft_wrap=True)
-    console.print(result.text)
+    with console.capture() as captured:  # rich itself exits with status 1 when the reader has gone
+        console.print(result.text)
+    sys.stdout.write(captured.get())
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -1,0 +1,576 @@
+"""The command line: a few runs as real processes, the rest in this one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtoken import TokenEvent, __version__
+from vtoken.cli import run
+from vtoken.cli.options import DEFAULT_URL
+from vtoken.keys import random_key
+
+SECRET = "a-secret-of-the-tests-0123456789-0"
+USER = "auth.user:42"
+
+
+class Terminal:
+    """What a command printed, and how it ended."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: str) -> int:
+        """Run a command, and return its exit status."""
+        status = run(arguments)
+        self.out, self.err = self._capsys.readouterr()
+        assert "Traceback" not in self.out + self.err
+        assert "\x1b" not in self.out + self.err, "no colours without a terminal"
+        return status
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        """Run a command with ``--json``, and return its answer."""
+        assert self(*arguments, "--json") == status, self.err
+        return json.loads(self.out)
+
+    def error(self) -> Any:
+        """The error of the last command, printed as JSON in one line."""
+        assert self.err.count("\n") == 1
+        return json.loads(self.err)
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the outside, and a folder of this test's own for the default store."""
+    for name in [name for name in os.environ if name.startswith("VTOKEN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def vtoken(capsys: pytest.CaptureFixture[str]) -> Terminal:
+    """The command line, on an SQLite file."""
+    return Terminal(capsys)
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.BytesIO]:
+    """Standard input; what is written to it is what the command reads."""
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        yield content
+
+
+def feed(stdin: io.BytesIO, content: bytes) -> None:
+    """Make this what is read next."""
+    stdin.seek(0)
+    stdin.truncate()
+    stdin.write(content)
+    stdin.seek(0)
+
+
+def process(
+    *arguments: str, code: str = "", stdin: str | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m vtoken``, or code, as a process of its own."""
+    command = ["-c", code] if code else ["-m", "vtoken"]
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        input=stdin or "",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environ},
+        check=False,
+    )
+
+
+# A token's life ----------------------------------------------------------------------------------
+
+
+def test_a_token_is_issued_checked_and_consumed_once(vtoken: Terminal) -> None:
+    token = vtoken.json("issue", USER, "--slug", "reset", "--expires-in", "30", "--extra", '{"a": [1]}')
+    assert re.fullmatch("[A-Za-z0-9]{32}", token["key"])
+    assert (token["content_type"], token["object_id"], token["slug"]) == ("auth.user", "42", "reset")
+    assert token["extra_data"] == {"a": [1]}
+    assert token["is_active"] is True
+
+    checked = vtoken.json("check", USER, token["key"], "--slug", "reset")
+    assert (checked["valid"], checked["id"], checked["uses"]) == (True, token["id"], 0)
+    consumed = vtoken.json("consume", USER, token["key"], "--slug", "reset")
+    assert (consumed["valid"], consumed["id"], consumed["uses"]) == (True, token["id"], 1)
+    assert consumed["is_active"] is False
+    assert "key" not in checked
+    assert "key" not in consumed
+
+    refused = vtoken.json("consume", USER, token["key"], "--slug", "reset", status=1)
+    assert refused == {"valid": False, "reason": "used"}
+    assert vtoken.error()["error"] == "InvalidToken"
+    assert token["key"] not in vtoken.err
+
+
+def test_people_can_read_it(vtoken: Terminal) -> None:
+    assert vtoken("issue", USER, "--slug", "reset", "--expires-in", "never") == 0
+    lines = dict(line.split(maxsplit=1) for line in vtoken.out.splitlines())
+    assert (lines["subject"], lines["slug"], lines["expires"]) == (USER, "reset", "never")
+    key = lines["key"]
+    assert vtoken("check", USER, key, "--slug", "reset") == 0
+    assert vtoken.out.splitlines()[0].split() == ["valid", "yes"]
+    assert vtoken("consume", USER, key, "--slug", "reset") == 0
+    assert vtoken("check", USER, key, "--slug", "reset") == 1
+    assert (vtoken.out, vtoken.err) == ("", "vtoken: The token is not valid. (used)\n")
+
+
+@pytest.mark.parametrize(
+    ("subject", "slug"),
+    [("auth.user:43", "reset"), ("auth.group:42", "reset"), (USER, "login"), (USER, None)],
+)
+def test_another_object_or_purpose_does_not_match(vtoken: Terminal, subject: str, slug: str | None) -> None:
+    key = vtoken.json("issue", USER, "--slug", "reset")["key"]
+    option = [] if slug is None else ["--slug", slug]
+    assert vtoken.json("check", subject, key, *option, status=1) == {"valid": False, "reason": "unknown"}
+    assert vtoken("check", USER, key, "--slug", "reset") == 0
+
+
+def test_without_a_slug_a_token_without_one_is_meant(vtoken: Terminal) -> None:
+    token = vtoken.json("issue", USER)
+    assert token["slug"] is None
+    assert vtoken("consume", USER, token["key"], "--slug", "reset") == 1
+    assert vtoken("consume", USER, token["key"]) == 0
+
+
+def test_the_first_colon_splits_the_subject(vtoken: Terminal) -> None:
+    token = vtoken.json("issue", "urn:isbn:978")
+    assert (token["content_type"], token["object_id"]) == ("urn", "isbn:978")
+
+
+def test_a_new_token_ends_the_old_one(vtoken: Terminal) -> None:
+    old = vtoken.json("issue", USER, "--slug", "reset")["key"]
+    new = vtoken.json("issue", USER, "--slug", "reset")["key"]
+    assert vtoken("check", USER, old, "--slug", "reset") == 1
+    assert vtoken("check", USER, new, "--slug", "reset") == 0
+
+
+def test_deactivate_takes_one_slug_or_all(vtoken: Terminal) -> None:
+    for slug in ("a", "b", "c"):
+        vtoken.json("issue", USER, "--slug", slug)
+    vtoken.json("issue", USER)
+    assert vtoken.json("deactivate", USER, "--slug", "a") == {"deactivated": 1}
+    assert vtoken.json("deactivate", USER) == {"deactivated": 3}
+    assert vtoken.json("deactivate", USER) == {"deactivated": 0}
+
+
+def test_stats_and_purge(vtoken: Terminal) -> None:
+    key = vtoken.json("issue", USER, "--slug", "reset")["key"]
+    vtoken.json("consume", USER, key, "--slug", "reset")
+    vtoken.json("issue", USER, "--slug", "reset")
+    vtoken.json("issue", USER)
+    assert vtoken.json("stats") == {
+        "total": 3,
+        "active": 2,
+        "expired": 0,
+        "used": 1,
+        "by_slug": {
+            "": {"total": 1, "active": 1, "expired": 0, "used": 0},
+            "reset": {"total": 2, "active": 1, "expired": 0, "used": 1},
+        },
+    }
+    assert vtoken("stats") == 0
+    assert [line.split() for line in vtoken.out.splitlines()] == [
+        ["slug", "total", "active", "expired", "used"],
+        ["(none)", "1", "1", "0", "0"],
+        ["reset", "2", "1", "0", "1"],
+        ["all", "3", "2", "0", "1"],
+    ]
+    assert vtoken.json("purge", "--batch-size", "1") == {"purged": 1}
+    assert vtoken.json("purge") == {"purged": 0}
+    assert vtoken.json("stats")["total"] == 2
+
+
+def test_stats_of_an_empty_store(vtoken: Terminal) -> None:
+    assert vtoken.json("stats") == {"total": 0, "active": 0, "expired": 0, "used": 0, "by_slug": {}}
+    assert vtoken("stats") == 0
+
+
+def test_the_demo_shows_a_life(vtoken: Terminal, tmp_path: Path) -> None:
+    told = vtoken.json("demo")
+    assert told["ok"] is True
+    assert [step["step"] for step in told["steps"]] == [
+        "issue",
+        "check",
+        "wrong guess",
+        "consume",
+        "consume again",
+        "look into file",
+        "purge",
+    ]
+    assert told["steps"][2]["outcome"] == "refused: unknown"
+    assert told["steps"][4]["outcome"] == "refused: used"
+    assert vtoken("demo") == 0
+    assert vtoken.out.count("  ok  ") == 7
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
+
+
+# Keys --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\nmore\n"])
+def test_a_key_is_read_from_standard_input(vtoken: Terminal, stdin: io.BytesIO, ending: str) -> None:
+    key = vtoken.json("issue", USER)["key"]
+    feed(stdin, (key + ending).encode())
+    assert vtoken("check", USER, "-") == 0
+    feed(stdin, (key + ending).encode())
+    assert vtoken("consume", USER, "-") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status"), [(b"", 1), (b"\n", 1), (b"x" * 512, 1), (b"x" * 513, 2), (b"\xff\n", 2)]
+)
+def test_a_wrong_key_on_standard_input(
+    vtoken: Terminal, stdin: io.BytesIO, content: bytes, status: int
+) -> None:
+    vtoken.json("issue", USER)
+    feed(stdin, content)
+    assert vtoken("check", USER, "-") == status
+    assert "xx" not in vtoken.err
+
+
+@pytest.mark.parametrize("key", ["-hunter2", "--hunter2", "@hunter2", "hunter2=1", "hunter 2", ""])
+def test_a_wrong_key_may_look_like_an_option(vtoken: Terminal, key: str) -> None:
+    assert vtoken.json("check", USER, key, status=1) == {"valid": False, "reason": "unknown"}
+    assert vtoken.json("check", "--slug", "reset", USER, key, status=1)
+    assert "hunter" not in vtoken.out + vtoken.err
+
+
+def hyphened() -> str:
+    """A key generator whose keys look like options."""
+    return f"-{random_key()}"
+
+
+def test_a_right_key_may_look_like_an_option(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTOKEN_DEFAULT_KEY_GENERATOR", f"{__name__}:hyphened")
+    key = vtoken.json("issue", USER)["key"]
+    assert key.startswith("-")
+    assert vtoken("check", USER, key) == 0
+    assert vtoken("check", USER, "--", key) == 0
+    assert vtoken("consume", USER, key) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", USER, "hunter2", "hunter2"),
+        ("check", USER, "hunter2", "-hunter2"),
+        ("check", USER, "hunter2", "--hunter2"),
+        ("consume", USER, "hunter2", "--hunter2=hunter2"),
+        ("check", "no-colon", "hunter2"),
+        ("check", USER, "hunter2", "--slug"),
+        ("check", USER, "hunter2", "--slug", "a", "--slug", "b"),
+        ("check", USER, "hunter2", "--slug", ""),
+        ("check", "user:", "hunter2"),
+        ("check", ":1", "hunter2"),
+        ("check", USER, "hunter2", "--url", "nosuch://me:hunter2@host"),
+        ("check", USER, "hunter2", "--url", "mongodb:/me:hunter2@host"),
+        ("check", USER, "hunter2", "--url", ""),
+        ("check", USER, "hunter2\0"),
+    ],
+)
+def test_an_error_repeats_no_key_and_no_password(vtoken: Terminal, arguments: tuple[str, ...]) -> None:
+    assert vtoken(*arguments) == 2
+    assert vtoken.err.startswith("vtoken: ")
+    assert vtoken.err.count("\n") == 1
+    assert "hunter2" not in vtoken.out + vtoken.err
+    assert vtoken(*arguments[:3], "--json", *arguments[3:]) == 2
+    assert set(vtoken.error()) == {"error", "message"}
+    assert "hunter2" not in vtoken.out + vtoken.err
+
+
+# Errors and exit statuses ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chekc",), 'Did you mean "check"?'),
+        (("check", USER), "KEY"),
+        (("issue",), "SUBJECT"),
+        (("purge", "--bach-size", "3"), "Did you mean"),
+        (("purge", "--batch-size", "many"), "batch-size"),
+        (("purge", "--batch-size", "0"), "from 1"),
+        (("issue", USER, "--expires-in", "soon"), "--expires-in: must be a number of minutes"),
+        (("issue", USER, "--expires-in", "0"), "greater than 0"),
+        (("issue", USER, "--extra", "{hunter2"), "--extra is not JSON"),
+        (("issue", USER, "--extra", "[" * 100_000), "--extra is not JSON"),
+        (("issue", USER, "--extra", "NaN"), "NaN"),
+        (("issue", "x" * 256 + ":1"), "255"),
+    ],
+)
+def test_wrong_usage_is_status_2(vtoken: Terminal, arguments: tuple[str, ...], message: str) -> None:
+    assert vtoken(*arguments) == 2
+    assert vtoken.out == ""
+    assert message in vtoken.err
+    assert vtoken.err.count("\n") == 1
+    assert vtoken(*arguments, "--json") == 2
+    assert "message" in vtoken.error()
+
+
+def test_a_store_that_fails_is_status_3(vtoken: Terminal, tmp_path: Path) -> None:
+    assert vtoken("stats", "--url", f"sqlite:///{tmp_path}/no/such/folder/x.db") == 3
+    assert vtoken.err.startswith("vtoken: ")
+    (tmp_path / "text.db").write_text("This is no database." * 100)
+    assert vtoken("stats", "--url", "sqlite:///text.db", "--json") == 3
+    assert vtoken.out == ""
+    assert vtoken.error()["error"] == "CorruptStore"
+    assert (tmp_path / "text.db").read_text().startswith("This is no database.")
+
+
+def test_too_many_attempts_and_a_cooldown_are_status_1(
+    vtoken: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vtoken.toml").write_text(
+        f'secret = "{SECRET}"\n[policies.login]\npreset = "code"\nmax_attempts = 2\ncooldown = "1h"\n'
+    )
+    monkeypatch.setenv("VTOKEN_CONFIG", "vtoken.toml")
+    code = vtoken.json("issue", USER, "--slug", "login")["key"]
+    assert re.fullmatch("[0-9]{6}", code)
+    wrong = f"{(int(code) + 1) % 10**6:06}"
+
+    assert vtoken("issue", USER, "--slug", "login", "--json") == 1
+    error = vtoken.error()
+    assert (error["error"], vtoken.out) == ("CooldownActive", "")
+    assert 0 < error["retry_after"] <= 3600
+    assert vtoken("issue", USER, "--slug", "login") == 1
+    assert re.search(r"Try again in \d+ seconds", vtoken.err)
+
+    for _ in range(2):
+        assert vtoken.json("check", USER, wrong, "--slug", "login", status=1)["reason"] == "unknown"
+    capped = vtoken.json("check", USER, code, "--slug", "login", status=1)
+    assert capped["valid"] is False
+    assert 0 < capped["retry_after"] <= 900
+    assert vtoken.error()["error"] == "TooManyAttempts"
+    assert vtoken("consume", USER, code, "--slug", "login") == 1
+    assert "Too many attempts" in vtoken.err
+
+
+def explode() -> str:
+    """A key generator with a mistake."""
+    raise RuntimeError("hunter2")
+
+
+def complain(event: TokenEvent) -> None:
+    """A hook with a mistake."""
+    raise RuntimeError(f"hunter2 {event.name}")
+
+
+def test_an_unexpected_error_is_status_4(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTOKEN_DEFAULT_KEY_GENERATOR", f"{__name__}:explode")
+    assert vtoken("issue", USER) == 4
+    assert re.fullmatch(r"vtoken: unexpected RuntimeError in test_cli\.py, line \d+\n", vtoken.err)
+
+
+def test_control_characters_do_not_reach_the_terminal(vtoken: Terminal) -> None:
+    assert vtoken("issue", "user:\x1b[31mred\u202e", "--slug", "a\nb") == 0
+    assert r"user:\x1b[31mred\u202e" in vtoken.out
+    assert r"a\nb" in vtoken.out
+    assert vtoken("stats") == 0
+    assert r"a\nb" in vtoken.out
+
+
+def test_help_and_version(vtoken: Terminal) -> None:
+    assert vtoken("--version") == 0
+    assert vtoken.out.strip() == __version__
+    assert vtoken() == 0
+    for name in ("demo", "issue", "check", "consume", "deactivate", "purge", "stats", "config"):
+        assert name in vtoken.out
+        assert vtoken(name, "--help") == 0
+        assert "--json" in vtoken.out
+        vtoken()
+
+
+# Configuration -----------------------------------------------------------------------------------
+
+
+def test_config_shows_what_is_in_effect(
+    vtoken: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vtoken.json("config")["url"] == DEFAULT_URL
+    (tmp_path / "pyproject.toml").write_text(
+        f'[tool.vtoken]\nurl = "memory://file"\nsecret = "{SECRET}"\n'
+        '[tool.vtoken.policies.login]\npreset = "code"\n'
+    )
+    monkeypatch.setenv("VTOKEN_CONFIG", "pyproject.toml")
+    assert vtoken.json("config")["url"] == "memory://file"
+    monkeypatch.setenv("VTOKEN_URL", "mongodb://me:hunter2@host/db")
+    told = vtoken.json("config")
+    assert told["url"] == "mongodb://me:***@host/db"
+    assert told["settings"]["secret"] == "***"
+    assert told["policies"]["login"]["max_attempts"] == 5
+    assert vtoken.json("config", "--url", "memory://option")["url"] == "memory://option"
+    assert vtoken("config") == 0
+    assert re.search(r"^policies\.login\.max_attempts +5$", vtoken.out, re.MULTILINE)
+    assert re.search(r"^settings\.secret +\*\*\*$", vtoken.out, re.MULTILINE)
+    assert SECRET not in vtoken.out
+    assert "hunter2" not in vtoken.out
+    assert list(tmp_path.iterdir()) == [tmp_path / "pyproject.toml"], "nothing was opened"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("VTOKEN_SECERT", "hunter2", "did you mean VTOKEN_SECRET?"),
+        ("VTOKEN_SECRET", "hunter2", "32 bytes"),
+        ("VTOKEN_URL", "mongdb://me:hunter2@host", "Did you mean mongodb?"),
+        ("VTOKEN_KEY_STORAGE", "derived", "Settings(secret=...)"),
+        ("VTOKEN_HOOKS", "no.such:hook", "no module"),
+    ],
+)
+def test_config_tells_what_cannot_work(
+    vtoken: Terminal, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert vtoken("config") == 2
+    assert message in vtoken.err
+    assert "hunter2" not in vtoken.out + vtoken.err
+
+
+def test_the_demo_needs_no_configuration(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTOKEN_SECERT", "x")
+    assert vtoken("demo") == 0
+
+
+# As a process ------------------------------------------------------------------------------------
+
+
+def test_the_module_runs_as_a_process(tmp_path: Path) -> None:
+    issued = process("issue", USER, "--slug", "reset", "--json", VTOKEN_URL="sqlite:///mine.db")
+    assert (issued.returncode, issued.stderr) == (0, "")
+    key = json.loads(issued.stdout)["key"]
+    assert (tmp_path / "mine.db").exists()
+    arguments = ("consume", USER, "-", "--slug", "reset", "--url", "sqlite:///mine.db")
+    first, second = process(*arguments, stdin=key + "\n"), process(*arguments, stdin=key + "\n")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert (second.returncode, second.stdout) == (1, "")
+    assert key not in second.stderr
+
+
+def test_the_script_is_installed() -> None:
+    script = shutil.which("vtoken", path=str(Path(sys.executable).parent))
+    assert script is not None
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+@pytest.mark.parametrize("package", ["cyclopts", "rich", "attrs"])
+def test_without_the_extra_it_says_what_to_install(package: str) -> None:
+    code = f"""
+import runpy, sys
+sys.modules[{package!r}] = None
+runpy.run_module("vtoken", run_name="__main__", alter_sys=True)
+"""
+    done = process("stats", code=code)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f'vtoken: the command line needs {package}: pip install "vtoken[cli]"\n'
+    done = process("stats", "--json", code=code)
+    assert done.returncode == 2
+    assert 'pip install "vtoken[cli]"' in json.loads(done.stderr)["message"]
+
+
+def test_a_missing_driver_is_status_2() -> None:
+    code = """
+import runpy, sys
+sys.modules["pymongo"] = None
+runpy.run_module("vtoken", run_name="__main__", alter_sys=True)
+"""
+    done = process("stats", "--url", "mongodb://me:hunter2@host/db", code=code)
+    assert done.returncode == 2
+    assert 'pip install "vtoken[mongodb]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "hunter2" not in done.stderr
+
+
+def test_a_hook_that_fails_is_one_line_on_standard_error() -> None:
+    tests = str(Path(__file__).parent.parent)
+    done = process("issue", USER, VTOKEN_HOOKS=f"{__name__}:complain", PYTHONPATH=tests)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "a hook failed" in done.stderr
+    assert "(RuntimeError)" in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_ctrl_c_is_status_130() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", _ANNOUNCED, "check", USER, "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "reading\n"
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "vtoken: interrupted\n")
+
+
+_ANNOUNCED = """
+import io, sys
+from vtoken.__main__ import main
+class Announced(io.TextIOWrapper):
+    @property
+    def buffer(self):
+        print("reading", flush=True)
+        return super().buffer
+sys.stdin = Announced(sys.stdin.detach())
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE there")
+def test_a_reader_that_is_gone_is_status_141() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "vtoken", "config"],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_an_answer_that_cannot_be_written_is_status_3() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vtoken", "config"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 3
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_running_in_process_leaves_logging_alone(vtoken: Terminal) -> None:
+    before = list(logging.getLogger().handlers)
+    assert vtoken("stats") == 0
+    assert logging.getLogger().handlers == before

@@ -1,0 +1,555 @@
+"""Configuration: URLs to backends; the environment and TOML to settings, policies and hooks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtoken import (
+    Configuration,
+    ConfigurationError,
+    LazyHook,
+    Settings,
+    Subject,
+    TokenEvent,
+    TokenManager,
+    TokenPolicy,
+    config,
+    create_backend,
+    register_backend,
+)
+from vtoken.config import policies_from_mapping, redact_url
+from vtoken_backends.memory import MemoryBackend
+
+SECRET = "first-secret-0123456789-0123456789"
+OLDER = "older-secret-0123456789-0123456789"
+OLDEST = "oldest-secret-0123456789-012345678"
+MEMORY = {"VTOKEN_URL": "memory://"}
+
+
+class PluginBackend(MemoryBackend):
+    """A third party's backend."""
+
+
+class BackendWithoutUrl:
+    """It forgot ``from_url``."""
+
+
+class LeakyBackend:
+    """It puts its URL into its errors."""
+
+    @classmethod
+    def from_url(cls, url: str, **_: object) -> LeakyBackend:
+        raise ValueError(f"cannot parse {url}")
+
+
+class ModernBackend:
+    """It needs a package that is not there."""
+
+    @classmethod
+    def from_url(cls, url: str, **_: object) -> ModernBackend:
+        import no_such_driver  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]  # meant
+
+        del no_such_driver
+        return cls()
+
+
+def plain_generator(length: int = 32) -> str:
+    """A key generator."""
+    return "k" * length
+
+
+events: list[TokenEvent] = []
+
+
+def remember(event: TokenEvent) -> None:
+    """A hook."""
+    events.append(event)
+
+
+@pytest.fixture(autouse=True)
+def _registry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_registered", {})
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+# URLs to backends --------------------------------------------------------------------------------
+
+
+def test_an_unknown_scheme_lists_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"memory, mongodb, mongodb\+srv, sqlite.*mean mongodb\?"):
+        create_backend("monogdb://localhost/db")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mongodb:/user:hunter2@host/db",
+        "mongodb//user:hunter2@host/db",
+        "mongodb:user:hunter2@host",
+        "user:hunter2@mongodb://host",
+        "nosuch://user:hunter2@host/db",
+        "sqlite://user:hunter2@host/db",
+        "memory://user:hunter2@host/db",
+        "mongodb://user:hunter2@host/",
+        "mongodb://user:hunter2/x@host/d",
+        "mongodb://host/d?password=hunter2&nonsense=1",
+        "leaky://user:hunter2@host/db",
+        "leaky://host/db?apiToken=hunter2",
+        "modern://user:hunter2@host/db",
+        "",
+        "://",
+        "hunter2",
+    ],
+)
+def test_no_error_about_a_url_holds_its_password(url: str) -> None:
+    register_backend("leaky", f"{__name__}:LeakyBackend")
+    register_backend("modern", f"{__name__}:ModernBackend")
+    try:
+        backend = create_backend(url)
+    except ConfigurationError as error:
+        chain: list[BaseException | None] = [error, error.__cause__, error.__context__]
+        assert "hunter2" not in " ".join(map(str, chain)), url
+        assert url.startswith("mongodb://") or chain[1:] == [None, None], "the driver's error is left behind"
+    else:
+        assert url.startswith("mongodb://"), "only the database's driver can tell, when it is opened"
+        assert "hunter2" not in repr(backend)
+
+
+def test_a_class_is_taken_for_a_url() -> None:
+    assert type(create_backend(f"{__name__}:PluginBackend")) is PluginBackend
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("no_such_module:Backend", "no module 'no_such_module'"),
+        (f"{__name__}:NoSuchBackend", "has no 'NoSuchBackend'"),
+        ("package.module.Class", "named by a URL"),
+        (f"{__name__}:plain_generator", "no TokenBackend: it has no from_url, open"),
+    ],
+)
+def test_a_class_that_is_not_there_is_named(url: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        TokenManager.from_url(url)
+
+
+def test_a_url_must_be_text() -> None:
+    with pytest.raises(ConfigurationError, match="not bytes"):
+        create_backend(b"memory://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the point
+
+
+def test_a_registered_scheme_goes_before_an_installed_one() -> None:
+    register_backend("Memory", f"{__name__}:PluginBackend")
+    assert type(create_backend("MEMORY://x")) is PluginBackend
+
+
+def test_a_registered_class_is_imported_only_when_asked_for() -> None:
+    register_backend("later", "no_such_package:Backend")
+    create_backend("memory://")
+    with pytest.raises(ConfigurationError, match="no_such_package"):
+        create_backend("later://x")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "path"), [("", "a:B"), ("1a", "a:B"), ("a b", "a:B"), ("a", "a.B"), ("a", "")]
+)
+def test_a_registration_that_cannot_work_is_refused(scheme: str, path: str) -> None:
+    with pytest.raises(ConfigurationError):
+        register_backend(scheme, path)
+
+
+def test_a_backend_is_found_through_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "vtoken_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vtoken-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[vtoken.backends]\nplugin = {__name__}:PluginBackend\nbroken = no_such_package:Backend\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(create_backend("plugin://store")) is PluginBackend
+    with pytest.raises(ConfigurationError, match=r"broken, memory, mongodb, mongodb\+srv, plugin, sqlite"):
+        create_backend("nosuch://x")
+
+
+def test_a_backend_without_from_url_says_so() -> None:
+    register_backend("bare", f"{__name__}:BackendWithoutUrl")
+    with pytest.raises(ConfigurationError, match="from_url"):
+        create_backend("bare://x")
+
+
+def test_an_option_that_a_backend_does_not_have_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="nonsense"):
+        create_backend(f"{__name__}:PluginBackend", nonsense=1)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "call", "package", "extra"),
+    [
+        ("pymongo", "create_backend('mongodb://u:hunter2@h/d')", "pymongo", "mongodb"),
+        ("motor", "create_backend('mongodb://u:hunter2@h/d', driver='motor')", "motor", "motor"),
+    ],
+)
+def test_a_missing_driver_names_the_extra(blocked: str, call: str, package: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{blocked!r}] = None
+from vtoken import ConfigurationError, TokenManager, create_backend
+import asyncio
+async def main():
+    async with TokenManager({call}): pass
+try:
+    asyncio.run(main())
+except ConfigurationError as error:
+    print(error, error.__cause__, error.__context__)
+"""
+    done = python(code)
+    assert f'pip install "vtoken[{extra}]"' in done.stdout, done.stderr
+    assert package in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_the_library_imports_no_driver() -> None:
+    drivers = {"aiosqlite", "sqlite3", "pymongo", "bson", "motor", "cyclopts", "rich"}
+    done = python(f"import sys, vtoken; print(sorted({drivers} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# Redaction ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "redacted"),
+    [
+        ("memory://", "memory://"),
+        ("sqlite:////home/me@work/tokens.db", "sqlite:////home/me@work/tokens.db"),
+        ("mongodb://user:p@host:27017/db", "mongodb://user:***@host:27017/db"),
+        ("mongodb://user:p@ss/w:rd@host/db", "mongodb://user:***@host/db"),
+        ("mongodb+srv://user@host:27017/db", "mongodb+srv://user@host:27017/db"),
+        ("mongodb://:p@host", "mongodb://:***@host"),
+        ("mongodb:/user:p@host", "mongodb:/user:***@host"),
+        ("mongodb:user:p@host", "mongodb:***@host"),
+        (
+            "mongodb://host/db?tls=true&tlsCertificateKeyFilePassword=hush&w=1",
+            "mongodb://host/db?tls=true&tlsCertificateKeyFilePassword=***&w=1",
+        ),
+        ("postgresql://host/db?user=me;PASSWORD=hush", "postgresql://host/db?user=me;PASSWORD=***"),
+        ("x://host/?p%61ssword=hush", "x://host/?p%61ssword=***"),
+        (
+            "mongodb://host/?authMechanismProperties=AWS_SESSION_TOKEN:hush",
+            "mongodb://host/?authMechanismProperties=***",
+        ),
+        ("package.module:Class", "package.module:Class"),
+    ],
+)
+def test_redacted_urls(url: str, redacted: str) -> None:
+    assert redact_url(url) == redacted
+
+
+# The environment ---------------------------------------------------------------------------------
+
+
+def test_every_setting_has_its_variable() -> None:
+    found = Configuration.from_env(
+        {
+            "VTOKEN_URL": "sqlite:///tokens.db",
+            "VTOKEN_SECRET": SECRET,
+            "VTOKEN_PREVIOUS_SECRETS": f"{OLDER}, {OLDEST}\n",
+            "VTOKEN_DEFAULT_EXPIRATION": "90",
+            "VTOKEN_DEFAULT_KEY_LENGTH": "40",
+            "VTOKEN_DEFAULT_KEY_CHARS": "abcdefghijklmnop",
+            "VTOKEN_DEFAULT_KEY_GENERATOR": f"{__name__}:plain_generator",
+            "VTOKEN_MAX_KEY_ITERATIONS": "7",
+            "VTOKEN_KEY_STORAGE": "derived",
+            "VTOKEN_HOOKS": "a.b:c, d.e\tf:g",
+            "VTOKEN_TEST_MONGODB_URL": "mongodb://ignored",
+            "PATH": "/bin",
+        }
+    )
+    assert found == Configuration(
+        url="sqlite:///tokens.db",
+        settings=Settings(
+            secret=SECRET,
+            previous_secrets=[OLDER, OLDEST],
+            default_expiration=90,
+            default_key_length=40,
+            default_key_chars="abcdefghijklmnop",
+            default_key_generator=f"{__name__}:plain_generator",
+            max_key_iterations=7,
+            key_storage="derived",
+        ),
+        policies=(),
+        hooks=("a.b:c", "d.e", "f:g"),
+    )
+    assert "secret-0123" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("15", 15), ("0.5", 0.5), ("never", None), (" Never ", None), ("90s", 1.5), ("2h", 120), ("1d", 1440)],
+)
+def test_expirations(text: str, minutes: float | None) -> None:
+    found = Configuration.from_env({**MEMORY, "VTOKEN_DEFAULT_EXPIRATION": text})
+    assert found.settings.default_expiration == minutes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("VTOKEN_SECERT", "VTOKEN_SECRET"),
+        ("VTOKEN_EXPIRATION", "VTOKEN_DEFAULT_EXPIRATION"),
+        ("VTOKEN_PREVIOUS_SECRET", "VTOKEN_PREVIOUS_SECRETS"),
+        ("VTOKEN_HOOK", "VTOKEN_HOOKS"),
+        ("VTOKEN_KEYSTORAGE", "VTOKEN_KEY_STORAGE"),
+        ("VTOKEN_TESTING", "VTOKEN_"),
+    ],
+)
+def test_a_misspelt_variable_names_the_right_one(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{wrong}.*{right}") as caught:
+        Configuration.from_env({**MEMORY, wrong: "hunter2"})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("VTOKEN_SECRET", "hunter2", "at least 32 bytes"),
+        ("VTOKEN_SECRET", "  ", "empty"),
+        ("VTOKEN_PREVIOUS_SECRETS", OLDER, "name the current one"),
+        ("VTOKEN_DEFAULT_EXPIRATION", "hunter2", "number of minutes"),
+        ("VTOKEN_DEFAULT_EXPIRATION", "0", "greater than 0"),
+        ("VTOKEN_DEFAULT_EXPIRATION", "-5", "number of minutes"),
+        ("VTOKEN_DEFAULT_EXPIRATION", "nan", "number of minutes"),
+        ("VTOKEN_DEFAULT_KEY_LENGTH", "hunter2", "whole number"),
+        ("VTOKEN_DEFAULT_KEY_LENGTH", "513", "512"),
+        ("VTOKEN_DEFAULT_KEY_LENGTH", "٣", "whole number"),
+        ("VTOKEN_MAX_KEY_ITERATIONS", "0", "from 1"),
+        ("VTOKEN_KEY_STORAGE", "digset", "did you mean digest"),
+        ("VTOKEN_CONFIG", "/no/such/file.toml", "No such file"),
+        ("VTOKEN_CONFIG", "nul\0.toml", "cannot be read|not TOML"),
+    ],
+)
+def test_a_bad_value_names_its_variable(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        Configuration.from_env({**MEMORY, name: value})
+    assert name in str(caught.value) or name == "VTOKEN_CONFIG"
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+def test_a_missing_url_says_how_to_set_it() -> None:
+    with pytest.raises(ConfigurationError, match=r"VTOKEN_URL is not set.*VTOKEN_URL=sqlite:///"):
+        Configuration.from_env({})
+
+
+def test_a_given_url_goes_first_and_the_default_last() -> None:
+    assert Configuration.from_env({}, default_url="memory://d").url == "memory://d"
+    assert Configuration.from_env(MEMORY, default_url="memory://d").url == "memory://"
+    assert Configuration.from_env(MEMORY, url="memory://u", default_url="memory://d").url == "memory://u"
+
+
+async def test_a_manager_is_made_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "vtoken.toml"
+    file.write_text('[policies.login]\npreset = "code"\ndigits = 8\n')
+    monkeypatch.setenv("VTOKEN_URL", "memory://")
+    monkeypatch.setenv("VTOKEN_SECRET", SECRET)
+    monkeypatch.setenv("VTOKEN_DEFAULT_KEY_LENGTH", "44")
+    monkeypatch.setenv("VTOKEN_CONFIG", str(file))
+    monkeypatch.setenv("VTOKEN_HOOKS", f"{__name__}:remember")
+    events.clear()
+    async with TokenManager.from_env() as manager:
+        assert len((await manager.deactivate_and_create(Subject("user", 1))).key) == 44
+        code = (await manager.deactivate_and_create(Subject("user", 1), "login")).key
+    assert len(code) == 8
+    assert code.isdigit()
+    assert [event.slug for event in events] == [None, "login"]
+    async with TokenManager.from_env(settings=Settings(), policies=[], hooks=[]) as manager:
+        assert len((await manager.deactivate_and_create(Subject("user", 1))).key) == 32
+    assert len(events) == 2
+
+
+# TOML --------------------------------------------------------------------------------------------
+
+TOML = f"""
+url = "memory://file"
+secret = "{SECRET}"
+previous_secrets = ["{OLDER}"]
+default_expiration = "never"
+default_key_length = 33
+hooks = ["a:b"]
+
+[policies.password-reset]
+preset = "link"
+expiration = 30
+cooldown = "60s"
+overlap = 90
+
+[policies."sms login"]
+preset = "code"
+digits = 7
+attempt_window = "1h"
+
+[policies.invitation]
+expiration = "never"
+max_uses = 5
+prefix = "inv_"
+
+[policies.""]
+key_storage = "digest"
+"""
+EXPECTED = Configuration(
+    "memory://file",
+    Settings(secret=SECRET, previous_secrets=(OLDER,), default_expiration=None, default_key_length=33),
+    (
+        TokenPolicy.link(
+            "password-reset", expiration=30, cooldown=timedelta(minutes=1), overlap=timedelta(seconds=90)
+        ),
+        TokenPolicy.code("sms login", digits=7, attempt_window=timedelta(hours=1)),
+        TokenPolicy("invitation", expiration=None, max_uses=5, prefix="inv_"),
+        TokenPolicy(None, key_storage="digest"),
+    ),
+    ("a:b",),
+)
+
+
+def from_toml(folder: Path, text: str, name: str = "vtoken.toml", **variables: str) -> Configuration:
+    """Read a file with this text."""
+    (folder / name).write_text(text)
+    return Configuration.from_env({"VTOKEN_CONFIG": str(folder / name), **variables})
+
+
+def test_a_file_holds_it_all(tmp_path: Path) -> None:
+    assert from_toml(tmp_path, TOML) == EXPECTED
+
+
+def test_a_pyproject_holds_it_all_in_its_table(tmp_path: Path) -> None:
+    text = TOML.replace("[policies", "[tool.vtoken.policies")
+    assert from_toml(tmp_path, f"[tool.vtoken]\n{text}", "pyproject.toml") == EXPECTED
+
+
+def test_a_variable_goes_before_the_file(tmp_path: Path) -> None:
+    found = from_toml(
+        tmp_path, TOML, VTOKEN_URL="memory://variable", VTOKEN_DEFAULT_EXPIRATION="5", VTOKEN_HOOKS="x:y"
+    )
+    assert (found.url, found.settings.default_expiration, found.hooks) == ("memory://variable", 5, ("x:y",))
+    assert found.settings.default_key_length == 33
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('secert = "hunter2"', "'secert'; did you mean secret"),
+        ('secret = "hunter2"', "secret in .*vtoken.toml: .*32 bytes"),
+        ("secret = 5", "must be a text"),
+        ('secret = ["hunter2"]', "must be a text"),
+        ("default_key_length = true", "whole number"),
+        ("hooks = 3", "list of texts"),
+        ("policies = 3", "tables by slug"),
+        ("[policy.reset]", "'policy'; did you mean policies"),
+        ("[policies]\nreset = 3", "policies in .*reset must be a table"),
+        ("secret = hunter2", "not TOML"),
+        ("[tool.other]", r"has no table \[tool.vtoken\]"),
+        ("tool = 3", r"has no table \[tool.vtoken\]"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        from_toml(tmp_path, text, VTOKEN_URL="memory://")
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+def test_a_url_in_a_file_must_be_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"url in .*must be a text"):
+        from_toml(tmp_path, "url = 3")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="UTF-8"):
+        Configuration.from_env({**MEMORY, "VTOKEN_CONFIG": str(tmp_path / "x.toml")})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"preset": "lnik"}, "did you mean link"),
+        ({"exipration": 5}, "'exipration'; did you mean expiration"),
+        ({"slug": "other"}, "unknown name 'slug'"),
+        ({"digits": 8}, "unknown name 'digits'"),
+        ({"preset": "code", "digits": 4}, "6 digits"),
+        ({"preset": "code", "expiration": "1d"}, "at most 10 minutes"),
+        ({"cooldown": "1 fortnight"}, "cooldown: must be a number of seconds"),
+        ({"cooldown": -1}, "cooldown: must be a number of seconds"),
+        ({"cooldown": True}, "cooldown: must be a number of seconds"),
+        ({"cooldown": float("nan")}, "cooldown: must be a number of seconds"),
+        ({"cooldown": 0}, "cooldown must be a timedelta of at least"),
+        ({"attempt_window": "2d"}, "at most 1 day"),
+        ({"max_uses": "many"}, "max_uses: must be a whole number"),
+        ({"max_uses": 0}, "max_uses must be"),
+        ({"key_storage": "plian"}, "did you mean plain"),
+        ({"key_generator": 5}, "must be a text"),
+        ({"context": "require"}, "did you mean required"),
+        ({"key_length": 8}, "128 random bits"),
+        (3, "must be a table"),
+    ],
+)
+def test_a_mistake_in_a_policy_is_named(table: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        policies_from_mapping({"reset": table})
+    assert str(caught.value).startswith("policies.reset")
+
+
+@pytest.mark.parametrize("mapping", [None, [], "reset", {1: {}}])
+def test_policies_are_tables_by_slug(mapping: Any) -> None:
+    with pytest.raises(ConfigurationError, match="table"):
+        policies_from_mapping(mapping)
+
+
+# What is in effect -------------------------------------------------------------------------------
+
+
+def test_the_description_is_json_without_secrets(tmp_path: Path) -> None:
+    password = "hunter2"
+    found = from_toml(tmp_path, TOML, VTOKEN_URL=f"mongodb://user:{password}@host/db")
+    said = found.describe()
+    text = json.dumps(said)
+    assert not any(word in text for word in (password, SECRET, OLDER))
+    assert said["url"] == "mongodb://user:***@host/db"
+    assert said["settings"]["secret"] == "***"
+    assert said["settings"]["previous_secrets"] == ["***"]
+    assert said["settings"]["default_expiration"] == "never"
+    assert said["hooks"] == ["a:b"]
+    policies: Mapping[str, Mapping[str, object]] = said["policies"]
+    assert list(policies) == ["password-reset", "sms login", "invitation", ""]
+    assert policies["password-reset"]["cooldown"] == 60
+    assert policies["password-reset"]["key_length"] == 33, "the settings' value is in effect"
+    assert policies[""]["expiration"] == "never", "the settings' value is in effect"
+    assert policies["sms login"]["key_length"] == 7
+
+
+def test_the_description_names_callables_by_their_path() -> None:
+    found = Configuration(
+        "memory://",
+        Settings(default_key_generator=plain_generator),
+        hooks=(remember, LazyHook(lambda: remember), "a:b"),
+    )
+    said = found.describe()
+    assert said["settings"]["default_key_generator"] == f"{__name__}:plain_generator"
+    assert said["settings"]["secret"] is None
+    assert said["hooks"][0] == f"{__name__}:remember"
+    assert said["hooks"][2] == "a:b"
+    json.dumps(said)
