@@ -394,6 +394,7 @@ def test_help_and_version(vtoken: Terminal) -> None:
     assert vtoken("--version") == 0
     assert vtoken.out.strip() == __version__
     assert vtoken() == 0
+    assert "Exit status: 0 valid" in vtoken.out
     for name in ("demo", "issue", "check", "consume", "deactivate", "purge", "stats", "config"):
         assert name in vtoken.out
         assert vtoken(name, "--help") == 0

@@ -48,7 +48,10 @@ READER_GONE: Final = 141
 app = App(
     name="vtoken",
     version=__version__,
-    help="Verification tokens: password reset, e-mail confirmation, codes, magic links, invitations.",
+    help="""Verification tokens: password reset, e-mail confirmation, codes, magic links, invitations.
+
+    Exit status: 0 valid or done, 1 not valid, 2 usage or configuration, 3 the store failed, 4 unexpected.
+    """,
 )
 for _command in (
     demo.demo,
