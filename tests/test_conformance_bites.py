@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
 from tests import test_memory_conformance as memory
 from tests.broken import BROKEN, Broken
+from vtoken import guess, subject
 from vtoken.backend import TokenBackend
 from vtoken.errors import VTokenError
 from vtoken.keys import Digest, Digests, Keyring
@@ -76,6 +78,26 @@ def test_an_unscoped_code_digest_is_caught(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Keyring, "code", code)
     monkeypatch.setattr(Keyring, "codes", codes)
     with pytest.raises(FAILURES):
+        run(case, tmp_path)
+
+
+def test_a_folded_digit_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "test_digits_of_other_scripts_match_nothing"
+    run(case, tmp_path)
+
+    def folded(code: str, chars: str | None) -> str:
+        return normalize("NFKC", code)
+
+    monkeypatch.setattr(guess, "normalise_code", folded)
+    with pytest.raises(FAILURES):
+        run(case, tmp_path)
+
+
+def test_an_unchecked_object_id_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "test_hostile_input_is_refused_and_stores_nothing"
+    run(case, tmp_path)
+    monkeypatch.setattr(subject, "check_object_id", str)
+    with pytest.raises(AssertionError):
         run(case, tmp_path)
 
 

@@ -160,6 +160,8 @@ def case(
         scenario: Callable[[SuiteT, Bench], Coroutine[Any, Any, None]],
     ) -> Callable[[SuiteT, Path], None]:
         def test(self: SuiteT, tmp_path: Path) -> None:
+            if not __debug__:
+                raise RuntimeError("the cases are made of assert statements: run them without python -O")
             asyncio.run(_play(self, scenario, tmp_path))
 
         # Not functools.wraps: pytest would read the arguments of the coroutine.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from vtoken.errors import CooldownActive, InvalidInput, InvalidToken, TooManyAttempts
+from vtoken.errors import CooldownActive, InvalidInput, InvalidToken, KeyGenerationError, TooManyAttempts
 from vtoken.manager import TokenManager
 from vtoken.policy import TokenPolicy
 from vtoken.subject import Subject
@@ -226,6 +226,7 @@ class LimitCases(Suite):
     async def test_a_failed_issue_costs_no_cooldown(self, bench: Bench) -> None:
         """An issue that fails makes no token, and so no cooldown."""
         manager = await bench.manager(TokenPolicy("reset", cooldown=COOLDOWN))
+        other = await manager.deactivate_and_create(Subject("auth.user", "43"), "reset")
 
         def broken() -> str:
             raise ZeroDivisionError
@@ -234,6 +235,9 @@ class LimitCases(Suite):
         for call in (manager.deactivate_and_create, manager.get_active_or_create):
             await refused(ZeroDivisionError, call(USER, "reset", key_generator_kwargs=kwargs))
         await refused(InvalidInput, manager.deactivate_and_create(USER, "reset", {1}))
+        taken = {"generator": lambda: other.key}
+        for call in (manager.deactivate_and_create, manager.get_active_or_create):
+            await refused(KeyGenerationError, call(USER, "reset", key_generator_kwargs=taken))
         assert (await manager.deactivate_and_create(USER, "reset")).is_active
 
     @case(8)

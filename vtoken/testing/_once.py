@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 from vtoken.errors import InvalidToken, KeyGenerationError
 from vtoken.manager import TokenManager
 from vtoken.policy import Settings, TokenPolicy
 from vtoken.subject import Subject
-from vtoken.testing._bench import SECRET, USER, Bench, Suite, at_once, case, race, refused
+from vtoken.testing._bench import NOW, SECRET, USER, Bench, Suite, at_once, case, race, refused
+from vtoken.testing._insert import put
 
 
 async def valid_tokens(manager: TokenManager, subject: Subject = USER, slug: str = "reset") -> int:
@@ -226,6 +228,48 @@ class OnceCases(Suite):
             assert len(set(tokens)) == 1
             assert len([token for token in tokens if token.key is not None]) == 1
             assert await valid_tokens(managers[0], subject) == 1
+
+    @case(2)
+    async def test_deactivate_ends_what_it_names(self, bench: Bench) -> None:
+        """``deactivate`` ends the active tokens of its object, of any slug, one slug, none, or one key."""
+        manager = await bench.manager()
+        others = [
+            await manager.deactivate_and_create(Subject("auth.user", "43"), "reset"),
+            await manager.deactivate_and_create(Subject("auth.group", "42"), "reset"),
+        ]
+
+        async def left(*arguments: Any, **named: Any) -> tuple[int, list[str | None]]:
+            for slug in ("reset", "confirm", None):
+                await manager.deactivate_and_create(USER, slug)
+            ended = await manager.deactivate(USER, *arguments, **named)
+            return ended, sorted([t.slug async for t in manager.filter_active_tokens(USER)], key=str)
+
+        assert await left() == (3, [])
+        assert await left("reset") == (1, [None, "confirm"])
+        assert await left(None) == (1, ["confirm", "reset"])
+        assert await left("res") == (0, [None, "confirm", "reset"])
+        assert await left(key="no such key") == (0, [None, "confirm", "reset"])
+        issued = await manager.deactivate_and_create(USER, "reset")
+        assert await manager.deactivate(USER, "confirm", issued.key) == 0
+        assert await manager.deactivate(USER, key=issued.key) == 1
+        assert await manager.deactivate(USER, key=issued.key) == 0
+        for token in others:
+            subject = Subject(token.content_type, token.object_id)
+            assert await manager.verify(subject, "reset", token.key) == token
+        assert await manager.deactivate(Subject("auth.user")) == 3
+
+    @case(11)
+    async def test_active_tokens_are_listed_newest_first(self, bench: Bench) -> None:
+        """``filter_active_tokens`` lists every active token of its object and slug once, newest first."""
+        backend, manager = await bench.backend(), await bench.manager()
+        made = [await put(backend, created_at=NOW + n // 2, expires_at=NOW + n - 5) for n in range(120)]
+        await put(backend, is_active=False)
+        await put(backend, object_id="43")
+        nameless = await put(backend, slug="", created_at=NOW + 999)
+        ids = [token.id for token in reversed(made)]
+        assert [token.id async for token in manager.filter_active_tokens(USER, "reset")] == ids
+        assert [token.id async for token in manager.filter_active_tokens(USER)] == [nameless.id, *ids]
+        assert [token.id async for token in manager.filter_active_tokens(USER, None)] == [nameless.id]
 
     @case(12)
     async def test_managers_see_each_others_writes(self, bench: Bench) -> None:

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from bson import encode
+from pymongo import MongoClient
+
+from vtoken.backend import TokenBackend
+from vtoken.testing import DurableBackendConformance
+from vtoken_backends.mongodb import MongoDBBackend
+
+from .servers import fresh_database
+
+
+class _MongoDB(DurableBackendConformance):
+    """Each case on a database of its own."""
+
+    driver: ClassVar[str]
+    server: ClassVar[str]
+
+    @pytest.fixture(autouse=True)
+    def _server(self, request: pytest.FixtureRequest) -> Generator[None]:
+        self._url: str = request.getfixturevalue(self.server)
+        with ExitStack() as self._databases:
+            yield
+
+    def new_store(self, directory: Path) -> str:
+        return self._databases.enter_context(fresh_database(self._url))
+
+    def backend(self, store: str) -> TokenBackend:
+        return MongoDBBackend.from_url(store, driver=self.driver)
+
+    def raw(self, store: str) -> bytes:
+        with MongoClient[dict[str, Any]](store) as client:
+            database = client.get_default_database()
+            names = database.list_collection_names()
+            return b"".join(encode(found) for name in names for found in database[name].find())
+
+
+class TestPyMongoOnStandalone(_MongoDB):
+    driver, server = "pymongo", "mongodb_standalone"
+
+
+class TestPyMongoOnReplicaSet(_MongoDB):
+    driver, server = "pymongo", "mongodb_replica_set"
+
+
+class TestMotorOnStandalone(_MongoDB):
+    driver, server = "motor", "mongodb_standalone"
+
+
+class TestMotorOnReplicaSet(_MongoDB):
+    driver, server = "motor", "mongodb_replica_set"
