@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from . import servers
+from .core_tools import World
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """A clock, a watched store in memory, and the managers on it."""
+    made = World()
+    yield made
+    await made.aclose()
 
 
 def _mongodb_server(replica_set: str) -> Iterator[str]:

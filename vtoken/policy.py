@@ -304,7 +304,8 @@ class Rules:
                 f"the policy for {policy.slug!r}: {what} need Settings(secret=...), 32 bytes or more"
                 " (a code's digest without one is searched in a second)"
             )
-        generator = load_generator(policy.key_generator or settings.default_key_generator)
+        named = policy.key_generator
+        generator = load_generator(settings.default_key_generator if named is None else named)
         length = settings.default_key_length if policy.key_length is None else policy.key_length
         chars = settings.default_key_chars if policy.key_chars is None else policy.key_chars
         ours = generator is random_key

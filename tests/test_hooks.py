@@ -1,0 +1,263 @@
+"""Events: what the hooks hear, and that they change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import pytest
+
+from vtoken import (
+    ConfigurationError,
+    InvalidToken,
+    LazyHook,
+    Subject,
+    TokenEvent,
+    TokenManager,
+    TokenPolicy,
+    TooManyAttempts,
+)
+from vtoken_backends.memory import MemoryBackend
+
+from .core_tools import CODE, SECRETS, START, USER, WRONG, Watched, World, reason, redeem, refused, wrong_codes
+
+heard_by_path: list[TokenEvent] = []
+
+
+def hook_by_path(event: TokenEvent) -> None:
+    heard_by_path.append(event)
+
+
+class TestEvents:
+    async def test_issued_verified_and_consumed(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "reset")
+        await manager.verify(USER, "reset", issued.key)
+        assert await manager.exists_valid(USER, "reset", issued.key)
+        world.clock.advance(timedelta(seconds=1))
+        await manager.consume(USER, "reset", issued.key)
+        assert world.event_names == ["issued", "verified", "verified", "consumed"]
+        for event in world.events:
+            assert (event.content_type, event.object_id, event.slug) == ("auth.user", "42", "reset")
+            assert (event.token_id, event.reason, event.count) == (issued.id, None, 1)
+        assert [event.at - START for event in world.events] == [timedelta(0)] * 3 + [timedelta(seconds=1)]
+
+    async def test_get_active_or_create_issues_once(self, world: World) -> None:
+        manager = await world.manager()
+        for _ in range(3):
+            await manager.get_active_or_create(USER)
+        assert [(event.name, event.slug) for event in world.events] == [("issued", None)]
+
+    async def test_redeemed_is_consumed(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "reset")
+        with pytest.raises(ZeroDivisionError):
+            async with manager.redeem(USER, "reset", issued.key):
+                raise ZeroDivisionError
+        assert world.event_names == ["issued"]
+        await redeem(manager, "reset", issued.key)
+        assert world.event_names == ["issued", "consumed"]
+
+    async def test_failed_with_the_reason_and_reused(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "reset", expiration_in_minutes=1)
+        await refused(InvalidToken, manager.verify(USER, "reset", WRONG))
+        async with manager.redeem(USER, "reset", issued.key):
+            await refused(InvalidToken, manager.verify(USER, "reset", issued.key))
+        await refused(InvalidToken, manager.verify(USER, "reset", issued.key))
+        other = await manager.deactivate_and_create(USER, "reset", expiration_in_minutes=1)
+        world.clock.advance(timedelta(minutes=2))
+        await refused(InvalidToken, manager.verify(USER, "reset", other.key))
+        await manager.deactivate(USER)
+        await refused(InvalidToken, manager.verify(USER, "reset", other.key))
+        refusals = [(e.name, e.reason, e.token_id) for e in world.events if e.reason is not None]
+        assert refusals == [
+            ("failed", "unknown", None),
+            ("failed", "leased", issued.id),
+            ("reused", "used", issued.id),
+            ("failed", "expired", other.id),
+            ("failed", "inactive", other.id),
+        ]
+
+    @pytest.mark.parametrize("method", ["verify", "consume", "exists_valid"])
+    async def test_a_typing_error_failed_too(self, world: World, method: str) -> None:
+        manager = await world.manager(TokenPolicy("reset", prefix="vt_"))
+        try:
+            await getattr(manager, method)(USER, "reset", "vt_wrong")
+        except InvalidToken:
+            pass
+        assert [(e.name, e.reason) for e in world.events] == [("failed", "unknown")]
+
+    async def test_capped(self, world: World) -> None:
+        manager = await world.manager(CODE)
+        for code in wrong_codes("000000", 5):
+            await refused(InvalidToken, manager.verify(USER, "login", code))
+        await refused(TooManyAttempts, manager.verify(USER, "login", "000000"))
+        assert world.event_names == ["failed"] * 5 + ["capped"]
+        assert (world.events[-1].object_id, world.events[-1].slug) == ("42", "login")
+
+    async def test_deactivated_with_the_number(self, world: World) -> None:
+        manager = await world.manager()
+        for _ in range(3):
+            await manager.deactivate_and_create(USER, "a", deactivate_old_tokens=False)
+        world.events.clear()
+        assert await manager.deactivate(USER, "a") == 3
+        assert await manager.deactivate(USER, "a") == 0
+        event = TokenEvent("deactivated", START, "auth.user", "42", "a", None, None, 3)
+        assert world.events == [event]
+
+    async def test_purged_with_the_number(self, world: World) -> None:
+        manager = await world.manager()
+        for _ in range(3):
+            await manager.deactivate_and_create(USER)
+        world.events.clear()
+        assert await manager.purge(batch_size=1) == 2
+        assert await manager.purge() == 0
+        assert world.events == [TokenEvent("purged", START, None, None, None, None, None, 2)]
+
+    async def test_an_unknown_object_is_none(self, world: World) -> None:
+        manager = await world.manager()
+        await refused(InvalidToken, manager.verify(Subject("auth.user"), "reset", WRONG))
+        assert (world.events[0].object_id, world.events[0].content_type) == (None, "auth.user")
+
+    async def test_no_key_and_no_digest_in_any_event(self, world: World) -> None:
+        manager = await world.manager(CODE)
+        keys = [(await manager.deactivate_and_create(USER, slug)).key for slug in ("login", "reset")]
+        digests = [stored.digest for stored in await world.stored()]
+        for slug, key in zip(("login", "reset"), keys, strict=True):
+            await manager.verify(USER, slug, key)
+            await manager.consume(USER, slug, key, consume_id="use-canary")
+            await refused(InvalidToken, manager.consume(USER, slug, key))
+        assert {"issued", "verified", "consumed", "reused"} == set(world.event_names)
+        for event in world.events:
+            text = repr(event) + repr(asdict(event))
+            for secret in (*keys, "use-canary", *(repr(d) for d in digests), *(d.hex() for d in digests)):
+                assert secret not in text
+
+
+async def async_hook(event: TokenEvent) -> None:
+    await anyio.lowlevel.checkpoint()
+    heard_by_path.append(event)
+
+
+class AwaitableHook:
+    """A callable object whose answer is a future, not a coroutine."""
+
+    def __call__(self, event: TokenEvent) -> Awaitable[None]:
+        heard_by_path.append(event)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+
+async def issue(*hooks: Any) -> str:
+    async with TokenManager(MemoryBackend(), hooks=hooks) as manager:
+        return (await manager.deactivate_and_create(USER, "reset")).id
+
+
+class TestHooks:
+    @pytest.mark.parametrize(
+        "hook",
+        [
+            hook_by_path,
+            async_hook,
+            AwaitableHook(),
+            f"{__name__}:hook_by_path",
+            f"{__name__}.hook_by_path",
+            LazyHook(lambda: hook_by_path),
+            LazyHook(lambda: async_hook),
+        ],
+    )
+    async def test_sync_async_lazy_or_by_path(self, hook: Any) -> None:
+        heard_by_path.clear()
+        token_id = await issue(hook)
+        assert [event.token_id for event in heard_by_path] == [token_id]
+
+    async def test_several_hear_in_their_order(self) -> None:
+        order: list[int] = []
+        await issue(*[lambda _, n=n: order.append(n) for n in range(5)])
+        assert order == [0, 1, 2, 3, 4]
+
+    async def test_a_lazy_hook_is_made_once_and_only_when_there_is_an_event(self, world: World) -> None:
+        made: list[int] = []
+        heard: list[TokenEvent] = []
+
+        def factory() -> Callable[[TokenEvent], None]:
+            made.append(1)
+            return heard.append
+
+        async with TokenManager(world.backend, clock=world.clock, hooks=[LazyHook(factory)]) as manager:
+            assert not await manager.exists_valid(USER)
+            assert made == []
+            for _ in range(3):
+                await manager.deactivate_and_create(USER)
+        assert (len(made), len(heard)) == (1, 3)
+
+    @pytest.mark.parametrize("hook", ["nope", "no.such.hook", "vtoken:ANY", 5, None])
+    async def test_what_is_no_hook_is_told_at_once(self, hook: Any) -> None:
+        with pytest.raises(ConfigurationError):
+            TokenManager(MemoryBackend(), hooks=[hook])
+
+    async def test_a_failing_hook_is_logged_and_changes_nothing(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def failing(_: TokenEvent) -> None:
+            raise ZeroDivisionError("the hook's own")
+
+        async def failing_later(_: TokenEvent) -> None:
+            await anyio.lowlevel.checkpoint()
+            raise ZeroDivisionError("the hook's own")
+
+        def failing_factory() -> Any:
+            raise ZeroDivisionError("the hook's own")
+
+        heard: list[TokenEvent] = []
+        manager = TokenManager(
+            world.backend,
+            settings=SECRETS,
+            policies=[TokenPolicy("login", max_attempts=1)],
+            clock=world.clock,
+            hooks=[failing, failing_later, LazyHook(failing_factory), LazyHook(lambda: None), heard.append],  # type: ignore[arg-type, return-value]  # pyright: ignore[reportArgumentType]  # hooks that fail, on purpose
+        )
+        async with manager:
+            issued = await manager.deactivate_and_create(USER, "login")
+            assert await manager.verify(USER, "login", issued.key) == issued
+            assert await reason(manager.verify(USER, "login", WRONG)) == "unknown"
+            await refused(TooManyAttempts, manager.consume(USER, "login", issued.key))
+            assert await manager.deactivate(USER) == 1
+            assert await manager.purge() == 1
+        assert [e.name for e in heard] == ["issued", "verified", "failed", "capped", "deactivated", "purged"]
+        records = [r for r in caplog.records if r.name == "vtoken"]
+        assert len(records) == 4 * len(heard)
+        assert all(r.levelno == logging.ERROR and r.exc_info for r in records)
+
+    async def test_a_cancelled_hook_cancels(self, world: World) -> None:
+        started = asyncio.Event()
+
+        async def endless(_: TokenEvent) -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        async with TokenManager(world.backend, clock=world.clock, hooks=[endless]) as manager:
+            task = asyncio.create_task(manager.deactivate_and_create(USER))
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(await world.stored()) == 1
+
+    async def test_without_hooks_no_clock_is_asked_for_an_event(self, world: World) -> None:
+        asked: list[int] = []
+
+        def clock() -> Any:
+            asked.append(1)
+            return START
+
+        async with TokenManager(Watched(), clock=clock) as manager:
+            await manager.deactivate_and_create(USER)
+        assert len(asked) == 1
