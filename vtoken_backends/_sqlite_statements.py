@@ -234,7 +234,7 @@ def _conditions(match: Match) -> tuple[str, Private]:
 def _assignments(change: Change) -> tuple[str, Private]:
     match change:
         case Use(at, use_id):
-            return _USE_ALONE, Private((at, use_id))
+            return _USE_ALONE, Private((at, use_id, use_id, at))
         case Lease(lease_id, until):
             return "lease_id = ?, lease_until = ?", Private((lease_id, until))
         case Release():
@@ -245,7 +245,7 @@ def _assignments(change: Change) -> tuple[str, Private]:
             return "plain_key = ''", Private()
 
 
-_USE_ALONE: Final = USE.format(at="?1", use_id="?2")
+_USE_ALONE: Final = USE.format(at="?", use_id="?")
 _ACTIVE: Final = StoredToken._fields.index("is_active")
 _USE_IDS: Final = StoredToken._fields.index("use_ids")
 
