@@ -114,6 +114,21 @@ def _run_all(session: _Session, folder: Path) -> None:
             session.skip(why)
         session.measure(stores.cells(session.options.full))
         session.slow_disk(folder)
+    if session.wants("mongodb"):
+        _run_mongodb(session)
+
+
+def _run_mongodb(session: _Session) -> None:
+    try:
+        from . import mongodb
+    except ImportError as error:
+        session.skip(f"MongoDB: {error.name} is not installed")
+        return
+    try:
+        with mongodb.server() as url:
+            session.measure(mongodb.Stores(url).cells(session.options.full))
+    except FileNotFoundError as error:
+        session.skip(str(error))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def _check_rows(name: str, rows: Sequence[Row], filled: Sequence[str], ops: Sequ
     _require(len(rows) == len(filled) + len(issued), name, f"{len(rows)} rows are stored")
     _require(len({row.digest for row in rows}) == len(rows), name, "two rows have one digest")
     active = Counter(row.object_id for row in rows if row.is_active)
-    expected = Counter({object_id: 1 for object_id in {*filled, *issued} - used})
+    expected = Counter(dict.fromkeys({*filled, *issued} - used, 1))
     _require(active == expected, name, "an object has not exactly one active token, or a used one is active")
 
 

@@ -180,7 +180,7 @@ class Plain:
         return rows_of(self._path)
 
     async def run(self, ops: Sequence[Op], tasks: int) -> Run:
-        """All operations one after the other, whatever the number of tasks; each waits for its transaction."""
+        """One after the other, whatever the number of tasks; each waits for its transaction."""
         answers: list[str | bool] = []
         waits = array("d")
         begun = perf_counter()

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy import LargeBinary, event, select, update
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .by_hand import PRAGMAS, fill_file, make_schema, rows_of
 from .contender import CONTENT_TYPE, DAY_MS, SLUG, Op, Row, Run, by_tasks, digest_of, new_key, now_ms
 
+# Typed as Any, because it need not be installed.
+_sql: Any = import_module("sqlalchemy")
+_aio: Any = import_module("sqlalchemy.ext.asyncio")
+_orm: Any = import_module("sqlalchemy.orm")
 
-class _Base(DeclarativeBase):
-    pass
+
+class _Token:
+    def __init__(self, **columns: object) -> None:
+        for name, value in columns.items():
+            setattr(self, name, value)
 
 
-class _Token(_Base):
-    __tablename__ = "tokens"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    content_type: Mapped[str]
-    object_id: Mapped[str]
-    slug: Mapped[str]
-    digest: Mapped[bytes] = mapped_column(LargeBinary)
-    created_at: Mapped[int]
-    expires_at: Mapped[int]
-    is_active: Mapped[bool]
-    extra_data: Mapped[str | None]
+_registry: Any = _orm.registry()
+_table: Any = _sql.Table(
+    "tokens",
+    _registry.metadata,
+    _sql.Column("id", _sql.Integer, primary_key=True),
+    *(_sql.Column(name, _sql.String) for name in ("content_type", "object_id", "slug", "extra_data")),
+    _sql.Column("digest", _sql.LargeBinary),
+    *(_sql.Column(name, _sql.Integer) for name in ("created_at", "expires_at")),
+    _sql.Column("is_active", _sql.Boolean),
+)
+_registry.map_imperatively(_Token, _table)
+_mapped: Any = _Token
 
 
 def _prepare(connection: Any, _record: object) -> None:
@@ -41,7 +46,7 @@ def _prepare(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-class SQLAlchemy:
+class Contender:
     """One session for each operation, from the engine's own pool."""
 
     name = "SQLAlchemy async"
@@ -51,11 +56,9 @@ class SQLAlchemy:
 
     async def open(self) -> None:
         make_schema(self._path)
-        self._engine = create_async_engine(f"sqlite+aiosqlite:///{self._path}", pool_timeout=600)
-        event.listen(self._engine.sync_engine, "connect", _prepare)
-        self._session: async_sessionmaker[AsyncSession] = async_sessionmaker(
-            self._engine, expire_on_commit=False
-        )
+        self._engine = _aio.create_async_engine(f"sqlite+aiosqlite:///{self._path}", pool_timeout=600)
+        _sql.event.listen(self._engine.sync_engine, "connect", _prepare)
+        self._session = _aio.async_sessionmaker(self._engine, expire_on_commit=False)
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -74,18 +77,18 @@ class SQLAlchemy:
         async with self._session() as session:
             await self._begin_immediate(session)
             await session.execute(
-                update(_Token)
+                _sql.update(_mapped)
                 .where(
-                    _Token.content_type == CONTENT_TYPE,
-                    _Token.object_id == object_id,
-                    _Token.slug == SLUG,
-                    _Token.is_active == True,  # noqa: E712  # SQL's, which the partial index matches
+                    _mapped.content_type == CONTENT_TYPE,
+                    _mapped.object_id == object_id,
+                    _mapped.slug == SLUG,
+                    _mapped.is_active == True,  # noqa: E712  # SQL's, which the partial index matches
                 )
                 .values(is_active=False)
                 .execution_options(synchronize_session=False)
             )
             session.add(
-                _Token(
+                _mapped(
                     content_type=CONTENT_TYPE,
                     object_id=object_id,
                     slug=SLUG,
@@ -100,14 +103,14 @@ class SQLAlchemy:
 
     async def check(self, object_id: str, key: str) -> bool:
         async with self._session() as session:
-            found = await session.execute(select(_Token.id).where(*self._fits(object_id, key)))
-            return found.first() is not None
+            found: Any = await session.execute(_sql.select(_mapped.id).where(*self._fits(object_id, key)))
+            return bool(found.first())
 
     async def consume(self, object_id: str, key: str) -> bool:
         async with self._session() as session:
             await self._begin_immediate(session)
             result: Any = await session.execute(
-                update(_Token)
+                _sql.update(_mapped)
                 .where(*self._fits(object_id, key))
                 .values(is_active=False)
                 .execution_options(synchronize_session=False)
@@ -115,16 +118,16 @@ class SQLAlchemy:
             await session.commit()
         return bool(result.rowcount == 1)
 
-    async def _begin_immediate(self, session: AsyncSession) -> None:
+    async def _begin_immediate(self, session: Any) -> None:
         connection = await session.connection()
         await connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def _fits(self, object_id: str, key: str) -> tuple[Any, ...]:
         return (
-            _Token.digest == digest_of(key),
-            _Token.content_type == CONTENT_TYPE,
-            _Token.object_id == object_id,
-            _Token.slug == SLUG,
-            _Token.is_active == True,  # noqa: E712  # SQL's
-            _Token.expires_at >= now_ms(),
+            _mapped.digest == digest_of(key),
+            _mapped.content_type == CONTENT_TYPE,
+            _mapped.object_id == object_id,
+            _mapped.slug == SLUG,
+            _mapped.is_active == True,  # noqa: E712  # SQL's
+            _mapped.expires_at >= now_ms(),
         )

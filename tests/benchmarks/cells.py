@@ -1,4 +1,4 @@
-"""A cell: one workload, at one number of tasks, on one store, in one situation, for one contender at a time."""
+"""A cell: one workload, at one number of tasks, on one store, in one situation."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Calls(Protocol):
 
 
 async def by_tasks(calls: Calls, ops: Sequence[Op], tasks: int) -> Run:
-    """Carry out the operations in their order, each task taking the next one when it is done with its last."""
+    """Carry out the operations in their order; each task takes the next one when it is done with its last."""
     answers: list[str | bool] = [False] * len(ops)
     waits = array("d", bytes(8 * len(ops)))
     left = iter(enumerate(ops))

@@ -32,8 +32,8 @@ def cell_lines(result: Result) -> list[str]:
 def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
     """The table of targets."""
     lines: list[str] = []
-    for target, ratio, least, most in (tuple(v) for v in verdicts):
-        verdict = Verdict(target, ratio, least, most)
+    for verdict in verdicts:
+        target, ratio, least, most = verdict.target, verdict.ratio, verdict.least, verdict.most
         what = f"{target.cell}, {'p99 ' * (target.what == 'p99')}against {target.baseline}"
         bound = f"{'at most' if target.what == 'p99' else 'at least'} {target.bound:g}x"
         lines.append(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,8 @@ class Stores:
         self.plain_1 = self._entry("plain sqlite3, 1 per transaction", lambda own: Plain(own, 1))
         self.plain_256 = self._entry("plain sqlite3, 256 per transaction", lambda own: Plain(own, 256))
         self.absent: list[str] = []
-        self.sqlalchemy = self._sqlalchemy()
+        self.sqlalchemy = self._optional("SQLAlchemy async", "by_sqlalchemy", ("sqlalchemy", "greenlet"))
+        self.django = self._optional("Django base app", "by_django", ("django", "verification_token"))
 
     def _entry(self, name: str, make: Callable[[Path], Contender]) -> Entry:
         @contextlib.asynccontextmanager
@@ -46,20 +48,20 @@ class Stores:
 
         return Entry(name, fresh)
 
-    def _sqlalchemy(self) -> tuple[Entry, ...]:
-        if find_spec("sqlalchemy") is None or find_spec("greenlet") is None:
-            self.absent.append('SQLAlchemy async: not installed (pip install "vtoken[bench]")')
+    def _optional(self, name: str, module: str, packages: Sequence[str]) -> tuple[Entry, ...]:
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            self.absent.append(f'{name}: no {" and no ".join(missing)} (pip install "vtoken[bench]")')
             return ()
-        from .by_sqlalchemy import SQLAlchemy  # noqa: PLC0415  # an optional contender
-
-        return (self._entry(SQLAlchemy.name, SQLAlchemy),)
+        contender: type[Contender] = import_module(f"{__package__}.{module}").Contender
+        return (self._entry(name, contender),)
 
     def cells(self, full: bool) -> Iterable[tuple[Cell, list[Entry]]]:
         """What is measured, the most important first."""
         for workload in WORKLOADS:
             yield (
                 Cell("sqlite", workload, 256),
-                [self.ours, self.by_hand, self.plain_1, self.plain_256, *self.sqlalchemy],
+                [self.ours, self.by_hand, self.plain_1, self.plain_256, *self.sqlalchemy, *self.django],
             )
         for workload in WORKLOADS:
             yield Cell("sqlite", workload, 1), [self.ours, self.by_hand, *self.sqlalchemy * full]

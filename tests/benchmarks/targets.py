@@ -11,6 +11,7 @@ from .rounds import Result
 
 _HAND: Final = "hand-written aiosqlite"
 _CEILING: Final = "plain sqlite3, 256 per transaction"
+_DJANGO: Final = "Django base app"
 _MOTOR: Final = "Motor, one call each"
 
 
@@ -34,6 +35,9 @@ TARGETS: Final = (
     Target(Cell("sqlite", "check", 1), _HAND, 2),
     Target(Cell("sqlite", "issue", 256, "busy loop"), _HAND, 15),
     Target(Cell("sqlite", "consume", 256, "busy loop"), _HAND, 40),
+    Target(Cell("sqlite", "issue", 256), _DJANGO, 15),
+    Target(Cell("sqlite", "consume", 256), _DJANGO, 25),
+    Target(Cell("sqlite", "check", 256), _DJANGO, 20),
     Target(Cell("mongodb", "issue", 256), _MOTOR, 3),
     Target(Cell("mongodb", "consume", 256), _MOTOR, 2),
     Target(Cell("mongodb", "check", 256), _MOTOR, 12),
