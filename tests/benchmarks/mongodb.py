@@ -131,7 +131,7 @@ def _fits(object_id: str, key: str) -> dict[str, Any]:
 def rows_of(url: str, collection: str) -> list[Row]:
     """What a collection of the URL's database holds."""
     with MongoClient[dict[str, Any]](url) as client:
-        found = client.get_default_database()["tokens"].find(
+        found = client.get_default_database()[collection].find(
             {}, {"object_id": 1, "digest": 1, "is_active": 1}
         )
         return [Row(row["object_id"], bytes(row["digest"]), row["is_active"]) for row in found]
