@@ -1,10 +1,10 @@
-"""Backends with one planted bug each, of the kinds that real stores have, and the case that must catch it."""
+"""Backends with one planted bug each, of the kinds that real stores have."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import NamedTuple, Self
+from typing import Self
 
 from vtoken.backend import (
     NEVER,
@@ -434,74 +434,3 @@ class TakesAnyOption(MemoryBackend):
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
         return super().from_url(url)
-
-
-class Broken(NamedTuple):
-    """A bug and the case that must catch it."""
-
-    backend: type[MemoryBackend]
-    case: str
-
-
-BROKEN = [
-    Broken(RacyUpdate, "test_of_concurrent_consumers_one_wins"),
-    Broken(RacyUpdate, "test_of_concurrent_redeemers_one_wins"),
-    Broken(RacyUpdate, "test_of_concurrent_uses_as_many_win_as_are_left"),
-    Broken(RacyReplace, "test_of_concurrent_issues_one_stays_valid"),
-    Broken(RacyReplace, "test_of_concurrent_replaces_one_stays_active"),
-    Broken(RacyReplace, "test_a_cancelled_issue_leaves_one_valid_token"),
-    Broken(RacyReplace, "test_a_cancelled_replace_happens_wholly_or_not_at_all"),
-    Broken(RacyIfNoneValid, "test_of_concurrent_get_active_or_create_one_creates"),
-    Broken(RacySpend, "test_parallel_guesses_cost_at_most_the_cap"),
-    Broken(RacySpend, "test_of_concurrent_issues_under_a_cooldown_one_goes_out"),
-    Broken(CountsAfterComparing, "test_parallel_guesses_cost_at_most_the_cap"),
-    Broken(CountsAfterComparing, "test_cancelled_guesses_are_no_free_guesses"),
-    Broken(RacyDeactivate, "test_concurrent_deactivations_count_a_token_once"),
-    Broken(RacyPurge, "test_concurrent_purges_count_each_token_once"),
-    Broken(HalfOpens, "test_cancelled_opens_and_closes_leave_nothing"),
-    Broken(SwallowsCancellation, "test_a_cancelled_update_happens_wholly_or_not_at_all"),
-    Broken(TakesUseInTwoSteps, "test_a_cancelled_consume_is_resolved_by_its_id"),
-    Broken(ForgetsSlug, "test_another_object_type_or_slug_never_matches"),
-    Broken(ForgetsSlug, "test_every_given_field_must_hold"),
-    Broken(ForgetsObject, "test_deactivate_ends_what_it_names"),
-    Broken(ForgetsObject, "test_deactivate_changes_every_match"),
-    Broken(FoldsCase, "test_strings_are_compared_exactly"),
-    Broken(TakesNoDigestForAny, "test_no_digest_matches_nothing"),
-    Broken(ExclusiveBoundary, "test_the_last_millisecond_is_valid"),
-    Broken(OldestFirst, "test_active_tokens_are_listed_newest_first"),
-    Broken(OldestFirst, "test_find_is_newest_first"),
-    Broken(RepeatsThePage, "test_find_goes_on_after_a_page"),
-    Broken(LosesMilliseconds, "test_times_come_back_exactly"),
-    Broken(LosesMilliseconds, "test_every_field_comes_back_exactly"),
-    Broken(LosesEmptyExtraData, "test_extra_data_comes_back_exactly"),
-    Broken(DeactivatesBeforeTheCollision, "test_a_key_collision_leaves_the_old_token"),
-    Broken(DeactivatesBeforeTheCollision, "test_a_taken_key_changes_nothing"),
-    Broken(ReplacesTheNewestOnly, "test_replace_after_an_overlap_ends_it"),
-    Broken(ForgetsOverlap, "test_an_overlap_lasts_until_the_first_success"),
-    Broken(UsesNothing, "test_consume_works_once"),
-    Broken(IgnoresUseId, "test_the_same_consume_id_gives_the_same_answer"),
-    Broken(CountsOneUseOnly, "test_a_token_has_as_many_uses_as_its_policy_says"),
-    Broken(LeasesWithoutFence, "test_a_late_committer_loses_its_lease"),
-    Broken(LeasesWithoutFence, "test_a_lease_is_fenced_by_its_id"),
-    Broken(LeasesNothing, "test_a_redeemed_token_is_used"),
-    Broken(RevivesOnRelease, "test_a_deactivated_token_is_not_redeemed"),
-    Broken(RevivesOnSave, "test_saving_a_stale_copy_revives_nothing"),
-    Broken(PurgesLeased, "test_purge_leaves_a_leased_token"),
-    Broken(PurgesTheLastMillisecond, "test_purge_removes_no_valid_token"),
-    Broken(PurgesWithoutBound, "test_purge_takes_the_longest_ended_first"),
-    Broken(PurgesOneLess, "test_purge_takes_the_longest_ended_first"),
-    Broken(PurgesOneLess, "test_purge_works_in_batches"),
-    Broken(PurgesBudgets, "test_a_new_token_does_not_reset_the_budget"),
-    Broken(ResetsOnReissue, "test_a_new_token_does_not_reset_the_budget"),
-    Broken(ResetsOnRefund, "test_refund_forgets_no_strike"),
-    Broken(NeverRefunds, "test_a_failed_issue_costs_no_cooldown"),
-    Broken(NeverRefunds, "test_the_last_attempt_may_be_right"),
-    Broken(SharesBudgets, "test_budgets_are_apart"),
-    Broken(AllowsOneMore, "test_a_window_holds_its_limit"),
-    Broken(NeverGrows, "test_the_window_ends_and_grows"),
-    Broken(WorksWhenClosed, "test_a_closed_backend_says_so"),
-    Broken(ClosesAtOnce, "test_opens_are_counted"),
-    Broken(LeavesATask, "test_a_closed_backend_leaves_no_task"),
-    Broken(TakesAnyOption, "test_an_unknown_option_is_refused"),
-    Broken(KeepsToItself, "test_managers_see_each_others_writes"),
-]
