@@ -26,7 +26,7 @@ from vtoken.config_read import (
 from vtoken.errors import ConfigurationError, VTokenError
 from vtoken.hooks import Hook, LazyHook
 from vtoken.inputs import DEFAULT
-from vtoken.loading import import_object
+from vtoken.loading import MissingModule, import_object
 from vtoken.policy import Settings, TokenPolicy
 from vtoken.redact import redact_url
 
@@ -104,6 +104,10 @@ def _class(path: str) -> Any:
     """Import a backend's class."""
     try:
         return import_object(path)
+    except MissingModule as error:
+        if path.startswith((f"{error.module}:", f"{error.module}.")):
+            raise  # it is the backend's own module that is not there
+        problem = _missing(path, ModuleNotFoundError(name=error.module))
     except ImportError as error:
         problem = _missing(path, error)
     raise ConfigurationError(problem)

@@ -7,6 +7,22 @@ from importlib import import_module
 from vtoken.errors import ConfigurationError
 
 
+class MissingModule(ConfigurationError):
+    """A module cannot be found.
+
+    Args:
+        message: what was to be imported, and what is missing.
+        module: the module that is missing.
+    """
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message, module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def import_object(path: str) -> object:
     """Import ``package.module:name`` or ``package.module.name``.
 
@@ -18,14 +34,15 @@ def import_object(path: str) -> object:
         module_name, _, name = path.rpartition(".")
     if not module_name or not name:
         raise ConfigurationError(f"{path!r} is not an import path like 'package.module:name'")
+    missing: str | None = None
+    found: object = None
     try:
-        found: object = import_module(module_name)
+        found = import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there and misses a package of its own: that is the better message
-        found = None
-    if found is None:
-        raise ConfigurationError(f"cannot import {path!r}: there is no module {module_name!r}")
+        missing = error.name or module_name
+    if missing is not None:
+        # Where the module is there and lacks a package of its own, it is this that must be named.
+        raise MissingModule(f"cannot import {path!r}: there is no module {missing!r}", missing)
     for part in name.split("."):
         if not hasattr(found, part):
             raise ConfigurationError(f"cannot import {path!r}: {module_name!r} has no {name!r}")
