@@ -65,7 +65,7 @@ class OneCallEach:
         self._tokens = self._client.get_default_database().get_collection(
             "tokens", write_concern=WriteConcern("majority", j=True)
         )
-        await self._tokens.create_indexes(_INDEXES)
+        await self._tokens.create_indexes(list(_INDEXES))
 
     async def close(self) -> None:
         closing = self._client.close()
