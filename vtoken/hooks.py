@@ -71,6 +71,9 @@ class Hooks:
         self._hooks = [_checked(hook) for hook in hooks]
         self._clock = clock
 
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
     async def tell(
         self,
         name: EventName,

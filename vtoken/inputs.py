@@ -114,14 +114,16 @@ def milliseconds(moment: datetime) -> int:
     Raises:
         InvalidInput: not a ``datetime``, or a naive one.
     """
-    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+    if not isinstance(moment, datetime) or moment.tzinfo is None or moment.utcoffset() is None:
         raise InvalidInput("a point in time must be an aware datetime, e.g. datetime.now(UTC)")
-    return (moment - EPOCH) // _MILLISECOND
+    since = moment - EPOCH
+    # Twice as fast as dividing by a timedelta, on the way of every request (tests/benchmarks, memory).
+    return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
 
 
 def from_milliseconds(moment: int) -> datetime:
     """The aware UTC datetime of so many milliseconds since the epoch."""
-    return EPOCH + timedelta(milliseconds=moment)
+    return EPOCH + timedelta(0, moment // 1000, moment % 1000 * 1000)
 
 
 def check_minutes(name: str, value: object) -> int | None:

@@ -125,7 +125,7 @@ class Lifecycle:
         drawn = new_key(self.keyring, order)
         token = order.token(self._ids.next(now), now, drawn)
         # What may raise for its arguments, the generator's own exception too, has done so: charge only now.
-        charge = await charge_cooldown(self.store, order, now)
+        charge = await charge_cooldown(self.store, order, now) if order.rules.cooldown else None
         try:
             for iteration in range(self.max_key_iterations):
                 if iteration:
@@ -133,7 +133,8 @@ class Lifecycle:
                     token = order.token(self._ids.next(now), now, drawn)
                 result = await self.store.insert(token, mode, now + order.rules.overlap)
                 if result is InsertResult.INSERTED:
-                    await self.hooks.tell("issued", token)
+                    if self.hooks:
+                        await self.hooks.tell("issued", token)
                     return issued(token, drawn.key)
                 if result is InsertResult.HAS_VALID:
                     await self._give_cooldown_back(charge)
@@ -159,9 +160,12 @@ class Lifecycle:
         reason = refusal(stored, now)
         if stored is None or reason is not None:
             await self._refuse(guess, stored, reason or "unknown", charge)
-        await refund(self.store, charge)
-        await self._forget_plain_key(guess.rules, stored)
-        await self.hooks.tell("verified", stored)
+        if charge is not None:
+            await refund(self.store, charge)
+        if stored.plain_key:
+            await self._forget_plain_key(guess.rules, stored)
+        if self.hooks:
+            await self.hooks.tell("verified", stored)
         return stored
 
     async def charge(self, guess: Guess, now: int) -> Charge | None:
@@ -170,6 +174,8 @@ class Lifecycle:
         if not guess.digests:  # a typing error: refused before the store is asked
             await self.hooks.tell("failed", guess, reason="unknown")
             raise InvalidToken("unknown")
+        if guess.rules.max_attempts is None:
+            return None
         capped: TooManyAttempts | None = None
         try:
             return await charge_attempt(self.store, guess, now)
@@ -184,7 +190,7 @@ class Lifecycle:
             if guess.slug is None and self.rules_of(stored.slug).is_guarded:
                 continue  # a slug with a cap or a context is asked for by its name
             # In constant time, over all candidates: the store's index has only narrowed them down.
-            if sum(hmac.compare_digest(stored.digest, digest) for digest in guess.digests):
+            if sum([hmac.compare_digest(stored.digest, digest) for digest in guess.digests]):
                 return stored
         return None
 
@@ -255,10 +261,12 @@ class Lifecycle:
         try:
             if budget is not None:
                 await self.store.reset(budget)
-            await self._forget_plain_key(guess.rules, stored)
+            if stored.plain_key:
+                await self._forget_plain_key(guess.rules, stored)
         except BackendError as error:
             logger.warning("a token was used, but what follows its use failed: %r", error)
-        await self.hooks.tell("consumed", stored)
+        if self.hooks:
+            await self.hooks.tell("consumed", stored)
 
     def guess(self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden) -> Guess:
         """Digest a presented key for an object and a slug."""
@@ -287,7 +295,7 @@ class Lifecycle:
 
     async def _forget_plain_key(self, rules: Rules, stored: StoredToken) -> None:
         """Rewrite a row from the time of ``key_storage="plain"``: its digest is there already."""
-        if stored.plain_key and rules.storage != "plain":
+        if rules.storage != "plain":
             await self.store.update(Match(id=stored.id), ForgetKey())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
 
 from vtoken.backend import NEVER, StoredToken
 from vtoken.errors import Reason
@@ -10,17 +10,31 @@ from vtoken.inputs import from_milliseconds
 from vtoken.keys import Hidden
 from vtoken.token import IssuedToken, VerificationToken
 
+_Fields = tuple[
+    str,
+    datetime,
+    str,
+    str,
+    str | None,
+    datetime | None,
+    str | None,
+    bool,
+    str | None,
+    int,
+    int,
+    datetime | None,
+    datetime | None,
+]
+
 
 def issued(stored: StoredToken, key: Hidden) -> IssuedToken:
     """The token at its issue, with its key."""
-    return IssuedToken(**_fields(stored), key=key.text())
+    return IssuedToken(*_fields(stored, key.text()))
 
 
 def loaded(stored: StoredToken, key: str | None = None, *, lease_is_ours: bool = False) -> VerificationToken:
     """The token as it was loaded, with its key only where the store holds it or ``key`` is given."""
-    return VerificationToken(
-        **_fields(stored), key=key or stored.plain_key or None, lease_is_ours=lease_is_ours
-    )
+    return VerificationToken(*_fields(stored, key or stored.plain_key or None), lease_is_ours=lease_is_ours)
 
 
 def refusal(stored: StoredToken | None, now: int) -> Reason | None:
@@ -34,19 +48,21 @@ def refusal(stored: StoredToken | None, now: int) -> Reason | None:
     return "leased" if stored.lease_until > now else None
 
 
-def _fields(stored: StoredToken) -> dict[str, Any]:
+def _fields(stored: StoredToken, key: str | None) -> _Fields:
+    """The arguments of a token, in their order."""
     at = from_milliseconds
-    return {
-        "id": stored.id,
-        "created_at": at(stored.created_at),
-        "content_type": stored.content_type,
-        "object_id": stored.object_id,
-        "expires_at": None if stored.expires_at >= NEVER else at(stored.expires_at),
-        "slug": stored.slug or None,
-        "is_active": stored.is_active,
-        "extra_data": stored.extra_data,
-        "max_uses": stored.max_uses,
-        "uses": stored.uses,
-        "used_at": at(stored.used_at) if stored.used_at else None,
-        "leased_until": at(stored.lease_until) if stored.lease_until else None,
-    }
+    return (
+        stored.id,
+        at(stored.created_at),
+        stored.content_type,
+        stored.object_id,
+        key,
+        None if stored.expires_at >= NEVER else at(stored.expires_at),
+        stored.slug or None,
+        stored.is_active,
+        stored.extra_data,
+        stored.max_uses,
+        stored.uses,
+        at(stored.used_at) if stored.used_at else None,
+        at(stored.lease_until) if stored.lease_until else None,
+    )

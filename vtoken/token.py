@@ -49,7 +49,6 @@ class VerificationToken:
 
     def __init__(
         self,
-        *,
         id: str,  # noqa: A002  # the contract's name for the field
         created_at: datetime,
         content_type: str,
