@@ -98,7 +98,8 @@ class ContentTypes:
         registered = self._by_name.get(content_type)
         if registered is None or registered.load is None:
             raise ConfigurationError(
-                f"no loader for the content type {content_type!r}: register(Class, {content_type!r}, load=...),"
+                f"no loader for the content type {content_type!r}:"
+                f" register(Class, {content_type!r}, load=...),"
                 " where load is an async callable from an object id to the object"
             )
         return registered.load
