@@ -13,7 +13,10 @@ from vtoken.backend import TokenBackend
 from vtoken.testing import DurableBackendConformance
 from vtoken_backends.mongodb import MongoDBBackend
 
+from .mongodb_tools import DRIVER_LEAK
 from .servers import fresh_database
+
+pytestmark = DRIVER_LEAK
 
 
 class _MongoDB(DurableBackendConformance):

@@ -31,9 +31,12 @@ from vtoken.errors import (
 
 _T = TypeVar("_T")
 
-LONG: Final = 30
-"""How many times longer than others an operation over the whole collection may take."""
+LONG: Final = 300
+"""Seconds that an operation over the whole collection may take."""
 
+_LIMITS: Final = {"serverSelectionTimeoutMS": 5_000, "connectTimeoutMS": 5_000, "socketTimeoutMS": 10_000}
+"""What bounds an operation of a client of ours, unless the URL says otherwise."""
+_WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=10_000, j=True)
 _IN_FLIGHT: Final = 32
 """Operations at once; with more, PyMongo gets slower and unfair."""
 _DENIED: Final = frozenset({13, 18, 8000})
@@ -62,7 +65,6 @@ class Link:
         collection: str,
         driver: str,
         durable: bool,
-        timeout: float,
     ) -> None:
         self._opens = 0
         if (client is None) == (url is None):
@@ -72,8 +74,6 @@ class Link:
                 "client must be a pymongo.AsyncMongoClient or a motor.motor_asyncio.AsyncIOMotorClient,"
                 f" not {type(client).__name__}"
             )
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-            raise ConfigurationError("timeout must be a number of seconds, more than 0")
         if not isinstance(durable, bool):
             raise ConfigurationError("durable must be True or False")
         self._database = None if database is None else _name("database", database, '/\\. "$*<>:|?\0')
@@ -81,8 +81,7 @@ class Link:
         self._client_class = None if url is None else _client_class(driver)
         self._url = url
         self._client: Any = client
-        self._write_concern = WriteConcern("majority", j=True) if durable else WriteConcern(1)
-        self._timeout = timeout
+        self._write_concern = _WRITE_CONCERN if durable else WriteConcern(1)
         self._opening = anyio.Lock()
 
     def __repr__(self) -> str:
@@ -166,7 +165,7 @@ class Link:
         self.meta = self.db.get_collection(f"{self.collection}.meta", **options)
 
     async def run(
-        self, operation: Callable[[], Awaitable[_T]], *, writes: bool = True, times: float = 1
+        self, operation: Callable[[], Awaitable[_T]], *, writes: bool = True, seconds: float | None = None
     ) -> _T:
         """Run one operation of the driver, and translate what it raises.
 
@@ -176,7 +175,9 @@ class Link:
         async with self._limit:
             self._check_place()
             try:
-                with pymongo.timeout(self._timeout * times):
+                if seconds is None:
+                    return await operation()
+                with pymongo.timeout(seconds):
                     return await operation()
             except (errors.PyMongoError, BSONError, CorruptStore) as error:
                 failure = _translated(error, writes)
@@ -221,8 +222,8 @@ def _translated(error: Exception, writes: bool) -> BackendError:
 async def settle(step: Coroutine[Any, Any, _T]) -> _T:
     """Await a step that cancellation does not cut short: it is raised once the step has ended.
 
-    Cancelled in the middle, PyMongo drops its connection (and swallows the cancellation of some reads), and the
-    server may or may not go on. The wait is bounded: each operation has its timeout.
+    Cancelled in the middle, PyMongo drops its connection, swallows the cancellation of some reads, and the
+    server may or may not go on. The client's time limits bound the wait.
     """
     try:
         await checkpoint_if_cancelled()
@@ -269,10 +270,10 @@ def _client_class(driver: str) -> Any:
 
 
 def _connect(client_class: Any, url: str) -> Any:
-    bounds = {} if "serverselectiontimeoutms=" in url.lower() else {"serverSelectionTimeoutMS": 5_000}
+    limits = {name: limit for name, limit in _LIMITS.items() if f"{name}=".lower() not in url.lower()}
     try:
-        return client_class(url, **bounds)
-    except (errors.PyMongoError, ValueError, TypeError):
+        return client_class(url, **limits)
+    except (errors.PyMongoError, ValueError, TypeError, UserWarning):
         pass  # the driver's message may quote the URL
     raise ConfigurationError(
         "the driver does not understand the MongoDB URL; are user name and password percent-encoded?"

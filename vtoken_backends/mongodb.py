@@ -47,7 +47,7 @@ from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_u
 _SCHEMA: Final = 1
 _ATTEMPTS: Final = 1000
 """How often a lost race is run again; each time another one has won."""
-_OPTIONS: Final = ("database", "collection", "driver", "durable", "timeout")
+_OPTIONS: Final = ("database", "collection", "driver", "durable")
 
 
 class MongoDBBackend:
@@ -56,14 +56,15 @@ class MongoDBBackend:
     Needs asyncio. Operations are refused in another event loop or process than that of :meth:`open`.
 
     Args:
-        client: a ``pymongo.AsyncMongoClient`` or a Motor ``AsyncIOMotorClient``, which stays the caller's.
-        url: instead of a client; :meth:`open` makes a client of it and :meth:`close` closes that.
+        client: a ``pymongo.AsyncMongoClient`` or a Motor ``AsyncIOMotorClient``. It stays the caller's, with
+            its own time limits (PyMongo's default for ``socketTimeoutMS`` is none).
+        url: instead of a client; :meth:`open` makes a client of it and :meth:`close` closes that. Unless the
+            URL says otherwise, it waits 5 seconds for a server and 10 seconds for an answer.
         database: default: the one that the URL or the client names, else ``vtoken``.
         collection: of the tokens; ``<collection>.budgets`` and ``<collection>.meta`` go with it.
         driver: of the client for ``url``: ``"pymongo"`` or ``"motor"``.
         durable: ``False`` acknowledges a write before it is on disk and with a majority. A crash of the
             server can then lose issued tokens and make used ones valid again.
-        timeout: seconds that one operation on the server may take, more than 0.
 
     Raises:
         ConfigurationError: an argument is of the wrong kind, or the driver is not installed.
@@ -78,9 +79,8 @@ class MongoDBBackend:
         collection: str = "vtoken",
         driver: str = "pymongo",
         durable: bool = True,
-        timeout: float = 10.0,
     ) -> None:
-        self._link = Link(client, url, database, collection, driver, durable, timeout)
+        self._link = Link(client, url, database, collection, driver, durable)
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
@@ -148,7 +148,7 @@ class MongoDBBackend:
         ]
         failure: BackendError | None = None
         try:  # waits for those that another process is making
-            await self._link.run(lambda: collection.create_indexes(models), times=LONG)
+            await self._link.run(lambda: collection.create_indexes(models), seconds=LONG)
         except BackendError as error:
             failure = error  # of no matter if they are there: perhaps this user may not make any
         found = await self._link.run(collection.index_information, writes=False)
@@ -334,7 +334,7 @@ class MongoDBBackend:
                 cursor = await cursor
             return [documents.slug_count(found) for found in await cursor.to_list(None)]
 
-        return await settle(self._link.run(count, writes=False, times=LONG))
+        return await settle(self._link.run(count, writes=False, seconds=LONG))
 
     async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
         """As of the protocol."""

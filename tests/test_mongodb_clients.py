@@ -1,0 +1,252 @@
+"""Clients, URLs, and where a MongoDB backend may be used."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+from typing import Any
+
+import pytest
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import AsyncMongoClient, MongoClient
+from pymongo.monitoring import CommandListener, CommandStartedEvent
+
+from vtoken.backend import Budget, InsertResult, Match, Use
+from vtoken.config import create_backend
+from vtoken.errors import (
+    BackendClosed,
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+)
+from vtoken_backends.mongodb import MongoDBBackend
+
+from . import servers
+from .mongodb_tools import (
+    ADD,
+    DRIVER_LEAK,
+    IF_NONE_VALID,
+    LATER,
+    NOW,
+    REPLACE,
+    documents,
+    opened,
+    token,
+    valid,
+)
+
+pytestmark = DRIVER_LEAK
+
+
+async def test_a_client_handed_in_stays_open(mongodb_url: str) -> None:
+    database = mongodb_url.rpartition("/")[2].partition("?")[0]
+    async with AsyncMongoClient[dict[str, Any]](mongodb_url) as client:
+        motor: AsyncIOMotorClient[dict[str, Any]] = AsyncIOMotorClient(mongodb_url)
+        either: Any
+        for number, either in enumerate((client, motor)):
+            backend = MongoDBBackend(either)
+            assert repr(backend) == "<MongoDBBackend (default).vtoken>"
+            await backend.open()
+            assert repr(backend) == f"<MongoDBBackend {database}.vtoken>"
+            assert await backend.insert(token(number), REPLACE) is InsertResult.INSERTED
+            await backend.close()
+            with pytest.raises(BackendClosed):
+                await backend.find(Match(), 1)
+            assert await either.get_database(database).get_collection("vtoken").find_one({}) is not None
+        motor.close()
+
+
+async def test_a_client_that_was_closed_says_so(mongodb_url: str) -> None:
+    client = AsyncMongoClient[dict[str, Any]](mongodb_url)
+    backend = MongoDBBackend(client)
+    await backend.open()
+    await client.close()
+    with pytest.raises(BackendClosed, match="client was closed"):
+        await backend.find(Match(), 1)
+    await backend.close()
+
+
+def test_other_clients_are_refused(mongodb_standalone: str) -> None:
+    with (
+        MongoClient[dict[str, Any]](mongodb_standalone) as client,
+        pytest.raises(ConfigurationError, match="AsyncMongoClient"),
+    ):
+        MongoDBBackend(client)
+    with pytest.raises(ConfigurationError, match="either"):
+        MongoDBBackend()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"colection": "x"}, "did you mean collection"),
+        ({"client": object()}, "no option 'client'"),
+        ({"driver": "mongoengine"}, "driver must be"),
+        ({"database": "a.b"}, "database"),
+        ({"database": 5}, "database"),
+        ({"collection": "a$b"}, "collection"),
+        ({"collection": ""}, "collection"),
+        ({"durable": 1}, "durable"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        create_backend("mongodb://user:pa55word@localhost", **options)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("mongodb://u:pa55word@h", "(default).vtoken"),
+        ("mongodb://u:pa55word@h/", "(default).vtoken"),
+        ("mongodb://u:pa55word@h/app", "app.vtoken"),
+        ("mongodb://u:pa55word@h,i:27018/app?w=0&collection=a%2Eb&tls=true", "app.a.b"),
+        ("mongodb+srv://u:pa55word@h/app?collection=tokens", "app.tokens"),
+    ],
+)
+def test_urls_name_database_and_collection(url: str, shown: str) -> None:
+    assert repr(create_backend(url)) == f"<MongoDBBackend {shown}>"
+
+
+async def test_the_driver_never_sees_our_parameter(mongodb_url: str, mongodb_driver: str) -> None:
+    mark = "&" if "?" in mongodb_url else "?"
+    async with opened(f"{mongodb_url}{mark}collection=mine", mongodb_driver) as backend:  # no warning
+        await backend.insert(token(1), ADD)
+    with documents(mongodb_url) as stored:
+        names = stored.database.list_collection_names()
+        assert sorted(names) == ["mine", "mine.budgets", "mine.meta"]
+
+
+def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "motor"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "motor", None)
+    with pytest.raises(ConfigurationError, match=r'pip install "vtoken\[motor\]"'):
+        MongoDBBackend.from_url("mongodb://localhost", driver="motor")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mongodb://user:pa55word@",
+        "mongodb://user:pa55word@host:port",
+        "mongodb://user:pa55/word@host",
+        "mongodb://user:pa55word@host/?authMechanism=pa55word",
+    ],
+)
+async def test_a_password_is_never_repeated(url: str, mongodb_driver: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        await _made_and_opened(url, mongodb_driver)
+    assert "pa55" not in f"{caught.value!r} {caught.value.__context__!r} {caught.value.__cause__!r}"
+
+
+async def _made_and_opened(url: str, driver: str) -> None:
+    await MongoDBBackend.from_url(url, driver=driver).open()
+
+
+async def test_refused_credentials(mongodb_standalone: str, mongodb_driver: str) -> None:
+    url = mongodb_standalone.replace("://", "://user:pa55word@")
+    with pytest.raises(BackendUnavailable, match=r"access denied .*code 18") as caught:
+        async with opened(url, mongodb_driver):
+            pass
+    assert "pa55" not in f"{caught.value!r} {caught.value.__context__!r} {caught.value.__cause__!r}"
+
+
+async def test_no_server_is_told_soon(mongodb_driver: str) -> None:
+    url = f"mongodb://127.0.0.1:{servers.free_port()}/?serverSelectionTimeoutMS=100"
+    backend = MongoDBBackend.from_url(url, driver=mongodb_driver)
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable, match="no server answers"):
+                await backend.open()
+    with pytest.raises(BackendClosed):
+        await backend.find(Match(), 1)
+    await backend.close()
+
+
+class Commands(CommandListener):
+    """The write commands that a client sent."""
+
+    def __init__(self) -> None:
+        self.write_concerns: list[tuple[str, Any]] = []
+
+    def started(self, event: CommandStartedEvent) -> None:
+        if event.command_name in {"insert", "update", "delete", "findAndModify"}:
+            self.write_concerns.append((event.command_name, event.command.get("writeConcern")))
+
+    def succeeded(self, event: object) -> None: ...
+
+    def failed(self, event: object) -> None: ...
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_writes_are_durable_whatever_the_client_was_told(mongodb_url: str, durable: bool) -> None:
+    commands = Commands()
+    settings: dict[str, Any] = {"w": 0, "tz_aware": True, "readPreference": "secondary"}
+    async with AsyncMongoClient[Any](mongodb_url, event_listeners=[commands], **settings) as client:
+        backend = MongoDBBackend(client, durable=durable)
+        await backend.open()
+        budget = Budget("auth.user", "42", "reset", "attempts")
+        await backend.insert(token(1), ADD)
+        await backend.insert(token(2), REPLACE)
+        await backend.insert(token(3), IF_NONE_VALID)
+        await backend.update(valid(2), Use(LATER))
+        await backend.deactivate(Match(), NOW)
+        await backend.spend(budget, NOW, 1, 1, 1)
+        await backend.refund(budget, NOW + 1)
+        await backend.purge(LATER, LATER, 10, LATER)
+        await backend.reset(budget)
+        await backend.close()
+    expected = {"w": "majority", "wtimeout": 10_000, "j": True} if durable else {"w": 1}
+    assert {name for name, _ in commands.write_concerns} == {"insert", "update", "delete", "findAndModify"}
+    assert [found for _, found in commands.write_concerns if found != expected] == []
+
+
+async def test_another_event_loop_is_refused(mongodb_url: str, mongodb_driver: str) -> None:
+    async with opened(mongodb_url, mongodb_driver) as backend:
+        raised: list[BaseException] = []
+
+        def elsewhere() -> None:
+            for call in (backend.find(Match(), 1), backend.deactivate(Match(), NOW), backend.open()):
+                try:
+                    asyncio.run(call)
+                except BackendClosed as error:
+                    raised.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert ["another event loop" in str(error) for error in raised] == [True] * 3
+        assert await backend.find(Match(), 1) == []
+
+
+def test_it_opens_again_after_its_loop_is_gone(mongodb_standalone: str) -> None:
+    with servers.fresh_database(mongodb_standalone) as url:
+        backend = MongoDBBackend.from_url(url)
+
+        async def use() -> None:
+            await backend.open()
+            await backend.insert(token(1), ADD)
+            await backend.close()
+
+        asyncio.run(use())
+        with pytest.raises(BackendError):
+            asyncio.run(backend.deactivate(Match(), NOW))
+        asyncio.run(use())
+
+
+async def test_a_dropped_backend_warns(mongodb_url: str) -> None:
+    async with AsyncMongoClient[dict[str, Any]](mongodb_url) as client:
+        backend = MongoDBBackend(client)
+        await backend.open()
+        del backend  # the client is not ours to close
+        gc.collect()
+    backend = MongoDBBackend.from_url(mongodb_url)
+    await backend.open()
+    client = backend._link._client  # pyright: ignore[reportPrivateUsage]  # so that the test can close it
+    with pytest.warns(ResourceWarning, match="dropped without close"):  # noqa: PT031 - both make the drop
+        del backend
+        gc.collect()
+    await client.close()
