@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from . import machine, report, slow_disk, sqlite
+from . import machine, memory, report, scale, slow_disk, sqlite
 from .cells import Cell, Entry
+from .figures import Figure
 from .rounds import Effort, Result, run
 from .targets import verdicts
 
@@ -42,6 +44,7 @@ class _Session:
         self.options = options
         self.effort = Effort(options.rounds, options.seconds or (1.0 if options.full else 0.12))
         self.results: list[Result] = []
+        self.figures: list[Figure] = []
         self.absent: list[str] = []
 
     def wants(self, store: str) -> bool:
@@ -54,6 +57,11 @@ class _Session:
             result = run(cell, entries, self.effort)
             self.results.append(result)
             _say("\n".join(report.cell_lines(result)))
+
+    def add(self, figures: Iterable[Figure]) -> None:
+        for figure in figures:
+            self.figures.append(figure)
+            _say(report.figure_line(figure))
 
     def slow_disk(self, folder: Path) -> None:
         """In a child, whose disk is slow; it prints its cells itself."""
@@ -79,6 +87,7 @@ class _Session:
             "rounds": self.effort.rounds,
             "seconds": self.effort.seconds,
             "absent": self.absent,
+            "figures": [figure.as_json() for figure in self.figures],
             "cells": [result.as_json() for result in self.results],
         }
 
@@ -114,19 +123,42 @@ def _run_all(session: _Session, folder: Path) -> None:
             session.skip(why)
         session.measure(stores.cells(session.options.full))
         session.slow_disk(folder)
+        _run_sqlite_scale(session, folder)
+    if session.wants("memory"):
+        _run_memory(session)
     if session.wants("mongodb"):
         _run_mongodb(session)
 
 
+def _run_sqlite_scale(session: _Session, folder: Path) -> None:
+    stored = 1_000_000 if session.options.full else 100_000
+    rounds = session.effort.rounds
+    if session.options.match in "growth":
+        session.add(asyncio.run(scale.sqlite_growth(folder, stored, rounds)))
+    if session.options.match in "purge":
+        session.add(asyncio.run(scale.sqlite_purge(folder, stored, stored // 10, rounds)))
+
+
+def _run_memory(session: _Session) -> None:
+    for why in memory.absent():
+        session.skip(why)
+    session.measure(memory.cells())
+    tokens = 1_000_000 if session.options.full else 100_000
+    if not session.options.match:
+        session.add(memory.figures(tokens, session.effort.rounds))
+
+
 def _run_mongodb(session: _Session) -> None:
     try:
-        from . import mongodb
+        from . import mongodb, mongodb_scale
     except ImportError as error:
         session.skip(f"MongoDB: {error.name} is not installed")
         return
     try:
         with mongodb.server() as url:
             session.measure(mongodb.Stores(url).cells(session.options.full))
+            if session.options.full and session.options.match in "growth":
+                session.add(asyncio.run(mongodb_scale.measure_growth(url, 1_000_000, session.effort.rounds)))
     except FileNotFoundError as error:
         session.skip(str(error))
 

@@ -6,10 +6,10 @@ import asyncio
 import gc
 import random
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from . import slow_disk
 from .atomicity import verify
@@ -50,11 +50,24 @@ class Cell:
         return f"{self.store} {self.workload}, {tasks}{situation[self.beside]}"
 
 
+_Opened = TypeVar("_Opened", bound=Contender)
+
+
 class Entry(NamedTuple):
     """A contender by its name, and how to get one with a fresh store, open."""
 
     name: str
     fresh: Callable[[], AbstractAsyncContextManager[Contender]]
+
+
+@asynccontextmanager
+async def opened(contender: _Opened) -> AsyncGenerator[_Opened]:
+    """Open a contender, and close it after the block."""
+    await contender.open()
+    try:
+        yield contender
+    finally:
+        await contender.close()
 
 
 class Sample(NamedTuple):

@@ -15,7 +15,7 @@ from pymongo.write_concern import WriteConcern
 
 from tests import servers
 
-from .cells import Cell, Entry
+from .cells import Cell, Entry, opened
 from .contender import (
     CONTENT_TYPE,
     DAY_MS,
@@ -165,14 +165,8 @@ class Stores:
     def _entry(self, name: str, make: Callable[[str], Contender]) -> Entry:
         @contextlib.asynccontextmanager
         async def fresh() -> AsyncGenerator[Contender]:
-            url = servers.with_database(self._server_url, f"vtoken_benchmark_{uuid4().hex}")
-            contender = make(url)
-            await contender.open()
-            try:
+            async with fresh_url(self._server_url) as url, opened(make(url)) as contender:
                 yield contender
-            finally:
-                await contender.close()
-                drop(url)
 
         return Entry(name, fresh)
 
@@ -189,10 +183,15 @@ class Stores:
             yield Cell("mongodb", workload, 256, "ticker"), [self.ours, self.motor]
 
 
-def drop(url: str) -> None:
-    """Drop a database."""
-    with MongoClient[dict[str, Any]](url) as client:
-        client.drop_database(client.get_default_database().name)
+@contextlib.asynccontextmanager
+async def fresh_url(server_url: str) -> AsyncGenerator[str]:
+    """A URL with a database of its own, which is dropped afterwards."""
+    url = servers.with_database(server_url, f"vtoken_benchmark_{uuid4().hex}")
+    try:
+        yield url
+    finally:
+        with MongoClient[dict[str, Any]](url) as client:
+            client.drop_database(client.get_default_database().name)
 
 
 @contextlib.contextmanager

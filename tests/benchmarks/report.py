@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
+from .figures import Figure
 from .rounds import Result
 from .targets import Verdict
 
@@ -41,3 +42,16 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
             f" ({least:.2f} to {most:.2f}), {bound:14} {what}"
         )
     return lines
+
+
+def figure_line(figure: Figure) -> str:
+    """A figure: the median and spread of each contender, and the bound."""
+    parts = [
+        f"{name} {median(values):,.4g} {figure.unit} ({min(values):,.4g} to {max(values):,.4g})"
+        for name, values in figure.values.items()
+    ]
+    line = f"{figure.title}: {', '.join(parts)}"
+    if figure.bound is None:
+        return line
+    bound = f"{'at least' if figure.at_least else 'at most'} {figure.bound:g} {figure.unit}"
+    return f"{line}; {bound}: {'reached' if figure.reached else 'NOT reached'}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from .by_hand import HandWritten, Plain, rows_of
-from .cells import Cell, Entry, Workload
+from .cells import Cell, Entry, Workload, opened
 from .contender import Contender, Row
 from .ours import VToken
 
@@ -39,12 +39,8 @@ class Stores:
         @contextlib.asynccontextmanager
         async def fresh() -> AsyncGenerator[Contender]:
             with tempfile.TemporaryDirectory(dir=self._folder) as own:
-                contender = make(Path(own))
-                await contender.open()
-                try:
+                async with opened(make(Path(own))) as contender:
                     yield contender
-                finally:
-                    await contender.close()
 
         return Entry(name, fresh)
 

@@ -1,0 +1,209 @@
+"""Large stores: what an operation costs beside a thousand tokens and a million, and a purge under load.
+
+The stores are filled by the store's own driver with copies of one token that vtoken wrote; the keys of the
+copies are known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import random
+import shutil
+import sqlite3
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Final, NamedTuple
+
+from vtoken import Subject, TokenManager
+from vtoken.keys import Keyring
+
+from . import sqlite
+from .cells import opened
+from .contender import CONTENT_TYPE, SLUG, Op, now_ms
+from .figures import Figure, ratio
+from .machine import load_average
+from .ours import VToken
+
+SMALL: Final = 1000
+_OPERATIONS: Final = 512
+_TASKS: Final = 256
+_keyring: Final = Keyring(None)
+
+
+class Copy(NamedTuple):
+    """What is different in a copy of a token."""
+
+    id: str
+    object_id: str
+    digest: bytes
+
+
+def copies(start: int, count: int) -> Iterator[Copy]:
+    """The tokens of objects ``start`` and following; the key of object ``n`` is :func:`key_of` it."""
+    for number in range(start, start + count):
+        yield Copy(f"{number:032x}", object_of(number), _keyring.link(key_of(number)).value)
+
+
+def object_of(number: int) -> str:
+    """The id of an object of the large store."""
+    return f"user-{number}"
+
+
+def key_of(number: int) -> str:
+    """The key of its token."""
+    return f"benchmark-key-{number:018}"
+
+
+class SQLiteFile:
+    """A file of vtoken's that is filled past it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    async def make(self, count: int) -> None:
+        """A new file with so many valid tokens."""
+        async with TokenManager.from_url(f"sqlite:///{self.path}") as manager:
+            await manager.deactivate_and_create(Subject(CONTENT_TYPE, "the first"), SLUG)
+        self.add(0, count)
+
+    def add(self, start: int, count: int, ends_at: int | None = None) -> None:
+        """Add valid tokens, or ones that expired."""
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            database.row_factory = sqlite3.Row
+            first = dict(database.execute("SELECT * FROM tokens ORDER BY created_at LIMIT 1").fetchone())
+            first.pop("seq")
+            # Plain inserts, which set off no trigger.
+            first |= {"mode": 0, "overlap": 0} if "mode" in first else {}
+            first |= {} if ends_at is None else {"expires_at": ends_at, "ends_at": ends_at, "is_active": 1}
+            names = list(first)
+            marks = ", ".join(f":{name}" for name in names)
+            sql = f"INSERT INTO tokens ({', '.join(names)}) VALUES ({marks})"  # noqa: S608  # the table's own
+            database.executemany(sql, (first | copy._asdict() for copy in copies(start, count)))
+            database.commit()
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @contextlib.asynccontextmanager
+    async def copy(self) -> AsyncGenerator[VToken]:
+        """vtoken on a copy of the file."""
+        folder = self.path.with_suffix(".copy")
+        folder.mkdir()
+        shutil.copyfile(self.path, folder / "tokens.db")
+        try:
+            async with opened(sqlite.vtoken(folder)) as contender:
+                yield contender
+        finally:
+            shutil.rmtree(folder)
+
+
+Fresh = Callable[[], AbstractAsyncContextManager[VToken]]
+
+
+async def growth(store: str, small: Fresh, large: VToken, stored: int, rounds: int) -> list[Figure]:
+    """What an operation costs on a large store in relation to a small one, both in turn.
+
+    Args:
+        store: its name.
+        small: a store of :data:`SMALL` tokens, fresh for each round.
+        large: one that stays, with ``stored`` of them.
+        stored: how many.
+        rounds: how many.
+    """
+    costs: dict[str, tuple[list[float], list[float]]] = {
+        kind: ([], []) for kind in ("issue", "consume", "check")
+    }
+    unused = list(range(stored))
+    random.Random(stored).shuffle(unused)  # noqa: S311  # the same order in each run
+    for number in range(rounds + 1):  # the first one is the warm-up
+        async with small() as fresh:
+            of_small = random.Random(number).sample(range(SMALL), _OPERATIONS)  # noqa: S311  # likewise
+            of_large = [unused.pop() for _ in range(_OPERATIONS)]
+            both = [(large, of_large, 0), (fresh, of_small, 1)]
+            for contender, numbers, which in both if number % 2 else reversed(both):
+                for kind, microseconds in (await _costs(contender, numbers, number)).items():
+                    if number:
+                        costs[kind][which].append(microseconds)
+    return [
+        ratio(
+            f"{store}: {kind} at {_TASKS} tasks, cost at {stored:,} stored tokens in relation to {SMALL:,}"
+            f" ({median(at_large):.1f} and {median(at_small):.1f} us)",
+            {"large": at_large, "small": at_small},
+            1.3,
+            at_least=False,
+            load=load_average(),
+        )
+        for kind, (at_large, at_small) in costs.items()
+    ]
+
+
+async def _costs(contender: VToken, numbers: Sequence[int], number: int) -> dict[str, float]:
+    """Microseconds for each operation: checks, then uses of the same tokens, then issues to new objects."""
+    runs = {
+        "check": [Op("check", object_of(n), key_of(n)) for n in numbers],
+        "consume": [Op("consume", object_of(n), key_of(n)) for n in numbers],
+        "issue": [Op("issue", f"new-{number}-{n}") for n in numbers],
+    }
+    found: dict[str, float] = {}
+    for kind, ops in runs.items():
+        gc.collect()
+        run = await contender.run(ops, _TASKS)
+        if not all(run.answers):
+            raise RuntimeError(f"an operation failed: {kind}")
+        found[kind] = run.seconds / len(ops) * 1e6
+    return found
+
+
+async def sqlite_growth(folder: Path, stored: int, rounds: int) -> list[Figure]:
+    """As :func:`growth`, on SQLite."""
+    small, large = SQLiteFile(folder / "small.db"), SQLiteFile(folder / "large.db")
+    await small.make(SMALL)
+    await large.make(stored)
+    async with large.copy() as contender:
+        return await growth("sqlite", small.copy, contender, stored, rounds)
+
+
+async def sqlite_purge(folder: Path, stored: int, expired: int, rounds: int) -> list[Figure]:
+    """How long a consumer waits at most while the expired tokens are purged, and without a purge."""
+    file = SQLiteFile(folder / "purged.db")
+    await file.make(stored - expired)
+    waits: dict[str, list[float]] = {"vtoken, purging": [], "vtoken, alone": []}
+    taken: list[float] = []
+    numbers = itertools.count()
+    async with TokenManager.from_url(f"sqlite:///{file.path}") as manager:
+        for number in range(rounds):
+            file.add(stored + number * expired, expired, now_ms() - 60_000)
+            gc.collect()
+            stop = asyncio.Event()
+            consumer = asyncio.create_task(_longest_wait(manager, numbers, stop))
+            begun = perf_counter()
+            purged = await manager.purge()
+            taken.append(perf_counter() - begun)
+            stop.set()
+            waits["vtoken, purging"].append(await consumer)
+            if purged < expired:
+                raise RuntimeError(f"{purged} tokens were purged")
+            stop = asyncio.Event()
+            consumer = asyncio.create_task(_longest_wait(manager, numbers, stop))
+            await asyncio.sleep(min(taken[-1], 5))
+            stop.set()
+            waits["vtoken, alone"].append(await consumer)
+    title = f"sqlite: purge of {expired:,} expired of {stored:,}"
+    return [
+        Figure(f"{title}, longest wait of a consumer beside it", "ms", waits, 50, load=load_average()),
+        Figure(title, "s", {"vtoken": taken}, load=load_average()),
+    ]
+
+
+async def _longest_wait(manager: TokenManager, numbers: Iterator[int], stop: asyncio.Event) -> float:
+    longest = 0.0
+    while not stop.is_set():
+        number = next(numbers)
+        begun = perf_counter()
+        await manager.consume(Subject(CONTENT_TYPE, object_of(number)), SLUG, key_of(number))
+        longest = max(longest, perf_counter() - begun)
+    return longest * 1e3
