@@ -105,7 +105,7 @@ class _TakesAnothers(HandWritten):
     ],
 )
 def test_a_broken_contender_is_found_out(
-    tmp_path: Path, broken: type[HandWritten], workload: Workload
+    tmp_path: Path, broken: type[HandWritten], workload: Workload, what: str
 ) -> None:
     cell = Cell("sqlite", workload, 4)
     folder = tmp_path / "sound"
