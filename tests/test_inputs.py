@@ -12,7 +12,7 @@ from fractions import Fraction
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vtoken import InvalidInput, inputs
@@ -179,8 +179,8 @@ class TestTimes:
     @unhurried
     @given(st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=-11, minutes=7))])))
     def test_never_later_and_less_than_a_millisecond_earlier(self, moment: datetime) -> None:
-        if not datetime(1, 1, 2) < moment.replace(tzinfo=None) < datetime(9999, 12, 30):
-            return  # the offset leads out of what datetime can hold
+        # Else the offset leads out of what datetime can hold.
+        assume(datetime(1, 1, 2) < moment.replace(tzinfo=None) < datetime(9999, 12, 30))
         floored = inputs.from_milliseconds(inputs.milliseconds(moment))
         assert timedelta(0) <= moment - floored < timedelta(milliseconds=1)
         assert floored.utcoffset() == timedelta(0)

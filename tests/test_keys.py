@@ -85,10 +85,10 @@ class TestChecksums:
         assert not keys.has_checksum("vt_", framed[:-cut])
 
     @unhurried
-    @given(st.text(max_size=60))
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
     def test_anything_at_all_may_be_presented(self, key: str) -> None:
-        if not any("\ud800" <= c <= "\udfff" for c in key):  # those are refused before
-            assert not keys.has_checksum("vt_", key)
+        assert not keys.has_checksum("vt_", key)
+        assert not keys.has_checksum("vt_", f"vt_{key}")
 
     def test_a_prefix_alone_is_no_key(self) -> None:
         assert not keys.has_checksum("vt_", keys.add_checksum("vt_", ""))

@@ -1,0 +1,559 @@
+"""Using a token: verify, consume, consume_id, max_uses, and redeem in its two phases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from vtoken import (
+    BackendClosed,
+    BackendUnavailable,
+    ContentTypes,
+    InvalidInput,
+    InvalidToken,
+    LeaseLost,
+    OutcomeUnknown,
+    Settings,
+    Subject,
+    TokenManager,
+    TokenPolicy,
+    TooManyAttempts,
+)
+
+from .core_tools import CODE, MS, OTHER, START, USER, WRONG, World, reason, redeem, refused
+
+MINUTE = timedelta(minutes=1)
+LEASE = timedelta(seconds=60)
+
+
+class User:
+    id = 42
+
+
+class TestVerifyAndConsume:
+    async def test_verify_consumes_nothing(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a", {"n": 1})
+        before = await world.stored()
+        for _ in range(3):
+            token = await manager.verify(USER, "a", issued.key)
+            assert (token, token.key, token.get_extra_data()) == (issued, None, {"n": 1})
+            assert token.is_valid(world.clock())
+        assert await world.stored() == before
+
+    async def test_consume_once(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        world.clock.advance(MINUTE)
+        token = await manager.consume(USER, "a", issued.key)
+        assert token == issued
+        assert (token.is_active, token.uses, token.used_at, token.key) == (False, 1, START + MINUTE, None)
+        assert not token.is_valid(world.clock())
+        assert await reason(manager.consume(USER, "a", issued.key)) == "used"
+        assert await reason(manager.verify(USER, "a", issued.key)) == "used"
+
+    async def test_of_concurrent_consumers_one_wins(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        calls = [manager.consume(USER, "a", issued.key) for _ in range(20)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert Counter(map(type, results)) == {type(await manager.get(issued.id)): 1, InvalidToken: 19}
+
+    @pytest.mark.parametrize("method", ["verify", "consume", "redeem"])
+    async def test_every_reason_and_one_message(self, world: World, method: str) -> None:
+        manager = await world.manager()
+
+        async def refusal(key: str, slug: str | None = "a", obj: object = USER) -> str:
+            async def call() -> None:
+                if method == "redeem":
+                    async with manager.redeem(obj, slug, key):
+                        pass
+                else:
+                    await getattr(manager, method)(obj, slug, key)
+
+            error = await refused(InvalidToken, call())
+            assert str(error) == str(InvalidToken())
+            assert (error.__cause__, error.__context__) == (None, None)
+            return error.reason
+
+        issued = await manager.deactivate_and_create(USER, "a", expiration_in_minutes=1)
+        for obj in (OTHER, Subject("app.row", 42), Subject("app.row"), Subject("auth.user", "042")):
+            assert await refusal(issued.key, obj=obj) == "unknown"
+        for slug in ("A", "b", None, "a "):
+            assert await refusal(issued.key, slug) == "unknown"
+        for key in ("", WRONG, issued.key.swapcase(), issued.key + " ", " " + issued.key, issued.key[:-1]):
+            assert await refusal(key) == "unknown"
+        async with manager.redeem(USER, "a", issued.key):
+            assert await refusal(issued.key) == "leased"
+        assert await refusal(issued.key) == "used"
+        expired = await manager.deactivate_and_create(USER, "a", expiration_in_minutes=1)
+        world.clock.advance(MINUTE + MS)
+        assert await refusal(expired.key) == "expired"
+        await manager.deactivate(USER)
+        assert await refusal(expired.key) == "inactive"
+
+    async def test_the_boundary(self, world: World) -> None:
+        manager = await world.manager()
+        first = await manager.deactivate_and_create(USER, "a", expiration_in_minutes=1)
+        second = await manager.deactivate_and_create(USER, "b", expiration_in_minutes=1)
+        third = await manager.deactivate_and_create(USER, "c", expiration_in_minutes=1)
+        world.clock.advance(MINUTE + timedelta(microseconds=999))
+        assert (await manager.verify(USER, "a", first.key)).is_valid(world.clock())
+        assert await manager.consume(USER, "a", first.key) == first
+        assert await redeem(manager, "b", second.key) == second.id
+        world.clock.advance(timedelta(microseconds=1))
+        for call in (manager.verify, manager.consume):
+            assert await reason(call(USER, "c", third.key)) == "expired"
+        assert await reason(redeem(manager, "c", third.key)) == "expired"
+
+    async def test_a_class_or_a_content_type_means_any_object(self, world: World) -> None:
+        types = ContentTypes()
+        types.register(User, "auth.user")
+        manager = await world.manager(content_types=types)
+        for anyone in (User, Subject("auth.user"), User(), Subject("auth.user", "42")):
+            issued = await manager.deactivate_and_create(User(), "a")
+            assert (await manager.verify(anyone, "a", issued.key)).object_id == "42"
+            assert await manager.exists_valid(anyone, key=issued.key)
+            assert await manager.consume(anyone, "a", issued.key) == issued
+
+    @pytest.mark.parametrize("method", ["verify", "consume", "exists_valid", "redeem"])
+    async def test_codes_need_their_object(self, world: World, method: str) -> None:
+        manager = await world.manager(CODE)
+        call = getattr(manager, method)
+        with pytest.raises(InvalidInput, match="object"):
+            result = call(Subject("auth.user"), "login", "123456")
+            await result
+        assert "spend" not in world.backend.calls
+
+    async def test_a_token_without_slug_is_one_of_its_own(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER)
+        assert await reason(manager.consume(USER, "None", issued.key)) == "unknown"
+        assert await manager.consume(USER, None, issued.key) == issued
+
+    async def test_a_clock_that_jumps_back_revives_nothing(self, world: World) -> None:
+        manager = await world.manager()
+        used = await manager.deactivate_and_create(USER, "a")
+        ended = await manager.deactivate_and_create(USER, "b")
+        await manager.consume(USER, "a", used.key)
+        await manager.deactivate(USER, "b")
+        world.clock.advance(-timedelta(days=365))
+        assert await reason(manager.consume(USER, "a", used.key)) == "used"
+        assert await reason(manager.consume(USER, "b", ended.key)) == "inactive"
+
+
+class TestConsumeId:
+    async def test_the_same_again_and_no_other(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a", "data", expiration_in_minutes=1)
+        first = await manager.consume(USER, "a", issued.key, consume_id="request-1")
+        for advance in (timedelta(0), timedelta(hours=1), timedelta(days=400), -timedelta(days=500)):
+            world.clock.advance(advance)
+            again = await manager.consume(USER, "a", issued.key, consume_id="request-1")
+            assert (again, again.used_at, again.uses, again.extra_data) == (first, START, 1, '"data"')
+        for other in ({"consume_id": "request-2"}, {"consume_id": "Request-1"}, {}):
+            assert await reason(manager.consume(USER, "a", issued.key, **other)) == "used"
+
+    async def test_key_object_and_slug_must_match_as_well(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        await manager.consume(USER, "a", issued.key, consume_id="id")
+        for obj, slug, key in (
+            (OTHER, "a", issued.key),
+            (Subject("app.row", 42), "a", issued.key),
+            (USER, "b", issued.key),
+            (USER, None, issued.key),
+            (USER, "a", WRONG),
+            (USER, "a", ""),
+        ):
+            assert await reason(manager.consume(obj, slug, key, consume_id="id")) == "unknown"
+
+    async def test_only_success_is_remembered(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        async with manager.redeem(USER, "a", issued.key):
+            assert await reason(manager.consume(USER, "a", issued.key, consume_id="id")) == "leased"
+        assert await reason(manager.consume(USER, "a", issued.key, consume_id="id")) == "used"
+        other = await manager.deactivate_and_create(USER, "a")
+        await refused(InvalidToken, manager.consume(USER, "a", WRONG, consume_id="id"))
+        assert await manager.consume(USER, "a", other.key, consume_id="id") == other
+
+    async def test_until_purge_removes_the_token(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        await manager.consume(USER, "a", issued.key, consume_id="id")
+        await manager.purge()
+        assert await reason(manager.consume(USER, "a", issued.key, consume_id="id")) == "unknown"
+
+    @pytest.mark.parametrize("bad", ["", "a" * 129, "é" * 65, "a\0", "\ud800", 5, True, b"id", ["id"], {"$ne": 1}])
+    async def test_out_of_range(self, world: World, bad: Any) -> None:
+        manager = await world.manager(CODE)
+        world.backend.calls.clear()
+        await refused(InvalidInput, manager.consume(USER, "login", "123456", consume_id=bad))
+        assert world.backend.calls == []
+
+    async def test_the_longest(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        for _ in range(2):
+            assert await manager.consume(USER, "a", issued.key, consume_id="é" * 64) == issued
+
+    async def test_of_concurrent_calls_with_one_id_all_get_the_answer(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        calls = [manager.consume(USER, "a", issued.key, consume_id="id") for _ in range(10)]
+        assert await asyncio.gather(*calls) == [issued] * 10
+        assert (await world.stored())[0].uses == 1
+
+    @pytest.mark.parametrize("happened", [True, False])
+    async def test_it_resolves_an_unknown_outcome(self, world: World, happened: bool) -> None:
+        manager = await world.manager(TokenPolicy("a", max_attempts=3))
+        issued = await manager.deactivate_and_create(USER, "a")
+
+        async def broken() -> None:
+            raise OutcomeUnknown("the connection broke")
+
+        when = world.backend.after if happened else world.backend.before
+        when["update"] = broken
+        await refused(OutcomeUnknown, manager.consume(USER, "a", issued.key, consume_id="id"))
+        del when["update"]
+        assert await manager.consume(USER, "a", issued.key, consume_id="id") == issued
+        assert (await world.stored())[0].uses == 1
+
+
+@pytest.mark.parametrize("name", ["reset", "update"])
+async def test_what_fails_after_the_use_does_not_deny_it(
+    world: World, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # BackendUnavailable means that nothing happened; here the token is used already.
+    plain = await world.manager(settings=Settings(key_storage="plain"))
+    manager = await world.manager(TokenPolicy("a", max_attempts=3))
+    issued = await plain.deactivate_and_create(USER, "a")
+    updates: list[int] = []
+
+    async def second_update_fails() -> None:
+        updates.append(1)
+        if len(updates) == 2:
+            raise BackendUnavailable("the store is away")
+
+    if name == "reset":
+        world.backend.failing["reset"] = BackendUnavailable("the store is away")
+    else:
+        world.backend.before["update"] = second_update_fails
+    assert await manager.consume(USER, "a", issued.key) == issued
+    assert "what follows its use failed" in caplog.text
+    assert await reason(manager.consume(USER, "a", issued.key)) == "used"
+
+
+class TestMaxUses:
+    invitation = TokenPolicy("invite", max_uses=3)
+
+    async def test_as_many_as_the_policy_says(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        assert (issued.max_uses, issued.uses) == (3, 0)
+        for uses in (1, 2, 3):
+            token = await manager.consume(USER, "invite", issued.key)
+            assert (token.uses, token.is_active) == (uses, uses < 3)
+        assert await reason(manager.consume(USER, "invite", issued.key)) == "used"
+
+    async def test_of_concurrent_consumers_three_win(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        calls = [manager.consume(USER, "invite", issued.key) for _ in range(12)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert len([r for r in results if isinstance(r, InvalidToken)]) == 9
+        assert (await world.stored())[0].uses == 3
+
+    async def test_consume_ids_count_one_use_each(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        for name in ("a", "b", "a", "c", "b", "a"):
+            assert await manager.consume(USER, "invite", issued.key, consume_id=name) == issued
+        assert (await world.stored())[0].uses == 3
+        assert await reason(manager.consume(USER, "invite", issued.key, consume_id="d")) == "used"
+
+    async def test_a_remembered_use_is_answered_while_another_holds_the_lease(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        await manager.consume(USER, "invite", issued.key, consume_id="a")
+        async with manager.redeem(USER, "invite", issued.key):
+            assert await manager.consume(USER, "invite", issued.key, consume_id="a") == issued
+            assert await reason(manager.consume(USER, "invite", issued.key, consume_id="b")) == "leased"
+        assert (await world.stored())[0].uses == 2
+
+    async def test_deactivated_after_some_uses_it_is_inactive_and_not_used(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        await manager.consume(USER, "invite", issued.key)
+        await manager.deactivate(USER)
+        assert await reason(manager.consume(USER, "invite", issued.key)) == "inactive"
+
+    async def test_redeem_counts_one(self, world: World) -> None:
+        manager = await world.manager(self.invitation)
+        issued = await manager.deactivate_and_create(USER, "invite")
+        for _ in range(3):
+            await redeem(manager, "invite", issued.key)
+        assert await reason(redeem(manager, "invite", issued.key)) == "used"
+
+
+class TestRedeem:
+    async def test_success(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        async with manager.redeem(USER, "a", issued.key) as token:
+            assert (token, token.key, token.is_active) == (issued, None, True)
+            assert token.is_valid(world.clock())
+            assert token.leased_until == START + LEASE
+            stored = await manager.get(issued.id)
+            assert stored is not None
+            assert not stored.is_valid(world.clock())
+        assert await reason(manager.consume(USER, "a", issued.key)) == "used"
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError, InvalidToken, LeaseLost, KeyboardInterrupt, GeneratorExit])
+    async def test_an_exception_gives_it_back(self, world: World, error: type[BaseException]) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        before = await world.stored()
+        raised = error()
+        with pytest.raises(error) as info:
+            async with manager.redeem(USER, "a", issued.key):
+                raise raised
+        assert info.value is raised
+        assert await world.stored() == before
+        assert await redeem(manager, "a", issued.key) == issued.id
+
+    async def test_a_cancellation_gives_it_back_and_is_not_swallowed(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        started = asyncio.Event()
+
+        async def work() -> None:
+            async with manager.redeem(USER, "a", issued.key):
+                started.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await started.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert await manager.consume(USER, "a", issued.key) == issued
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    async def test_cancelled_while_it_takes_the_lease(self, world: World, when: str) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        reached = asyncio.Event()
+        hooks = world.backend.before if when == "before" else world.backend.after
+
+        async def hang_once() -> None:
+            del hooks["update"]
+            reached.set()
+            await asyncio.Event().wait()
+
+        hooks["update"] = hang_once
+        task = asyncio.create_task(redeem(manager, "a", issued.key))
+        await reached.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert await manager.consume(USER, "a", issued.key) == issued
+
+    @pytest.mark.parametrize(("after", "lost"), [(LEASE - MS, False), (LEASE, True), (2 * LEASE, True)])
+    async def test_a_late_committer_loses(self, world: World, after: timedelta, lost: bool) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+
+        async def late() -> None:
+            async with manager.redeem(USER, "a", issued.key):
+                world.clock.advance(after)
+
+        if lost:
+            error = await refused(LeaseLost, late())
+            assert (error.__cause__, error.__context__) == (None, None)
+            assert await manager.consume(USER, "a", issued.key) == issued
+        else:
+            await late()
+            assert await reason(manager.consume(USER, "a", issued.key)) == "used"
+
+    async def test_a_lease_that_ended_is_free_for_another_and_fenced(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        first, second = (manager.redeem(USER, "a", issued.key, lease=length) for length in (LEASE, 3 * LEASE))
+        await first.__aenter__()
+        world.clock.advance(LEASE)
+        await second.__aenter__()
+        await refused(LeaseLost, first.__aexit__(None, None, None))
+        assert await reason(manager.verify(USER, "a", issued.key)) == "leased"
+        await second.__aexit__(None, None, None)
+        assert (await world.stored())[0].uses == 1
+
+    async def test_giving_back_an_ended_lease_leaves_the_next_one(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        first = manager.redeem(USER, "a", issued.key)
+        await first.__aenter__()
+        world.clock.advance(LEASE)
+        async with manager.redeem(USER, "a", issued.key):
+            error = ZeroDivisionError()
+            assert not await first.__aexit__(type(error), error, None)
+            assert await reason(manager.consume(USER, "a", issued.key)) == "leased"
+        assert (await world.stored())[0].uses == 1
+
+    @pytest.mark.parametrize("how", ["deactivated", "replaced", "purged"])
+    @pytest.mark.parametrize("fails", [False, True])
+    async def test_deactivated_meanwhile_it_is_lost_and_never_revived(
+        self, world: World, how: str, fails: bool
+    ) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        with pytest.raises(ZeroDivisionError if fails else LeaseLost):
+            async with manager.redeem(USER, "a", issued.key):
+                if how == "replaced":
+                    await manager.deactivate_and_create(USER, "a")
+                else:
+                    await manager.deactivate(USER)
+                if how == "purged":
+                    world.clock.advance(LEASE)
+                    await manager.purge()
+                if fails:
+                    raise ZeroDivisionError
+        expected = "unknown" if how == "purged" else "inactive"
+        assert await reason(manager.consume(USER, "a", issued.key)) == expected
+
+    async def test_expired_meanwhile_but_leased_in_time(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a", expiration_in_minutes=0.5)
+        async with manager.redeem(USER, "a", issued.key):
+            world.clock.advance(timedelta(seconds=45))
+        assert await reason(manager.consume(USER, "a", issued.key)) == "used"
+
+    @pytest.mark.parametrize("lease", [timedelta(0), -LEASE, timedelta(microseconds=999), 60, None, True, "60"])
+    async def test_a_lease_out_of_range(self, world: World, lease: Any) -> None:
+        with pytest.raises(InvalidInput):
+            (await world.manager()).redeem(USER, "a", "key", lease=lease)
+
+    async def test_a_lease_past_the_end_of_time(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        before = await world.stored()
+        await refused(InvalidInput, redeem(manager, "a", issued.key, lease=timedelta.max))
+        assert await world.stored() == before
+
+    async def test_a_lease_of_a_millisecond(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        assert await redeem(manager, "a", issued.key, lease=MS) == issued.id
+
+    async def test_nothing_happens_before_the_block_is_entered(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        world.backend.calls.clear()
+        manager.redeem(USER, "a", issued.key)
+        assert world.backend.calls == []
+
+    @pytest.mark.parametrize("happened", [True, False])
+    async def test_an_unknown_outcome_of_the_mark_is_said_and_settled(self, world: World, happened: bool) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        hooks = world.backend.after if happened else world.backend.before
+
+        async def broken() -> None:
+            del hooks["update"]
+            raise OutcomeUnknown("the connection broke")
+
+        with pytest.raises(OutcomeUnknown):
+            async with manager.redeem(USER, "a", issued.key):
+                hooks["update"] = broken
+        used = (await world.stored())[0]
+        assert (used.uses, used.is_active, used.lease_id) == ((1, False, "") if happened else (0, True, ""))
+
+    async def test_a_store_that_goes_away_in_the_block_hides_no_error(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        with pytest.raises(ZeroDivisionError):
+            async with manager.redeem(USER, "a", issued.key):
+                world.backend.failing["update"] = BackendUnavailable("the store is away")
+                raise ZeroDivisionError
+        assert "ends by itself" in caplog.text
+        del world.backend.failing["update"]
+        assert await reason(manager.consume(USER, "a", issued.key)) == "leased"
+        world.clock.advance(LEASE)
+        assert await manager.consume(USER, "a", issued.key) == issued
+
+    async def test_a_manager_closed_in_the_block(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.CRITICAL, "vtoken")
+        manager = TokenManager(world.backend, clock=world.clock)
+        await manager.open()
+        issued = await manager.deactivate_and_create(USER, "a")
+        with pytest.raises(BackendClosed):
+            async with manager.redeem(USER, "a", issued.key):
+                await manager.aclose()
+        async with manager:
+            world.clock.advance(LEASE)
+            assert await manager.consume(USER, "a", issued.key) == issued
+
+    async def test_a_lease_given_back_in_between_is_taken(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        holder = manager.redeem(USER, "a", issued.key)
+        await holder.__aenter__()
+
+        async def give_back() -> None:
+            del world.backend.before["find"]
+            error = ZeroDivisionError()
+            await holder.__aexit__(type(error), error, None)
+
+        world.backend.before["find"] = give_back
+        assert await manager.consume(USER, "a", issued.key) == issued
+
+    async def test_the_answer_is_leased_when_it_keeps_slipping_away(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        held: list[Any] = []
+
+        async def lease_before() -> None:
+            if len(held) < 3:
+                held.append(None)
+                held[-1] = manager.redeem(USER, "a", issued.key)
+                updating = world.backend.before.pop("update")
+                await held[-1].__aenter__()
+                world.backend.before["update"] = updating
+
+        async def give_back_before() -> None:
+            if held and held[-1] is not None:
+                error, holder = ZeroDivisionError(), held[-1]
+                held[-1] = None
+                updating = world.backend.before.pop("update", None)
+                await holder.__aexit__(type(error), error, None)
+                if updating is not None:
+                    world.backend.before["update"] = updating
+
+        world.backend.before["update"] = lease_before
+        world.backend.before["find"] = give_back_before
+        assert await reason(manager.consume(USER, "a", issued.key)) == "leased"
+        world.backend.before.clear()
+        assert await manager.consume(USER, "a", issued.key) == issued
+
+    @pytest.mark.parametrize("fails", [False, True])
+    async def test_with_a_cap_it_costs_what_consume_costs(self, world: World, fails: bool) -> None:
+        manager = await world.manager(TokenPolicy("a", max_attempts=2))
+        issued = await manager.deactivate_and_create(USER, "a")
+        await refused(InvalidToken, redeem(manager, "a", WRONG))
+        for _ in range(4 if fails else 0):
+            with pytest.raises(ZeroDivisionError):
+                async with manager.redeem(USER, "a", issued.key):
+                    raise ZeroDivisionError
+        if not fails:
+            await redeem(manager, "a", issued.key)
+            await refused(InvalidToken, redeem(manager, "a", WRONG))
+        await refused(InvalidToken, redeem(manager, "a", WRONG))
+        await refused(TooManyAttempts, redeem(manager, "a", issued.key))
