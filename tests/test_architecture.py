@@ -31,9 +31,9 @@ LAYERS = [
     {"policy"},
     {"guess", "issue", "loaded", "config_read"},
     {"budgets", "hooks"},
-    {"config", "lifecycle"},
+    {"config", "lifecycle", "sweeper"},
     {"manager"},
-    {"testing", "contrib"},
+    {"testing", "sync", "contrib"},
     {"cli"},
     {"__main__"},
 ]

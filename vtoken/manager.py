@@ -6,9 +6,10 @@ keeps nothing about any token, so any number of managers may work on one store.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Self
 
 import anyio
@@ -35,6 +36,7 @@ from vtoken.loaded import loaded
 from vtoken.policy import Settings, TokenPolicy, load_generator
 from vtoken.stats import SlugStats, Stats
 from vtoken.subject import ContentTypes
+from vtoken.sweeper import Sweeper
 from vtoken.token import IssuedToken, VerificationToken
 
 _PAGE = 100
@@ -469,6 +471,25 @@ class TokenManager:
         if total:
             await self._life.hooks.tell("purged", Match(), count=total)
         return total
+
+    def sweeper(
+        self,
+        every: timedelta = timedelta(minutes=10),
+        keep: timedelta = timedelta(hours=24),
+        batch_size: int = 1000,
+        *,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+    ) -> Sweeper:
+        """Purge in the background while a block runs: ``async with manager.sweeper():``.
+
+        The first purge is a random part of ``every`` after entry. One that fails is logged and tried again.
+
+        Args: ``every`` is 1 millisecond or more, ``sleep`` waits for seconds; else as in :meth:`purge`.
+        """
+        self._life.require_open()
+        inputs.check_count("batch_size", batch_size)
+        inputs.check_duration("keep", keep, least=timedelta(0))
+        return Sweeper(partial(self.purge, batch_size, keep), every, sleep)
 
     async def stats(self) -> Stats:
         """Count the tokens, in all and by slug."""
