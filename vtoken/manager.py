@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any, Self
 
 import anyio
@@ -487,9 +486,7 @@ class TokenManager:
         Args: ``every`` is 1 millisecond or more, ``sleep`` waits for seconds; else as in :meth:`purge`.
         """
         self._life.require_open()
-        inputs.check_count("batch_size", batch_size)
-        inputs.check_duration("keep", keep, least=timedelta(0))
-        return Sweeper(partial(self.purge, batch_size, keep), every, sleep)
+        return Sweeper(self.purge, every, keep, batch_size, sleep)
 
     async def stats(self) -> Stats:
         """Count the tokens, in all and by slug."""

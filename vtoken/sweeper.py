@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Self
 
 import anyio
@@ -24,21 +25,26 @@ class Sweeper:
     """What ``TokenManager.sweeper`` returns: purges while its ``async with`` block runs.
 
     Args:
-        purge: purges once.
+        purge: purges once; see ``TokenManager.purge``.
         every: from the end of a purge to the next one, 1 millisecond or more.
+        keep: tokens that ended no longer ago than this stay, 0 or more.
+        batch_size: how many tokens are deleted in one step, 1 or more.
         sleep: waits for so many seconds.
 
     Raises:
-        InvalidInput: ``every`` is out of its range.
+        InvalidInput: an argument is out of its range.
     """
 
     def __init__(
         self,
-        purge: Callable[[], Awaitable[object]],
+        purge: Callable[[int, timedelta], Awaitable[object]],
         every: timedelta,
+        keep: timedelta,
+        batch_size: int,
         sleep: Callable[[float], Awaitable[object]],
     ) -> None:
-        self._purge = purge
+        inputs.check_duration("keep", keep, least=timedelta(0))
+        self._purge = partial(purge, inputs.check_count("batch_size", batch_size), keep)
         self._every = inputs.check_duration("every", every) / 1000
         self._sleep = sleep
         self._group: TaskGroup | None = None
