@@ -244,3 +244,12 @@ async def test_a_storm_of_cancellations_leaves_one_state(mongodb_url: str, mongo
             assert stored.count_documents({"is_active": True, "slot": ""}) <= 1
         assert await backend.insert(token(1000), REPLACE) is InsertResult.INSERTED
         assert await active(backend) == [1000]
+
+
+async def test_purges_at_once_leave_nothing(mongodb_url: str, mongodb_driver: str) -> None:
+    async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
+        for number in range(60):
+            await one.insert(token(number, ends_at=NOW), ADD)
+        calls = [backend.purge(NOW + 1, LATER, 15, 0) for backend in (one, two, one, two)]
+        assert await asyncio.gather(*calls) == [15] * 4
+        assert await one.find(Match(), 1) == []

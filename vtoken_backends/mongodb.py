@@ -304,6 +304,24 @@ class MongoDBBackend:
         return await settle(self._purge(before, now, limit, budgets_before))
 
     async def _purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+        deleted = 0
+        while True:
+            wanted = limit - deleted
+            found, gone = await self._purge_tokens(before, now, wanted)
+            deleted += gone
+            if found < wanted or gone == wanted:
+                break  # else another purge took some of those, and there may be more
+        over = {"until": {"$lte": budgets_before}}
+        budgets = await self._link.run(
+            lambda: self._link.budgets.find(over, {"_id": 1}).limit(limit).to_list(limit), writes=False
+        )
+        if budgets:
+            these = {"_id": {"$in": [budget["_id"] for budget in budgets]}, **over}
+            await self._link.run(lambda: self._link.budgets.delete_many(these))
+        return deleted
+
+    async def _purge_tokens(self, before: int, now: int, limit: int) -> tuple[int, int]:
+        """Find ended tokens and delete them; how many of each."""
         ended = {"ends_at": {"$lt": before}, "lease_until": {"$lte": now}}
         names = ("content_type", "object_id", "slug", "uses", "has_older", "sealed_for")
         found = await self._link.run(
@@ -314,16 +332,11 @@ class MongoDBBackend:
             if old.get("has_older") and (old["uses"] or old.get("sealed_for")):
                 # A crash after a use may have left the others of the overlap active.
                 await self._end(partial(documents.overlap_of_purged, old), now)
-        tokens = {"_id": {"$in": [old["_id"] for old in found]}, **ended}
-        deleted = await self._link.run(lambda: self._link.tokens.delete_many(tokens)) if found else None
-        over = {"until": {"$lte": budgets_before}}
-        found = await self._link.run(
-            lambda: self._link.budgets.find(over, {"_id": 1}).limit(limit).to_list(limit), writes=False
-        )
-        budgets = {"_id": {"$in": [old["_id"] for old in found]}, **over}
-        if found:
-            await self._link.run(lambda: self._link.budgets.delete_many(budgets))
-        return int(deleted.deleted_count) if deleted else 0
+        if not found:
+            return 0, 0
+        these = {"_id": {"$in": [old["_id"] for old in found]}, **ended}
+        result = await self._link.run(lambda: self._link.tokens.delete_many(these))
+        return len(found), int(result.deleted_count)
 
     async def count(self, now: int) -> list[SlugCount]:
         """As of the protocol."""
