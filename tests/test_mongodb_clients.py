@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -250,3 +252,52 @@ async def test_a_dropped_backend_warns(mongodb_url: str) -> None:
         del backend
         gc.collect()
     await client.close()
+
+
+FORK = """
+import asyncio, os, sys
+from vtoken.backend import Match
+from vtoken.errors import BackendClosed
+from vtoken_backends.mongodb import MongoDBBackend
+
+backend = MongoDBBackend.from_url(sys.argv[1], driver=sys.argv[2])
+
+async def find():
+    try:
+        return await backend.find(Match(), 1)
+    except BackendClosed as error:
+        return str(error)
+
+async def child():
+    told = await find()
+    await backend.close()
+    await backend.open()
+    again = await find()
+    await backend.close()
+    os._exit(0 if "another process" in told and again == [] else 1)
+
+async def parent():
+    await backend.open()
+    pid = os.fork()
+    if pid == 0:
+        asyncio._set_running_loop(None)
+        asyncio.run(child())
+    status = (await asyncio.to_thread(os.waitpid, pid, 0))[1]
+    found = await find()
+    await backend.close()
+    return 0 if status == 0 and found == [] else 1
+
+sys.exit(asyncio.run(parent()))
+"""
+
+
+def test_a_forked_child_is_refused_until_it_opens(mongodb_url: str, mongodb_driver: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, mongodb_url, mongodb_driver],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
