@@ -34,61 +34,124 @@ _BUCKET: Final = 1 << 14
 """Milliseconds of ``ends_at`` that share a bucket of the purge index: 16 seconds."""
 
 
+_ENDS_AT: Final = StoredToken._fields.index("ends_at")  # is_active follows
+_USES: Final = StoredToken._fields.index("uses")  # used_at, use_ids, lease_id, lease_until follow
+
+
 class _Store:
     """The records and their indexes, guarded by ``lock``."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.by_id: dict[str, StoredToken] = {}
-        self.by_digest: dict[bytes, str] = {}
-        self.active: dict[tuple[str, str], tuple[str, ...]] = {}  # (content type, object id) -> ids
-        self.ending: defaultdict[int, set[str]] = defaultdict(set)  # bucket of ends_at -> ids
-        self.buckets: list[int] = []  # the keys of `ending`, sorted
+        self.by_digest: dict[bytes, StoredToken] = {}
+        self.active: dict[
+            str, str | tuple[str, ...]
+        ] = {}  # object id -> the id, or ids, of its active tokens
+        self.ending = _Ending(self.by_id)
         self.overlaps: dict[str, str] = {}  # id -> its overlap, while it stands in one
         self.budgets: dict[Budget, tuple[int, int, int]] = {}  # spent, strikes, until
 
     def put(self, token: StoredToken) -> None:
         old = self.by_id.get(token.id)
         self.by_id[token.id] = token
+        self.by_digest[token.digest] = token
         if old is None:
-            self.by_digest[token.digest] = token.id
-        if old is None or old.ends_at != token.ends_at:
-            if old is not None:
-                self._leave_bucket(old)
-            self._join_bucket(token)
-        was_active = old is not None and old.is_active
-        if token.is_active is not was_active:
-            subject = token.content_type, token.object_id
-            others = tuple(i for i in self.active.get(subject, ()) if i != token.id)
-            self._set_active(subject, (*others, token.id) if token.is_active else others)
+            self.ending.add(token)
+        elif old.ends_at != token.ends_at:
+            self.ending.discard(old)
+            self.ending.add(token)
+        if token.is_active is not (old is not None and old.is_active):
+            self._index_active(token)
 
     def remove(self, token: StoredToken) -> None:
         del self.by_id[token.id]
         del self.by_digest[token.digest]
         self.overlaps.pop(token.id, None)
-        self._leave_bucket(token)
-        subject = token.content_type, token.object_id
+        self.ending.discard(token)
         if token.is_active:
-            self._set_active(subject, tuple(i for i in self.active[subject] if i != token.id))
+            self._index_active(token._replace(is_active=False))
 
-    def _set_active(self, subject: tuple[str, str], ids: tuple[str, ...]) -> None:
-        if ids:
-            self.active[subject] = ids
-        else:
-            self.active.pop(subject, None)
+    def active_of(self, object_id: str) -> list[StoredToken]:
+        """The active tokens of all objects with this id, whatever their content type."""
+        ids = self.active.get(object_id)
+        if ids is None:
+            return []
+        return [self.by_id[ids]] if isinstance(ids, str) else [self.by_id[i] for i in ids]
 
-    def _join_bucket(self, token: StoredToken) -> None:
+    def _index_active(self, token: StoredToken) -> None:
+        # Most objects have one active token; for these, the id itself takes the place of a tuple.
+        ids = self.active.get(token.object_id)
+        if ids is None or ids == token.id:
+            if token.is_active:
+                self.active[token.object_id] = token.id
+            else:
+                self.active.pop(token.object_id, None)
+            return
+        others = (ids,) if isinstance(ids, str) else tuple(i for i in ids if i != token.id)
+        ids = (*others, token.id) if token.is_active else others
+        self.active[token.object_id] = ids[0] if len(ids) == 1 else ids
+
+
+class _Ending:
+    """The tokens by their end, in buckets of some seconds: nothing is sorted before its time has come."""
+
+    def __init__(self, by_id: dict[str, StoredToken]) -> None:
+        self._by_id = by_id
+        self._sets: defaultdict[int, set[str]] = defaultdict(set)
+        self._sorted: dict[int, list[str]] = {}  # buckets that a purge has opened, the first to end last
+        self._order: list[int] = []  # all buckets, sorted
+
+    def add(self, token: StoredToken) -> None:
         bucket = token.ends_at // _BUCKET
-        if bucket not in self.ending:
-            insort(self.buckets, bucket)
-        self.ending[bucket].add(token.id)
+        if bucket not in self._sets and bucket not in self._sorted:
+            insort(self._order, bucket)
+        self._sets[bucket].add(token.id)
 
-    def _leave_bucket(self, token: StoredToken) -> None:
+    def discard(self, token: StoredToken) -> None:
         bucket = token.ends_at // _BUCKET
-        self.ending[bucket].discard(token.id)
-        if not self.ending[bucket]:
-            del self.ending[bucket]
-            self.buckets.remove(bucket)
+        ids = self._sets.get(bucket)
+        if ids is not None:  # from an opened bucket it is left out when its turn comes
+            ids.discard(token.id)
+            if not ids:
+                del self._sets[bucket]
+                if bucket not in self._sorted:
+                    self._order.remove(bucket)
+
+    def take(self, before: int, now: int, limit: int) -> list[StoredToken]:
+        """Up to ``limit`` tokens that ended before ``before`` and are not leased, the longest ended first."""
+        due: dict[str, StoredToken] = {}  # by id: a token whose end has moved may stand in its bucket twice
+        leased: list[StoredToken] = []
+        while self._order and self._order[0] * _BUCKET < before and len(due) < limit:
+            ids = self._open(self._order[0])
+            while ids and len(due) < limit:
+                token = self._by_id.get(ids[-1])
+                if token is not None and token.ends_at // _BUCKET == self._order[0]:
+                    if token.ends_at >= before:
+                        break
+                    if token.lease_until > now:
+                        leased.append(token)
+                    else:
+                        due[token.id] = token
+                ids.pop()
+            if ids:
+                break
+            del self._sorted[self._order.pop(0)]
+        for token in leased:
+            self.add(token)
+        return list(due.values())
+
+    def _open(self, bucket: int) -> list[str]:
+        ids = self._sorted.setdefault(bucket, [])
+        new = self._sets.pop(bucket, None)
+        if new:
+            ids += new
+            ids.sort(key=self._end_of, reverse=True)
+        return ids
+
+    def _end_of(self, token_id: str) -> int:
+        token = self._by_id.get(token_id)
+        return 0 if token is None else token.ends_at
 
 
 _named_stores: defaultdict[str, _Store] = defaultdict(_Store)
@@ -132,10 +195,7 @@ class MemoryBackend:
         with store.lock:
             if token.digest in store.by_digest or token.id in store.by_id:
                 return InsertResult.KEY_TAKEN
-            subject = Match(
-                content_type=token.content_type, object_id=token.object_id, slug=token.slug, active=True
-            )
-            old = [] if mode is InsertMode.ADD else _matching(store, subject)
+            old = [] if mode is InsertMode.ADD else _siblings(store, token)
             if mode is InsertMode.IF_NONE_VALID and any(_is_valid(t, token.created_at) for t in old):
                 return InsertResult.HAS_VALID
             overlapping = mode is InsertMode.REPLACE and keep_until > token.created_at
@@ -192,14 +252,7 @@ class MemoryBackend:
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
         store = self._opened()
         with store.lock:
-            ended: list[StoredToken] = []
-            for bucket in store.buckets:
-                if bucket * _BUCKET >= before or len(ended) >= limit:
-                    break
-                tokens = (store.by_id[i] for i in store.ending[bucket])
-                due = [t for t in tokens if t.ends_at < before and t.lease_until <= now]
-                due.sort(key=lambda t: t.ends_at)
-                ended += due[: limit - len(ended)]
+            ended = store.ending.take(before, now, limit)
             for token in ended:
                 store.remove(token)
             old = [b for b, (_, _, until) in store.budgets.items() if until <= budgets_before]
@@ -262,29 +315,32 @@ def _is_valid(token: StoredToken, now: int) -> bool:
 
 
 def _ended(token: StoredToken, at: int) -> StoredToken:
-    return token._replace(is_active=False, ends_at=min(token.ends_at, at - 1))
+    # Four times as fast as _replace(), on the way of every use (tests/benchmarks, memory).
+    return StoredToken._make((*token[:_ENDS_AT], min(token.ends_at, at - 1), False, *token[_ENDS_AT + 2 :]))
 
 
 def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
     """The smallest set of tokens that an index knows to hold every match."""
-    ids: Iterable[str]
+    if match.digests is not None:
+        return [store.by_digest[d] for d in match.digests if d in store.by_digest]
     if match.id is not None:
-        ids = (match.id,)
-    elif match.digests is not None:
-        ids = (store.by_digest[d] for d in match.digests if d in store.by_digest)
-    elif (
-        match.content_type is not None
-        and match.object_id is not None
-        and (match.active or match.valid_at is not None)
-    ):
-        ids = store.active.get((match.content_type, match.object_id), ())
-    else:
-        return store.by_id.values()
-    return [store.by_id[i] for i in ids if i in store.by_id]
+        return [store.by_id[match.id]] if match.id in store.by_id else []
+    if match.object_id is not None and (match.active or match.valid_at is not None):
+        return store.active_of(match.object_id)
+    return store.by_id.values()
 
 
 def _matching(store: _Store, match: Match) -> list[StoredToken]:
     return [token for token in _candidates(store, match) if _matches(token, match)]
+
+
+def _siblings(store: _Store, token: StoredToken) -> list[StoredToken]:
+    """The other active tokens of the same content type, object id and slug."""
+    return [
+        other
+        for other in store.active_of(token.object_id)
+        if other.slug == token.slug and other.content_type == token.content_type and other.id != token.id
+    ]
 
 
 def _matches(token: StoredToken, match: Match) -> bool:
@@ -308,13 +364,8 @@ def _changed(token: StoredToken, change: Change) -> StoredToken | None:
         case Use(at, use_id):
             if use_id and use_id in token.use_ids:
                 return None
-            used = token._replace(
-                uses=token.uses + 1,
-                used_at=at,
-                use_ids=(*token.use_ids, use_id) if use_id else token.use_ids,
-                lease_id="",
-                lease_until=0,
-            )
+            use_ids = (*token.use_ids, use_id) if use_id else token.use_ids
+            used = StoredToken._make((*token[:_USES], token.uses + 1, at, use_ids, "", 0))
             return _ended(used, at) if used.uses >= used.max_uses else used
         case Lease(lease_id, until):
             return token._replace(lease_id=lease_id, lease_until=until)
@@ -328,7 +379,6 @@ def _changed(token: StoredToken, change: Change) -> StoredToken | None:
 
 def _end_overlap(store: _Store, used: StoredToken, at: int) -> None:
     overlap = store.overlaps[used.id]
-    subject = Match(content_type=used.content_type, object_id=used.object_id, slug=used.slug, active=True)
-    for token in _matching(store, subject):
-        if token.id != used.id and store.overlaps.get(token.id) == overlap:
+    for token in _siblings(store, used):
+        if store.overlaps.get(token.id) == overlap:
             store.put(_ended(token, at))
