@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks``: run them."""
+"""``python -m tests.benchmarks`` runs them, ``python -m tests.benchmarks plot FILE`` shows the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from . import machine, memory, report, scale, slow_disk, sqlite
+from . import machine, memory, plot, report, scale, slow_disk, sqlite
 from .cells import Cell, Entry
 from .figures import Figure
 from .rounds import Effort, Result, run
@@ -23,7 +23,11 @@ _STORES = ("sqlite", "memory", "mongodb")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description="How fast vtoken is, beside others.",
+        epilog="plot FILE: show what was measured",
+    )
     parser.add_argument("--full", action="store_true", help="all cells, longer rounds (a quick pass without)")
     parser.add_argument("--only", choices=_STORES, help="one store")
     parser.add_argument("--match", default="", help="only cells whose title has this text, e.g. 'issue, 256'")
@@ -42,7 +46,7 @@ class _Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.effort = Effort(options.rounds, options.seconds or (1.0 if options.full else 0.12))
+        self.effort = Effort(options.rounds, options.seconds or (1.0 if options.full else 0.1))
         self.results: list[Result] = []
         self.figures: list[Figure] = []
         self.absent: list[str] = []
@@ -98,6 +102,9 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Run what the command line asks for."""
+    if sys.argv[1:2] == ["plot"]:
+        _plot(sys.argv[2:])
+        return
     options = _arguments()
     session = _Session(options)
     begun = monotonic()
@@ -116,11 +123,22 @@ def main() -> None:
             options.json.write_text(json.dumps(session.as_json(folder), indent=1))
 
 
+def _plot(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks plot")
+    parser.add_argument("file", type=Path, help="the JSON of a run")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="the folder of the documentation")
+    options = parser.parse_args(arguments)
+    for written in plot.render(options.file, options.docs):
+        _say(str(written))
+
+
 def _run_all(session: _Session, folder: Path) -> None:
     if session.wants("sqlite"):
         stores = sqlite.Stores(folder)
         for why in stores.absent:
             session.skip(why)
+        if not session.options.full:
+            session.skip("SQLAlchemy async and PyMongo, one call each: with --full only")
         session.measure(stores.cells(session.options.full))
         session.slow_disk(folder)
         _run_sqlite_scale(session, folder)

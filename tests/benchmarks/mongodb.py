@@ -172,10 +172,10 @@ class Stores:
 
     def cells(self, full: bool) -> Iterable[tuple[Cell, list[Entry]]]:
         """What is measured, the most important first."""
-        everybody = [self.ours, self.motor, self.pymongo]
+        everybody = [self.ours, self.motor, *[self.pymongo] * full]
         for tasks in (256, 1, 16) if full else (256, 1):
             for workload in WORKLOADS:
-                yield Cell("mongodb", workload, tasks), everybody if full or tasks > 1 else everybody[:2]
+                yield Cell("mongodb", workload, tasks), everybody
         for tasks in (1, 16, 256) if full else ():
             yield Cell("mongodb", "mix", tasks), everybody
         for workload in WORKLOADS if full else ():

@@ -57,7 +57,14 @@ class Stores:
         for workload in WORKLOADS:
             yield (
                 Cell("sqlite", workload, 256),
-                [self.ours, self.by_hand, self.plain_1, self.plain_256, *self.sqlalchemy, *self.django],
+                [
+                    self.ours,
+                    self.by_hand,
+                    self.plain_1,
+                    self.plain_256,
+                    *self.django,
+                    *self.sqlalchemy * full,
+                ],
             )
         for workload in WORKLOADS:
             yield Cell("sqlite", workload, 1), [self.ours, self.by_hand, *self.sqlalchemy * full]

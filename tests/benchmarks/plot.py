@@ -1,0 +1,152 @@
+"""From results to ``docs/performance.md`` and its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+from .cells import Sample, Workload
+from .figures import Figure
+from .pages import page
+from .rounds import Result
+
+_WORKLOADS: Final[tuple[Workload, ...]] = ("issue", "consume", "check")
+_OURS: Final = "#1b6ca8"
+_OTHERS: Final = "#b8bec6"
+_TEXT: Final = "#33383f"
+
+
+class _Measure(NamedTuple):
+    title: str
+    value: Callable[[Sample], float]
+    label: Callable[[float], str]
+
+
+def _rate(sample: Sample) -> float:
+    return sample.rate
+
+
+def _p99(sample: Sample) -> float:
+    return sample.p99 * 1e3
+
+
+_MEASURES: Final = (
+    _Measure("operations per second", _rate, "{:,.0f}".format),
+    _Measure("99th percentile, ms", _p99, "{:,.3g}".format),
+)
+
+
+def render(source: Path, docs: Path) -> list[Path]:
+    """Write the page and the pictures.
+
+    Args:
+        source: the JSON of a run.
+        docs: the folder of the documentation.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; it is in the extra ``bench``.
+    """
+    data: dict[str, Any] = json.loads(source.read_text())
+    results = [Result.from_json(cell) for cell in data["cells"]]
+    figures = [Figure(**figure) for figure in data["figures"]]
+    images = docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    drawn = [path for path in (_bars(results, store, images) for store in ("sqlite", "mongodb")) if path]
+    drawn += [path for path in (_scaling(results, store, images) for store in ("sqlite", "mongodb")) if path]
+    document = docs / "performance.md"
+    before = document.read_text() if document.exists() else None
+    document.write_text(page(data, results, figures, [path.name for path in drawn], before))
+    return [document, *drawn]
+
+
+def _pyplot() -> Any:
+    matplotlib: Any = import_module("matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": "vtoken",  # the same results give the same file
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": _TEXT,
+            "axes.labelcolor": _TEXT,
+            "xtick.color": _TEXT,
+            "ytick.color": _TEXT,
+        }
+    )
+    return import_module("matplotlib.pyplot")
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
+    pyplot.close(figure)
+    return path
+
+
+def _bars(results: Sequence[Result], store: str, images: Path) -> Path | None:
+    """Rates and latencies of every contender at 256 tasks."""
+    found = {
+        r.cell.workload: r for r in results if (r.cell.store, r.cell.tasks, r.cell.beside) == (store, 256, "")
+    }
+    if not found.keys() >= set(_WORKLOADS):
+        return None
+    pyplot = _pyplot()
+    rows = len(found["issue"].samples)
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 1.2 + 0.62 * rows), sharey=True, layout="constrained")
+    for line, measure in enumerate(_MEASURES):
+        for column, workload in enumerate(_WORKLOADS):
+            _panel(axes[line][column], found[workload], measure)
+            axes[line][column].set_title(f"{workload}: {measure.title}", fontsize=9, loc="left")
+    figure.suptitle(f"{store}, 256 concurrent tasks (medians, lowest to highest round; logarithmic)")
+    return _save(pyplot, figure, images / f"performance-{store}.svg")
+
+
+def _panel(axes: Any, result: Result, measure: _Measure) -> None:
+    for row, (name, samples) in enumerate(result.samples.items()):
+        values = [measure.value(sample) for sample in samples]
+        middle = median(values)
+        axes.barh(row, middle, color=_OURS if name == "vtoken" else _OTHERS, height=0.66)
+        axes.plot([min(values), max(values)], [row, row], color=_TEXT, linewidth=1)
+        axes.annotate(
+            measure.label(middle), (max(values), row), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * (right / left) ** 0.28)  # room for the labels
+    axes.set_yticks(range(len(result.samples)), list(result.samples))
+    axes.set_ylim(len(result.samples) - 0.5, -0.5)  # the first one on top
+    axes.tick_params(axis="y", length=0)
+
+
+def _scaling(results: Sequence[Result], store: str, images: Path) -> Path | None:
+    """Rates by the number of tasks."""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for result in sorted(results, key=lambda r: r.cell.tasks):
+        if result.cell.store == store and not result.cell.beside and result.cell.workload in _WORKLOADS:
+            for name in result.samples:
+                by_name = lines.setdefault(result.cell.workload, {})
+                by_name.setdefault(name, []).append((result.cell.tasks, median(result.rates(name))))
+    if len(lines.get("issue", {}).get("vtoken", [])) < 3:
+        return None
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for panel, workload in zip(axes, _WORKLOADS, strict=True):
+        for name, points in lines[workload].items():
+            if len(points) < 3:
+                continue
+            colour = _OURS if name == "vtoken" else "#8a929c"
+            panel.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=2)
+            panel.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", va="center")
+        panel.set(xscale="log", yscale="log", xlabel="concurrent tasks", xlim=(0.8, 4000))
+        panel.set_xticks([1, 16, 256], ["1", "16", "256"])
+        panel.minorticks_off()
+        panel.set_title(f"{workload}: operations per second", fontsize=9, loc="left")
+    return _save(pyplot, figure, images / f"performance-{store}-tasks.svg")
