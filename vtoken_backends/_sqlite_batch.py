@@ -309,6 +309,11 @@ _HOPELESS: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR}
 
 def _in_order(operations: Sequence[Operation]) -> list[list[int]]:
     """Groups of one kind each, by their places, so that operations on one subject keep their order."""
+    kind = operations[0].kind
+    if all(operation.kind is kind for operation in operations):
+        subjects = [subject for operation in operations for subject in operation.subjects]
+        if kind is not use_many or len(set(subjects)) == len(subjects):
+            return [list(range(len(operations)))]
     last: dict[Hashable, tuple[int, object]] = {}
     levels: defaultdict[int, defaultdict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, operation in enumerate(operations):
