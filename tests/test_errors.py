@@ -41,12 +41,15 @@ TREE = {
     OutcomeUnknown: BackendError,
     CorruptStore: BackendError,
 }
+WITH_A_MESSAGE: list[type[VTokenError]] = [
+    kind for kind in TREE if kind not in (InvalidToken, TooManyAttempts, CooldownActive)
+]
 EXAMPLES = [
     InvalidToken(),
     InvalidToken("leased"),
     TooManyAttempts(12.5),
     CooldownActive(0.001),
-    *(kind("what happened") for kind in TREE if kind not in (InvalidToken, TooManyAttempts, CooldownActive)),
+    *(kind("what happened") for kind in WITH_A_MESSAGE),
 ]
 
 

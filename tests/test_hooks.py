@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -24,7 +25,19 @@ from vtoken import (
 )
 from vtoken_backends.memory import MemoryBackend
 
-from .core_tools import CODE, SECRETS, START, USER, WRONG, Watched, World, reason, redeem, refused, wrong_codes
+from .core_tools import (
+    CODE,
+    SECRETS,
+    START,
+    USER,
+    WRONG,
+    Watched,
+    World,
+    reason,
+    redeem,
+    refused,
+    wrong_codes,
+)
 
 heard_by_path: list[TokenEvent] = []
 
@@ -87,10 +100,8 @@ class TestEvents:
     @pytest.mark.parametrize("method", ["verify", "consume", "exists_valid"])
     async def test_a_typing_error_failed_too(self, world: World, method: str) -> None:
         manager = await world.manager(TokenPolicy("reset", prefix="vt_"))
-        try:
+        with suppress(InvalidToken):
             await getattr(manager, method)(USER, "reset", "vt_wrong")
-        except InvalidToken:
-            pass
         assert [(e.name, e.reason) for e in world.events] == [("failed", "unknown")]
 
     async def test_capped(self, world: World) -> None:
@@ -180,7 +191,11 @@ class TestHooks:
 
     async def test_several_hear_in_their_order(self) -> None:
         order: list[int] = []
-        await issue(*[lambda _, n=n: order.append(n) for n in range(5)])
+
+        def hook(n: int) -> Callable[[TokenEvent], None]:
+            return lambda _: order.append(n)
+
+        await issue(*map(hook, range(5)))
         assert order == [0, 1, 2, 3, 4]
 
     async def test_a_lazy_hook_is_made_once_and_only_when_there_is_an_event(self, world: World) -> None:

@@ -218,8 +218,10 @@ class TestMinutes:
 
     @pytest.mark.parametrize(
         "minutes",
-        [0, 0.0, -0.0, -1, -1e-9, math.nan, math.inf, -math.inf, True, False, "5", b"5", [5], Decimal(5)]
-        + [Fraction(5), 1j, timedelta(minutes=5), 1e308, 1e15, 10**18, 2**62, 10**400, inputs.DEFAULT],
+        [
+            *(0, 0.0, -0.0, -1, -1e-9, math.nan, math.inf, -math.inf, 1e308, 1e15, 10**18, 2**62, 10**400),
+            *(True, False, "5", b"5", [5], Decimal(5), Fraction(5), 1j, timedelta(minutes=5), inputs.DEFAULT),
+        ],
     )
     def test_everything_else_is_a_value_error(self, minutes: object) -> None:
         with pytest.raises(ValueError, match="expiration") as info:
@@ -340,8 +342,11 @@ class TestJson:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "{", "nope", "NaN", "[Infinity]", '"\\ud800"', "\ud800", "1" * 5000, "[" * 17 + "]" * 17]
-        + ["[" * 8000 + "]" * 8000, str(2**63), " " * 16_384 + "1", '"' + "é" * 8192 + '"', None, b"1", 1, {}],
+        [
+            *("", "{", "nope", "NaN", "[Infinity]", '"\\ud800"', "\ud800", "1" * 5000, str(2**63)),
+            *("[" * 17 + "]" * 17, "[" * 8000 + "]" * 8000, " " * 16_384 + "1", '"' + "é" * 8192 + '"'),
+            *(None, b"1", 1, {}),
+        ],
         ids=lambda v: f"{v!r:.12}",
     )
     def test_text_that_is_no_json_of_ours_is_refused(self, text: object) -> None:

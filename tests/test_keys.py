@@ -202,12 +202,19 @@ class TestRotation:
     def test_old_ones_are_looked_for_too(self) -> None:
         keyring = Keyring(SECRET, [OLD_SECRET])
         wanted = keyring.links("key").values
-        assert wanted == tuple(k.link("key").value for k in (Keyring(SECRET), Keyring(OLD_SECRET), Keyring(None)))
+        assert wanted == tuple(
+            k.link("key").value for k in (Keyring(SECRET), Keyring(OLD_SECRET), Keyring(None))
+        )
         codes = keyring.codes("u", "1", "s", "1").values
-        assert codes == tuple(k.code("u", "1", "s", "1").value for k in (Keyring(SECRET), Keyring(OLD_SECRET)))
+        assert codes == tuple(
+            k.code("u", "1", "s", "1").value for k in (Keyring(SECRET), Keyring(OLD_SECRET))
+        )
 
     def test_a_code_from_before_any_secret_is_not(self) -> None:
-        assert Keyring(None).code("u", "1", "s", "1").value not in Keyring(SECRET).codes("u", "1", "s", "1").values
+        assert (
+            Keyring(None).code("u", "1", "s", "1").value
+            not in Keyring(SECRET).codes("u", "1", "s", "1").values
+        )
 
     def test_secrets_have_ids_that_tell_nothing(self) -> None:
         ids = [Keyring(s).link("").secret_id for s in (SECRET, OLD_SECRET)]
@@ -245,7 +252,13 @@ def test_use_ids_are_short_and_differ() -> None:
 
 def test_reprs_hide() -> None:
     key, keyring = Hidden("canary"), Keyring(SECRET, [OLD_SECRET])
-    shown = [key, keyring, keyring.link("canary"), keyring.links("canary"), keyring.codes("u", "1", "s", "canary")]
+    shown = [
+        key,
+        keyring,
+        keyring.link("canary"),
+        keyring.links("canary"),
+        keyring.codes("u", "1", "s", "canary"),
+    ]
     for value in shown:
         for text in (repr(value), str(value), f"{value}", f"{[value]}"):
             assert "canary" not in text

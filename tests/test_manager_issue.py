@@ -141,8 +141,22 @@ class TestExpiration:
 
     @pytest.mark.parametrize(
         "minutes",
-        [0, -1, -0.0, math.nan, math.inf, -math.inf, True, "5", b"5", [5], 1e308, 2**62, 10**400, 10**13, ANY]
-        + [60 * 24 * 366 * 7900, timedelta(minutes=5)],
+        [
+            *(
+                0,
+                -1,
+                -0.0,
+                math.nan,
+                math.inf,
+                -math.inf,
+                1e308,
+                2**62,
+                10**400,
+                10**13,
+                60 * 24 * 366 * 7900,
+            ),
+            *(True, "5", b"5", [5], ANY, timedelta(minutes=5)),
+        ],
     )
     @pytest.mark.parametrize("method", ["deactivate_and_create", "get_active_or_create"])
     async def test_anything_else_is_a_value_error_and_touches_nothing(
@@ -277,20 +291,33 @@ class TestGenerators:
         keys = iter(["taken"] * 99 + ["free"])
         manager = await world.manager()
         await manager.deactivate_and_create(OTHER, key_generator_kwargs={"generator": lambda: "taken"})
-        token = await manager.deactivate_and_create(USER, key_generator_kwargs={"generator": lambda: next(keys)})
+        token = await manager.deactivate_and_create(
+            USER, key_generator_kwargs={"generator": lambda: next(keys)}
+        )
         assert token.key == "free"
 
     async def test_keys_are_unique_over_the_store_and_codes_within_their_scope(self, world: World) -> None:
-        manager = await world.manager(CODE, TokenPolicy.code("pin"), settings=Settings(secret="s" * 32, max_key_iterations=1))
+        manager = await world.manager(
+            CODE, TokenPolicy.code("pin"), settings=Settings(secret="s" * 32, max_key_iterations=1)
+        )
         link, code = {"generator": lambda: "link"}, {"generator": lambda: "123456"}
         await manager.deactivate_and_create(USER, key_generator_kwargs=link)
         for obj, slug in ((USER, None), (OTHER, None), (USER, "b"), (Subject("app.row", 42), None)):
-            await refused(KeyGenerationError, manager.deactivate_and_create(obj, slug, key_generator_kwargs=link))
+            await refused(
+                KeyGenerationError, manager.deactivate_and_create(obj, slug, key_generator_kwargs=link)
+            )
         tokens = [
             await manager.deactivate_and_create(obj, slug, key_generator_kwargs=code)
-            for obj, slug in ((USER, "login"), (OTHER, "login"), (USER, "pin"), (Subject("app.row", 42), "login"))
+            for obj, slug in (
+                (USER, "login"),
+                (OTHER, "login"),
+                (USER, "pin"),
+                (Subject("app.row", 42), "login"),
+            )
         ]
-        await refused(KeyGenerationError, manager.deactivate_and_create(USER, "login", key_generator_kwargs=code))
+        await refused(
+            KeyGenerationError, manager.deactivate_and_create(USER, "login", key_generator_kwargs=code)
+        )
         assert {token.key for token in tokens} == {"123456"}
         assert len({stored.digest for stored in await world.stored()}) == 5
 

@@ -194,7 +194,9 @@ class TestAttempts:
             assert await reason(manager.consume(USER, "login", issued.key)) == "used"
         await spend(manager, 5)
 
-    async def test_the_window_grows_when_it_is_exhausted_again_and_again_up_to_a_day(self, world: World) -> None:
+    async def test_the_window_grows_when_it_is_exhausted_again_and_again_up_to_a_day(
+        self, world: World
+    ) -> None:
         manager = await world.manager(CODE)
         lengths: list[float] = []
         for _ in range(10):
@@ -233,7 +235,9 @@ class TestAttempts:
         assert not {"spend", "refund", "reset"} & set(world.backend.calls)
 
     async def test_a_link_policy_may_have_a_cap(self, world: World) -> None:
-        manager = await world.manager(TokenPolicy.link("reset", max_attempts=1, attempt_window=timedelta(hours=1)))
+        manager = await world.manager(
+            TokenPolicy.link("reset", max_attempts=1, attempt_window=timedelta(hours=1))
+        )
         issued = await manager.deactivate_and_create(USER, "reset")
         await refused(InvalidToken, manager.verify(USER, "reset", WRONG))
         error = await refused(TooManyAttempts, manager.consume(USER, "reset", issued.key))
@@ -250,24 +254,30 @@ class TestCodes:
     @pytest.mark.parametrize("spelling", ["{0}{1}", "{0} {1}", "{0}-{1}", " {0}{1}\n", "{0}\u00a0{1}"])
     async def test_as_people_type_them(self, world: World, spelling: str) -> None:
         manager = await world.manager(CODE)
-        key = (await manager.deactivate_and_create(USER, "login")).key
-        assert await manager.consume(USER, "login", spelling.format(key[:3], key[3:]))
+        issued = await manager.deactivate_and_create(USER, "login")
+        typed = spelling.format(issued.key[:3], issued.key[3:])
+        assert await manager.consume(USER, "login", typed) == issued
 
     @pytest.mark.parametrize("zero", ["０", "٠", "۰", "०"])
     async def test_ascii_digits_only(self, world: World, zero: str) -> None:
         manager = await world.manager(CODE)
         key = (await manager.deactivate_and_create(USER, "login")).key
-        assert await reason(manager.consume(USER, "login", "".join(chr(ord(zero) + int(d)) for d in key))) == "unknown"
+        typed = "".join(chr(ord(zero) + int(digit)) for digit in key)
+        assert await reason(manager.consume(USER, "login", typed)) == "unknown"
 
     async def test_letters_of_one_case(self, world: World) -> None:
         manager = await world.manager(TokenPolicy.code("login", key_chars="ABCDEFGHJKLMNPQRSTUVWXYZ23456789"))
-        key = (await manager.deactivate_and_create(USER, "login")).key
-        assert await manager.verify(USER, "login", key.lower())
+        issued = await manager.deactivate_and_create(USER, "login")
+        assert await manager.verify(USER, "login", issued.key.lower()) == issued
 
     async def test_a_code_never_passes_as_a_link_nor_a_link_as_a_code(self, world: World) -> None:
         manager = await world.manager(CODE, TokenPolicy.code("pin"))
-        link = await manager.deactivate_and_create(USER, "reset", key_generator_kwargs={"generator": lambda: "123456"})
-        code = await manager.deactivate_and_create(USER, "login", key_generator_kwargs={"generator": lambda: "654321"})
+        link = await manager.deactivate_and_create(
+            USER, "reset", key_generator_kwargs={"generator": lambda: "123456"}
+        )
+        code = await manager.deactivate_and_create(
+            USER, "login", key_generator_kwargs={"generator": lambda: "654321"}
+        )
         for slug, key in (("login", link.key), ("pin", link.key), ("reset", code.key), ("pin", code.key)):
             assert await reason(manager.verify(USER, slug, key)) == "unknown"
 
@@ -296,7 +306,9 @@ class TestRotation:
 
     @pytest.mark.parametrize("slug", ["login", "reset"])
     async def test_the_old_secrets_tokens_until_it_is_dropped(self, world: World, slug: str) -> None:
-        old, rotated, dropped = [await world.manager(CODE, settings=s) for s in (self.old, self.rotated, SECRETS)]
+        old, rotated, dropped = [
+            await world.manager(CODE, settings=s) for s in (self.old, self.rotated, SECRETS)
+        ]
         for method in ("verify", "consume"):
             issued = await old.deactivate_and_create(USER, slug)
             assert await reason(getattr(dropped, method)(USER, slug, issued.key)) == "unknown"
@@ -436,7 +448,15 @@ class TestTypingErrors:
         assert len(issued.key) == 3 + 32 + 6
         world.backend.calls.clear()
         mistyped = issued.key[:10] + ("x" if issued.key[10] != "x" else "y") + issued.key[11:]
-        for key in (mistyped, issued.key[3:], issued.key[:-1], issued.key + "0", issued.key.swapcase(), "", "vt_"):
+        for key in (
+            mistyped,
+            issued.key[3:],
+            issued.key[:-1],
+            issued.key + "0",
+            issued.key.swapcase(),
+            "",
+            "vt_",
+        ):
             for call in (manager.verify, manager.consume):
                 assert await reason(call(USER, "reset", key)) == "unknown"
             assert await reason(redeem(manager, "reset", key)) == "unknown"

@@ -124,10 +124,11 @@ class TestVerifyAndConsume:
     @pytest.mark.parametrize("method", ["verify", "consume", "exists_valid", "redeem"])
     async def test_codes_need_their_object(self, world: World, method: str) -> None:
         manager = await world.manager(CODE)
-        call = getattr(manager, method)
-        with pytest.raises(InvalidInput, match="object"):
-            result = call(Subject("auth.user"), "login", "123456")
-            await result
+
+        async def call() -> None:
+            await getattr(manager, method)(Subject("auth.user"), "login", "123456")
+
+        assert "object" in str(await refused(InvalidInput, call()))
         assert "spend" not in world.backend.calls
 
     async def test_a_token_without_slug_is_one_of_its_own(self, world: World) -> None:
@@ -190,7 +191,9 @@ class TestConsumeId:
         await manager.purge()
         assert await reason(manager.consume(USER, "a", issued.key, consume_id="id")) == "unknown"
 
-    @pytest.mark.parametrize("bad", ["", "a" * 129, "é" * 65, "a\0", "\ud800", 5, True, b"id", ["id"], {"$ne": 1}])
+    @pytest.mark.parametrize(
+        "bad", ["", "a" * 129, "é" * 65, "a\0", "\ud800", 5, True, b"id", ["id"], {"$ne": 1}]
+    )
     async def test_out_of_range(self, world: World, bad: Any) -> None:
         manager = await world.manager(CODE)
         world.backend.calls.clear()
@@ -315,7 +318,9 @@ class TestRedeem:
             assert not stored.is_valid(world.clock())
         assert await reason(manager.consume(USER, "a", issued.key)) == "used"
 
-    @pytest.mark.parametrize("error", [ZeroDivisionError, InvalidToken, LeaseLost, KeyboardInterrupt, GeneratorExit])
+    @pytest.mark.parametrize(
+        "error", [ZeroDivisionError, InvalidToken, LeaseLost, KeyboardInterrupt, GeneratorExit]
+    )
     async def test_an_exception_gives_it_back(self, world: World, error: type[BaseException]) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")
@@ -413,7 +418,8 @@ class TestRedeem:
     ) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")
-        with pytest.raises(ZeroDivisionError if fails else LeaseLost):
+
+        async def interrupted() -> None:
             async with manager.redeem(USER, "a", issued.key):
                 if how == "replaced":
                     await manager.deactivate_and_create(USER, "a")
@@ -424,6 +430,8 @@ class TestRedeem:
                     await manager.purge()
                 if fails:
                     raise ZeroDivisionError
+
+        await refused(ZeroDivisionError if fails else LeaseLost, interrupted())
         expected = "unknown" if how == "purged" else "inactive"
         assert await reason(manager.consume(USER, "a", issued.key)) == expected
 
@@ -434,7 +442,9 @@ class TestRedeem:
             world.clock.advance(timedelta(seconds=45))
         assert await reason(manager.consume(USER, "a", issued.key)) == "used"
 
-    @pytest.mark.parametrize("lease", [timedelta(0), -LEASE, timedelta(microseconds=999), 60, None, True, "60"])
+    @pytest.mark.parametrize(
+        "lease", [timedelta(0), -LEASE, timedelta(microseconds=999), 60, None, True, "60"]
+    )
     async def test_a_lease_out_of_range(self, world: World, lease: Any) -> None:
         with pytest.raises(InvalidInput):
             (await world.manager()).redeem(USER, "a", "key", lease=lease)
@@ -459,7 +469,9 @@ class TestRedeem:
         assert world.backend.calls == []
 
     @pytest.mark.parametrize("happened", [True, False])
-    async def test_an_unknown_outcome_of_the_mark_is_said_and_settled(self, world: World, happened: bool) -> None:
+    async def test_an_unknown_outcome_of_the_mark_is_said_and_settled(
+        self, world: World, happened: bool
+    ) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")
         hooks = world.backend.after if happened else world.backend.before
@@ -479,17 +491,22 @@ class TestRedeem:
     ) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")
-        with pytest.raises(ZeroDivisionError):
+
+        async def interrupted() -> None:
             async with manager.redeem(USER, "a", issued.key):
                 world.backend.failing["update"] = BackendUnavailable("the store is away")
                 raise ZeroDivisionError
+
+        await refused(ZeroDivisionError, interrupted())
         assert "ends by itself" in caplog.text
         del world.backend.failing["update"]
         assert await reason(manager.consume(USER, "a", issued.key)) == "leased"
         world.clock.advance(LEASE)
         assert await manager.consume(USER, "a", issued.key) == issued
 
-    async def test_a_manager_closed_in_the_block(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_manager_closed_in_the_block(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
         caplog.set_level(logging.CRITICAL, "vtoken")
         manager = TokenManager(world.backend, clock=world.clock)
         await manager.open()

@@ -41,7 +41,7 @@ class TestSettings:
         with pytest.raises(FrozenInstanceError):
             Settings().secret = SECRET  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]  # on purpose
         with pytest.raises(TypeError):
-            Settings(5)  # type: ignore[misc]  # pyright: ignore[reportCallIssue]  # on purpose
+            Settings(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # on purpose
 
     def test_a_list_of_secrets_handed_in_may_change(self) -> None:
         previous = [SECRET]
@@ -126,7 +126,9 @@ class TestPresets:
         assert (code.max_attempts, code.attempt_window) == (5, timedelta(minutes=15))
 
     def test_overrides(self) -> None:
-        code = TokenPolicy.code("login", digits=8, expiration=3, max_attempts=3, cooldown=timedelta(minutes=1))
+        code = TokenPolicy.code(
+            "login", digits=8, expiration=3, max_attempts=3, cooldown=timedelta(minutes=1)
+        )
         assert (code.key_length, code.expiration, code.max_attempts) == (8, 3, 3)
         assert code.cooldown == timedelta(minutes=1)
         link = TokenPolicy.link("invite", expiration=None, max_uses=5)
@@ -157,26 +159,28 @@ class TestPresets:
 
 class TestFloors:
     @pytest.mark.parametrize(
-        ("make", "says"),
+        ("make", "fields", "says"),
         [
-            (lambda **k: TokenPolicy.code("s", digits=4, **k), "6 digits"),
-            (lambda **k: TokenPolicy.code("s", digits=5, **k), "6 digits"),
-            (lambda **k: TokenPolicy.code("s", key_chars="0000000000", **k), "6 digits"),
-            (lambda **k: TokenPolicy.code("s", expiration=24 * 60, **k), "10 minutes"),
-            (lambda **k: TokenPolicy.code("s", expiration=10.001, **k), "10 minutes"),
-            (lambda **k: TokenPolicy.code("s", expiration=None, **k), "10 minutes"),
-            (lambda **k: TokenPolicy.code("s", expiration=DEFAULT, **k), "10 minutes"),
-            (lambda **k: TokenPolicy.code("s", max_attempts=None, **k), "max_attempts"),
-            (lambda **k: TokenPolicy.code("s", max_attempts=101, **k), "max_attempts"),
-            (lambda **k: TokenPolicy.link("s", key_length=21, **k), "128"),
-            (lambda **k: TokenPolicy("s", key_length=31, key_chars="0123456789abcdef", **k), "128"),
-            (lambda **k: TokenPolicy("s", key_chars="aaaa", **k), "128"),
+            (TokenPolicy.code, {"digits": 4}, "6 digits"),
+            (TokenPolicy.code, {"digits": 5}, "6 digits"),
+            (TokenPolicy.code, {"key_chars": "0000000000"}, "6 digits"),
+            (TokenPolicy.code, {"expiration": 24 * 60}, "10 minutes"),
+            (TokenPolicy.code, {"expiration": 10.001}, "10 minutes"),
+            (TokenPolicy.code, {"expiration": None}, "10 minutes"),
+            (TokenPolicy.code, {"expiration": DEFAULT}, "10 minutes"),
+            (TokenPolicy.code, {"max_attempts": None}, "max_attempts"),
+            (TokenPolicy.code, {"max_attempts": 101}, "max_attempts"),
+            (TokenPolicy.link, {"key_length": 21}, "128"),
+            (TokenPolicy, {"key_length": 31, "key_chars": "0123456789abcdef"}, "128"),
+            (TokenPolicy, {"key_chars": "aaaa"}, "128"),
         ],
     )
-    def test_below_a_floor_it_says_why_unless_allowed_to_be_weak(self, make: Any, says: str) -> None:
+    def test_below_a_floor_it_says_why_unless_allowed_to_be_weak(
+        self, make: Any, fields: dict[str, Any], says: str
+    ) -> None:
         with pytest.raises(ConfigurationError, match=says):
-            make()
-        assert make(allow_weak="end-to-end tests").allow_weak == "end-to-end tests"
+            make("s", **fields)
+        assert make("s", **fields, allow_weak="end-to-end tests").allow_weak == "end-to-end tests"
 
     @pytest.mark.parametrize(
         "make",
@@ -252,8 +256,9 @@ class TestRanges:
         ids=str,
     )
     def test_out_of_range(self, fields: dict[str, Any]) -> None:
+        given: dict[str, Any] = {"slug": "s", **fields}
         with pytest.raises(ConfigurationError):
-            TokenPolicy(**{"slug": "s", **fields})
+            TokenPolicy(**given)
 
     @pytest.mark.parametrize("fields", [{"prefix": "vt_"}, {"key_storage": "derived"}], ids=str)
     def test_what_is_for_links_only(self, fields: dict[str, Any]) -> None:
@@ -296,7 +301,8 @@ class TestGenerators:
         assert load_generator("secrets.token_hex") is secrets.token_hex
 
     @pytest.mark.parametrize(
-        "path", ["nope", "", ":", ".", "no.such.module", "vtoken.keys.nope", "vtoken.keys:nope", "vtoken:ANY", 5]
+        "path",
+        ["nope", "", ":", ".", "no.such.module", "vtoken.keys.nope", "vtoken.keys:nope", "vtoken:ANY", 5],
     )
     def test_what_cannot_be_imported_or_called_is_told_at_once(self, path: Any) -> None:
         with pytest.raises(ConfigurationError):

@@ -88,8 +88,8 @@ def test_a_managers_method_has_the_contracts_signature(name: str) -> None:
 
 
 def test_the_managers_public_methods_are_the_contracts() -> None:
-    public = {n for n, m in inspect.getmembers(TokenManager, callable) if n[0] != "_"}
-    assert public == {*CONTRACT, "from_url", "from_env"}
+    public = {n for n, _ in inspect.getmembers(TokenManager, callable) if n[0] != "_"}
+    assert public == {*CONTRACT, "from_url", "from_env", "sweeper"}
 
 
 def test_how_a_manager_is_made() -> None:
@@ -132,7 +132,12 @@ def test_settings_and_policies_have_the_contracts_fields() -> None:
 
 def test_subjects_and_content_types() -> None:
     assert parameters(Subject) == {"content_type": REQUIRED, "object_id": ANY}
-    assert parameters(ContentTypes.register) == {"cls": REQUIRED, "name": REQUIRED, "get_id": None, "load": None}
+    assert parameters(ContentTypes.register) == {
+        "cls": REQUIRED,
+        "name": REQUIRED,
+        "get_id": None,
+        "load": None,
+    }
 
 
 def test_stats_is_a_dataclass() -> None:
@@ -142,7 +147,17 @@ def test_stats_is_a_dataclass() -> None:
 
 def test_a_token_has_the_bases_fields_and_methods() -> None:
     token = VerificationToken(id="1", created_at=START, content_type="u", object_id="1")
-    for name in ("id", "created_at", "content_type", "object_id", "key", "expires_at", "slug", "is_active", "extra_data"):
+    for name in (
+        "id",
+        "created_at",
+        "content_type",
+        "object_id",
+        "key",
+        "expires_at",
+        "slug",
+        "is_active",
+        "extra_data",
+    ):
         assert hasattr(token, name)
     assert parameters(VerificationToken.is_valid) == {"now": None}
     assert parameters(VerificationToken.set_extra_data) == {"data": REQUIRED}
@@ -156,8 +171,24 @@ def test_all_is_everything_public_and_sorted_by_kind() -> None:
         assert hasattr(vtoken, name)
     in_errors = {n for n, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)}
     assert in_errors <= set(vtoken.__all__)
-    wanted = {"TokenManager", "TokenPolicy", "Settings", "Subject", "ContentTypes", "ANY", "DEFAULT", "TokenBackend"}
-    wanted |= {"VerificationToken", "IssuedToken", "create_backend", "register_backend", "Stats", "TokenEvent"}
+    wanted = {
+        "TokenManager",
+        "TokenPolicy",
+        "Settings",
+        "Subject",
+        "ContentTypes",
+        "ANY",
+        "DEFAULT",
+        "TokenBackend",
+    }
+    wanted |= {
+        "VerificationToken",
+        "IssuedToken",
+        "create_backend",
+        "register_backend",
+        "Stats",
+        "TokenEvent",
+    }
     assert wanted <= set(vtoken.__all__)
 
 
@@ -165,7 +196,9 @@ def test_a_backend_satisfies_the_protocol() -> None:
     assert isinstance(MemoryBackend(), TokenBackend)
 
 
-DOCUMENTED = [n for n in vtoken.__all__ if inspect.isclass(getattr(vtoken, n)) or callable(getattr(vtoken, n))]
+DOCUMENTED = [
+    n for n in vtoken.__all__ if inspect.isclass(getattr(vtoken, n)) or callable(getattr(vtoken, n))
+]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -181,7 +214,10 @@ def test_every_public_name_is_documented(name: str) -> None:
 def test_importing_it_loads_no_driver_and_no_test_framework() -> None:
     script = (
         "import sys, vtoken, vtoken_backends.memory\n"
-        "print(sorted({'aiosqlite', 'sqlite3', 'pymongo', 'motor', 'pytest', 'rich', 'cyclopts'} & {*sys.modules}))"
+        "heavy = {'aiosqlite', 'sqlite3', 'pymongo', 'motor', 'pytest', 'rich', 'cyclopts'}\n"
+        "print(sorted(heavy & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,606 @@
+"""A canary key, code, secret, digest or context is found nowhere but in the return value."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import copy
+import logging
+import pickle
+import sqlite3
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import asdict, is_dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import pytest
+
+import vtoken
+from vtoken import (
+    BackendError,
+    BackendUnavailable,
+    CooldownActive,
+    InvalidInput,
+    InvalidToken,
+    KeyGenerationError,
+    LeaseLost,
+    OutcomeUnknown,
+    Settings,
+    TokenEvent,
+    TokenManager,
+    TokenPolicy,
+    TooManyAttempts,
+    create_backend,
+)
+from vtoken.backend import Match
+from vtoken.testing import Clock
+
+from .core_tools import START, USER, Watched, refused
+
+KEY: Final = "canaryLinkKeyOfThirtyTwoLetters1"
+WRONG_KEY: Final = "canaryWrongKeyOfThirtyTwoLetter2"
+CODE: Final = "8675309421"
+WRONG_CODE: Final = "8675309422"
+CONTEXT: Final = "canary-context-of-a-browser"
+SECRET: Final = "canary-secret-of-32-bytes-or-more"
+OLD_SECRET: Final = "canary-secret-of-times-gone-by-32"
+CANARIES: Final = (KEY, WRONG_KEY, CODE, WRONG_CODE, CONTEXT, SECRET, OLD_SECRET)
+TESTS: Final = str(Path(__file__).parent)
+
+SETTINGS: Final = Settings(secret=SECRET, previous_secrets=[OLD_SECRET])
+POLICIES: Final = (
+    TokenPolicy("link"),
+    TokenPolicy("other"),
+    TokenPolicy.code("code", digits=10),
+    TokenPolicy("bound", context="required", max_attempts=3),
+    TokenPolicy("derived", key_storage="derived"),
+    TokenPolicy("prefixed", prefix="vt_"),
+    TokenPolicy("cooling", cooldown=timedelta(minutes=1)),
+)
+
+
+class Sieve:
+    """Everything secret, in every spelling it could leak in."""
+
+    def __init__(self) -> None:
+        self.needles: set[bytes] = set()
+        for canary in CANARIES:
+            self.add(canary.encode())
+
+    def add(self, secret: bytes) -> None:
+        """Look for these bytes too: raw, in a repr, in hexadecimal, in base64, as a list of numbers."""
+        spelt = {secret, repr(secret)[2:-1].encode(), secret.hex().encode(), str(list(secret))[1:-1].encode()}
+        whole = base64.b64encode(secret).rstrip(b"=")
+        self.needles |= {
+            *spelt,
+            secret.hex().upper().encode(),
+            whole,
+            base64.urlsafe_b64encode(secret).rstrip(b"="),
+        }
+
+    def check(self, found: str | bytes, where: str) -> None:
+        data = found if isinstance(found, bytes) else found.encode(errors="backslashreplace")
+        leaks = [needle for needle in self.needles if needle in data]
+        assert not leaks, f"{leaks} in {where}: {found!r:.2000}"
+
+
+def spellings(value: object) -> Iterator[str | bytes]:
+    """What an object shows of itself to whoever logs, prints, pickles, copies or inspects it."""
+    yield from (repr(value), str(value), f"{value}", f"{value!r:>50}", f"{[value]} {(value,)} { {1: value} }")
+    yield "%s %r" % (value, value)  # noqa: UP031  # as logging does it
+    yield repr(getattr(value, "__dict__", None))
+    if is_dataclass(value) and not isinstance(value, type | Settings):
+        yield repr(asdict(value))
+    if isinstance(value, TokenManager | Settings):
+        return  # not for pickling: a manager cannot be, and whoever pickles settings wants them whole
+    for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
+        yield pickle.dumps(value, protocol)
+    for same in (copy.copy(value), copy.deepcopy(value)):
+        yield repr(same)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception with every cause and context there is."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [e for e in (one.__cause__, one.__context__) if e is not None]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+
+
+def frames(tb: TracebackType | None) -> str:
+    """The locals of all frames but the tests' own, as an error tracker records them."""
+    summary = traceback.StackSummary.extract(traceback.walk_tb(tb), capture_locals=True)
+    return "\n".join(
+        f"{f.filename}:{f.lineno} {f.locals}" for f in summary if not f.filename.startswith(TESTS)
+    )
+
+
+class Records(logging.Handler):
+    """Every record of every logger."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.NOTSET)
+        self.records: list[logging.LogRecord] = []
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class Canary:
+    """A store in a world full of canaries, and what was seen of it."""
+
+    def __init__(self, url: str, directory: Path, records: Records) -> None:
+        self.url = url
+        self.directory = directory
+        self.records = records
+        self.clock = Clock(START)
+        self.sieve = Sieve()
+        self.events: list[TokenEvent] = []
+        self.backend = Watched(create_backend(url))
+        self._stack = AsyncExitStack()
+
+    async def manager(self, settings: Settings = SETTINGS, hooks: tuple[Any, ...] = ()) -> TokenManager:
+        manager = TokenManager(
+            self.backend, settings, POLICIES, clock=self.clock, hooks=[*hooks, self.events.append]
+        )
+        return await self._stack.enter_async_context(manager)
+
+    async def issue(self, manager: TokenManager, slug: str, key: str, **keywords: Any) -> vtoken.IssuedToken:
+        token = await manager.deactivate_and_create(
+            USER, slug, key_generator_kwargs={"generator": lambda: key}, **keywords
+        )
+        assert key in token.key
+        await self.learn()
+        return token
+
+    async def learn(self) -> None:
+        """From now on the stored digests are canaries too."""
+        for stored in await self.backend.inner.find(Match(), 1000):
+            self.sieve.add(stored.digest)
+            if stored.context:
+                self.sieve.add(stored.context)
+
+    def check_value(self, value: object) -> None:
+        for found in spellings(value):
+            self.sieve.check(found, type(value).__name__)
+
+    def check_error(self, error: BaseException) -> None:
+        for one in chain(error):
+            where = f"{type(one).__name__} of {type(error).__name__}"
+            self.sieve.check(frames(one.__traceback__), f"the frames of {where}")
+            self.sieve.check(f"{one} {one!r} {one.args} {vars(one)}", where)
+            if isinstance(one, vtoken.VTokenError):
+                self.check_value(one)
+
+    def check_logs(self) -> None:
+        formatter = logging.Formatter("%(name)s %(message)s")
+        for record in self.records.records:
+            where = f"the log of {record.name}"
+            told = {k: v for k, v in vars(record).items() if k != "exc_info"}
+            self.sieve.check(f"{formatter.format(record)} {told}", where)
+            if record.exc_info and record.exc_info[1]:
+                self.check_error(record.exc_info[1])
+        self.records.seen += [record.name for record in self.records.records]
+        self.records.records.clear()
+
+    def check_store(self, *, kept: bytes = b"") -> None:
+        """No plaintext in the files, read past the backend; digests are what they are for."""
+        for path in self.directory.iterdir():
+            data = path.read_bytes()
+            for canary in CANARIES:
+                if canary.encode() != kept:
+                    for spelling in (
+                        canary.encode(),
+                        canary.encode().hex().encode(),
+                        base64.b64encode(canary.encode()),
+                    ):
+                        assert spelling not in data, path.name
+
+    def check_all(self) -> None:
+        for event in self.events:
+            self.check_value(event)
+        self.check_logs()
+        self.check_store()
+
+    async def aclose(self) -> None:
+        await self._stack.aclose()
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    handler, root = Records(), logging.getLogger()
+    levels = {
+        name: logging.getLogger(name).level for name in (None, "vtoken", "aiosqlite", "asyncio", "pymongo")
+    }
+    root.addHandler(handler)
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    yield handler
+    root.removeHandler(handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def canary(request: pytest.FixtureRequest, tmp_path: Path, records: Records) -> AsyncIterator[Canary]:
+    url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/tokens.db"
+    made = Canary(url, tmp_path, records)
+    yield made
+    made.check_all()
+    await made.aclose()
+    made.check_all()
+    assert ("aiosqlite" in records.seen) is (request.param == "sqlite")  # else the drivers were not heard
+
+
+async def test_what_is_returned_shows_no_key(canary: Canary) -> None:
+    asyncio.get_running_loop().set_debug(True)  # which logs more, and remembers where things were made
+    manager = await canary.manager()
+    issued = [
+        await canary.issue(manager, "link", KEY, extra_data={"n": 1}),
+        await canary.issue(manager, "code", CODE),
+        await canary.issue(manager, "bound", WRONG_KEY, context=CONTEXT),
+    ]
+    derived = await manager.get_active_or_create(USER, "derived")
+    prefixed = await manager.deactivate_and_create(USER, "prefixed")
+    await canary.learn()
+    for token in (derived, prefixed):
+        assert token.key is not None
+        canary.sieve.add(token.key.encode())
+    contexts: dict[str | None, Any] = {"bound": {"context": CONTEXT}}
+    for token in (*issued, prefixed):
+        found = [
+            await manager.get(token.id),
+            await manager.get_active_or_create(USER, token.slug, **contexts.get(token.slug, {})),
+            await manager.verify(USER, token.slug, token.key, **contexts.get(token.slug, {})),
+            *[t async for t in manager.filter_active_tokens(USER)],
+        ]
+        async with manager.redeem(USER, token.slug, token.key, **contexts.get(token.slug, {})) as leased:
+            found += [token, leased, await manager.get(token.id)]
+        for one in found:
+            canary.check_value(one)
+    again = await manager.get_active_or_create(USER, "derived")
+    assert again.key == derived.key
+    for value in (derived, again, await manager.stats(), canary.events, manager, manager.settings, POLICIES):
+        canary.check_value(value)
+    for private in (manager._life, manager._life.keyring, manager._life.hooks):  # pyright: ignore[reportPrivateUsage]
+        canary.sieve.check(repr(private) + repr(getattr(private, "__dict__", "")), "the manager's parts")
+    canary.sieve.check(repr(vars(manager)) + repr(vars(manager._life)), "the manager")  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_stored_rows_show_no_digest(canary: Canary) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    for stored in await canary.backend.inner.find(Match(), 10):
+        canary.sieve.check(f"{stored} {stored!r} {[stored]}", "a row")
+        match = Match(digests=(stored.digest,), context=stored.context)
+        canary.sieve.check(f"{match} {match!r} {[match]}", "a condition")
+
+
+Failing = Callable[[TokenManager], Awaitable[object]]
+
+
+def redeeming(slug: str, key: Any, error: BaseException | None = None, **keywords: Any) -> Failing:
+    async def call(manager: TokenManager) -> None:
+        async with manager.redeem(USER, slug, key, **keywords):
+            if error is not None:
+                raise error
+
+    return call
+
+
+async def listing(manager: TokenManager, key: Any) -> None:
+    async for _ in manager.filter_active_tokens(USER, "link", key):
+        pass
+
+
+def generating(key: Any) -> dict[str, Any]:
+    return {"key_generator_kwargs": {"generator": lambda: key}}
+
+
+BAD_KEYS: Final[list[Any]] = [
+    WRONG_KEY * 20,
+    WRONG_KEY + "\0",
+    WRONG_KEY + "\ud800",
+    [WRONG_KEY],
+    {"$ne": WRONG_KEY},
+    WRONG_KEY.encode(),
+    None,
+]
+
+
+@pytest.mark.parametrize("slug", ["link", "code", "bound", "prefixed"])
+async def test_wrong_keys(canary: Canary, slug: str) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    for key in (WRONG_KEY, "", *BAD_KEYS):
+        for call in calls_with(slug, key):
+            canary.check_error(await refused(vtoken.VTokenError, call(manager)))
+
+
+def calls_with(slug: str, key: Any) -> list[Failing]:
+    calls: list[Failing] = [
+        lambda m: m.verify(USER, slug, key, context=CONTEXT),
+        lambda m: m.consume(USER, slug, key, consume_id="id", context=CONTEXT),
+        redeeming(slug, key, context=CONTEXT),
+    ]
+    if key not in (WRONG_KEY, ""):
+        more: list[Failing] = [
+            lambda m: m.exists_valid(USER, slug, key, context=CONTEXT),
+            lambda m: m.exists_valid(USER, key=key),
+            lambda m: m.deactivate(USER, "link", key),
+            lambda m: m.deactivate(USER, key=key),
+            lambda m: listing(m, key),
+            lambda m: m.deactivate_and_create(USER, "link", **generating(key)),
+            lambda m: m.get_active_or_create(USER, "other", **generating(key)),
+            lambda m: m.generate_key(lambda: key),
+        ]
+        calls += more
+    return calls
+
+
+async def test_bad_contexts_and_consume_ids(canary: Canary) -> None:
+    manager = await canary.manager()
+    bads: list[Any] = [CONTEXT * 20, CONTEXT + "\0", CONTEXT + "\ud800", [CONTEXT], CONTEXT.encode()]
+    for bad in bads:
+        for call in calls_in(bad):
+            canary.check_error(await refused(InvalidInput, call(manager)))
+
+
+def calls_in(bad: Any) -> list[Failing]:
+    return [
+        lambda m: m.verify(USER, "bound", WRONG_KEY, context=bad),
+        lambda m: m.exists_valid(USER, "bound", WRONG_KEY, context=bad),
+        lambda m: m.consume(USER, "bound", WRONG_KEY, context=bad),
+        lambda m: m.consume(USER, "bound", WRONG_KEY, consume_id="\0", context=CONTEXT),
+        redeeming("bound", WRONG_KEY, context=bad),
+        lambda m: m.deactivate_and_create(USER, "bound", context=bad),
+        lambda m: m.get_active_or_create(USER, "bound", context=bad),
+    ]
+
+
+async def test_a_used_a_leased_an_expired_and_an_inactive_key(canary: Canary) -> None:
+    manager = await canary.manager()
+    used, ended = await canary.issue(manager, "link", KEY), await canary.issue(manager, "other", WRONG_KEY)
+    async with manager.redeem(USER, "link", used.key):
+        canary.check_error(await refused(InvalidToken, manager.consume(USER, "link", KEY)))
+    canary.check_error(await refused(InvalidToken, manager.consume(USER, "link", KEY)))
+    canary.check_error(await refused(InvalidToken, redeeming("link", KEY)(manager)))
+    await manager.deactivate(USER, "other", ended.key)
+    canary.check_error(await refused(InvalidToken, manager.verify(USER, "other", WRONG_KEY)))
+    expired = await manager.deactivate_and_create(USER, "link")
+    canary.sieve.add(expired.key.encode())
+    canary.clock.advance(timedelta(days=2))
+    canary.check_error(await refused(InvalidToken, manager.verify(USER, "link", expired.key)))
+
+
+async def test_too_many_attempts_and_cooldown(canary: Canary) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "code", CODE)
+    for _ in range(5):
+        canary.check_error(await refused(InvalidToken, manager.verify(USER, "code", WRONG_CODE)))
+    for call in (manager.verify, manager.consume, manager.exists_valid):
+        canary.check_error(await refused(TooManyAttempts, call(USER, "code", CODE)))
+    canary.check_error(await refused(TooManyAttempts, redeeming("code", CODE)(manager)))
+    canary.check_error(await refused(InvalidInput, manager.deactivate(USER, "code", CODE)))
+    await canary.issue(manager, "cooling", KEY)
+    error = await refused(
+        CooldownActive, manager.deactivate_and_create(USER, "cooling", **generating(WRONG_KEY))
+    )
+    canary.check_error(error)
+
+
+async def test_keys_that_are_taken(canary: Canary) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    calls: list[Failing] = [
+        lambda m: m.deactivate_and_create(USER, "other", **generating(KEY)),
+        lambda m: m.get_active_or_create(USER, "other", **generating(KEY)),
+        lambda m: m.generate_key(lambda: KEY),
+    ]
+    for call in calls:
+        canary.check_error(await refused(KeyGenerationError, call(manager)))
+
+
+METHODS: Final = ("insert", "find", "update", "deactivate", "purge", "count", "spend", "refund", "reset")
+
+
+def uses_of(slug: str, key: str) -> list[Failing]:
+    return [
+        lambda m: m.verify(USER, slug, key, context=CONTEXT),
+        lambda m: m.exists_valid(USER, slug, key, context=CONTEXT),
+        redeeming(slug, key, ZeroDivisionError("the block's own"), context=CONTEXT),
+        lambda m: m.consume(USER, slug, key, context=CONTEXT),
+        lambda m: m.deactivate_and_create(USER, slug, context=CONTEXT, **generating(WRONG_KEY)),
+        lambda m: m.get_active_or_create(USER, slug, context=CONTEXT, **generating(WRONG_KEY)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [*((name, BackendUnavailable) for name in METHODS), ("update", OutcomeUnknown)]
+)
+async def test_a_store_that_fails_in_the_middle(canary: Canary, name: str, error: type[BackendError]) -> None:
+    manager = await canary.manager()
+    issued = [
+        await canary.issue(manager, "link", KEY),
+        await canary.issue(manager, "code", CODE),
+        await canary.issue(manager, "bound", WRONG_KEY, context=CONTEXT),
+    ]
+    canary.backend.failing[name] = error("the store is away")
+    calls: list[Failing] = [
+        lambda m: m.deactivate_and_create(USER, "cooling", **generating(WRONG_KEY)),
+        lambda m: m.deactivate(USER, "link", KEY),
+        lambda m: listing(m, KEY),
+        lambda m: m.generate_key(),
+    ]
+    for token in issued:
+        assert token.slug is not None
+        calls.extend(uses_of(token.slug, token.key))
+    failed = 0
+    for call in calls:
+        try:
+            await call(manager)
+        except Exception as raised:  # which of them fails depends on the method
+            failed += isinstance(raised, error)
+            canary.check_error(raised)
+    canary.backend.failing.clear()
+    assert failed > 0 or name in ("purge", "count", "reset")
+
+
+async def test_generators_and_hooks_that_raise(canary: Canary) -> None:
+    def broken() -> str:
+        raise ZeroDivisionError("the generator's own")
+
+    def failing(_: TokenEvent) -> None:
+        raise ZeroDivisionError("the hook's own")
+
+    manager = await canary.manager(hooks=(failing,))
+    await canary.issue(manager, "link", KEY)
+    kwargs: dict[str, Any] = {"key_generator_kwargs": {"generator": broken}}
+    error = await refused(ZeroDivisionError, manager.deactivate_and_create(USER, "link", **kwargs))
+    canary.check_error(error)
+    await refused(InvalidToken, manager.verify(USER, "link", WRONG_KEY))
+    await manager.verify(USER, "link", KEY)
+    await manager.consume(USER, "link", KEY)
+    assert len([r for r in canary.records.records if r.name == "vtoken" and r.exc_info]) == 4
+
+
+async def test_redeem_with_an_exception_in_the_block_or_its_lease_lost(canary: Canary) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    canary.check_error(await refused(ZeroDivisionError, redeeming("link", KEY, ZeroDivisionError())(manager)))
+    with pytest.raises(LeaseLost) as info:
+        async with manager.redeem(USER, "link", KEY):
+            canary.clock.advance(timedelta(minutes=2))
+    canary.check_error(info.value)
+    with pytest.raises(LeaseLost) as info:
+        async with manager.redeem(USER, "link", KEY):
+            await manager.deactivate(USER)
+    canary.check_error(info.value)
+
+
+@pytest.mark.parametrize("name", ["find", "update", "spend", "refund", "insert"])
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_cancelled(canary: Canary, name: str, when: str) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "code", CODE)
+    reached = asyncio.Event()
+
+    async def hang() -> None:
+        del getattr(canary.backend, when)[name]
+        reached.set()
+        await asyncio.Event().wait()
+
+    calls: dict[str, Failing] = {
+        "find": lambda m: m.verify(USER, "code", CODE),
+        "update": redeeming("code", CODE),
+        "spend": lambda m: m.consume(USER, "code", CODE),
+        "refund": lambda m: m.verify(USER, "code", CODE),
+        "insert": lambda m: m.deactivate_and_create(USER, "code", **generating(WRONG_CODE)),
+    }
+    getattr(canary.backend, when)[name] = hang
+    task = asyncio.ensure_future(calls[name](manager))
+    await reached.wait()
+    task.cancel()
+    canary.check_error(await refused(asyncio.CancelledError, task))
+    canary.sieve.check(repr(task), "the task")
+
+
+async def test_a_closed_manager(canary: Canary) -> None:
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    await manager.aclose()
+    calls: list[Failing] = [
+        lambda m: m.verify(USER, "link", KEY),
+        lambda m: m.consume(USER, "code", CODE),
+        lambda m: m.deactivate(USER, "link", KEY),
+        lambda m: m.deactivate_and_create(USER, "link", **generating(WRONG_KEY)),
+        redeeming("bound", KEY, context=CONTEXT),
+    ]
+    for call in calls:
+        canary.check_error(await refused(vtoken.BackendClosed, call(manager)))
+
+
+async def test_a_real_driver_error(tmp_path: Path, records: Records) -> None:
+    canary = Canary(f"sqlite:///{tmp_path}/tokens.db", tmp_path, records)
+    manager = await canary.manager()
+    await canary.issue(manager, "link", KEY)
+    await canary.issue(manager, "code", CODE)
+    with closing(sqlite3.connect(tmp_path / "tokens.db")) as connection:
+        for table in ("tokens", "budgets"):
+            connection.execute(f"ALTER TABLE {table} RENAME TO no_{table}")
+        connection.commit()
+    calls: list[Failing] = [
+        lambda m: m.verify(USER, "link", KEY),
+        lambda m: m.verify(USER, "code", CODE),
+        lambda m: m.consume(USER, "link", KEY),
+        lambda m: m.deactivate(USER, "link", KEY),
+        lambda m: m.deactivate_and_create(USER, "link", **generating(WRONG_KEY)),
+        redeeming("link", KEY),
+    ]
+    for call in calls:
+        canary.check_error(await refused(BackendError, call(manager)))
+    canary.check_all()
+    with suppress(BackendError):
+        await canary.aclose()
+
+
+class TestTheSieve:
+    """Each check finds what is planted."""
+
+    def test_in_values(self, tmp_path: Path, records: Records) -> None:
+        canary = Canary("memory://", tmp_path, records)
+        digest = bytes(range(100, 132))
+        canary.sieve.add(digest)
+        for leak in (
+            KEY,
+            [SECRET],
+            {"k": CODE},
+            digest,
+            digest.hex(),
+            [digest],
+            base64.b64encode(digest),
+            list(digest),
+        ):
+            with pytest.raises(AssertionError, match="in "):
+                canary.check_value(leak)
+        canary.check_value("nothing")
+
+    def test_in_errors_and_their_frames(self, tmp_path: Path, records: Records) -> None:
+        canary = Canary("memory://", tmp_path, records)
+        scope: dict[str, Any] = {}
+        exec(compile("def f(key):\n    raise ValueError('x')", "vtoken/planted.py", "exec"), scope)  # noqa: S102  # a frame that is not ours
+        with pytest.raises(ValueError, match="x") as info:
+            scope["f"](KEY)
+        with pytest.raises(AssertionError, match="frames"):
+            canary.check_error(info.value)
+        outer = RuntimeError("outer")
+        outer.__context__ = ValueError("no key")
+        outer.__context__.__cause__ = ValueError(KEY)
+        with pytest.raises(AssertionError, match="ValueError of RuntimeError"):
+            canary.check_error(outer)
+
+    def test_in_logs(self, tmp_path: Path, records: Records) -> None:
+        canary = Canary("memory://", tmp_path, records)
+        canary.check_logs()
+        logging.getLogger("aiosqlite").debug("executing %s", [KEY])
+        with pytest.raises(AssertionError, match="aiosqlite"):
+            canary.check_logs()
+
+    async def test_in_files(self, tmp_path: Path, records: Records) -> None:
+        canary = Canary(f"sqlite:///{tmp_path}/tokens.db", tmp_path, records)
+        manager = await canary.manager(Settings(secret=SECRET, key_storage="plain"))
+        await manager.deactivate_and_create(USER, "link", **generating(KEY))
+        with pytest.raises(AssertionError, match=r"tokens\.db"):
+            canary.check_store()
+        await canary.aclose()
