@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from .benchmarks import memory, mongodb, rounds, slow_disk, sqlite, targets
+from .benchmarks import machine, memory, mongodb, pages, rounds, slow_disk, sqlite, targets
 from .benchmarks.atomicity import NotAtomicError
 from .benchmarks.by_hand import CHECK, CONSUME, DEACTIVATE, HandWritten
 from .benchmarks.cells import Cell, Entry, Workload, measure, opened, plan
 from .benchmarks.contender import Kind, digest_of
+from .benchmarks.figures import Figure
 
 _WORKLOADS: tuple[Workload, ...] = ("issue", "check", "consume", "mix")
 
@@ -142,6 +143,35 @@ def test_rounds_are_interleaved_and_told_as_json(tmp_path: Path) -> None:
     assert (verdict.least, verdict.most) == (min(ratios), max(ratios))
     assert verdict.ratio == sorted(ratios)[1]
     assert verdict.reached is (verdict.ratio >= 1.5)
+
+
+def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
+    stores = sqlite.Stores(tmp_path)
+    result = rounds.run(Cell("sqlite", "issue", 1), [stores.ours, stores.by_hand], rounds.Effort(1, 0.001))
+    figure = Figure("memory: exists_valid", "us", {"vtoken": [3.0, 4.0, 9.0]}, 5)
+    run = {"machine": machine.describe(tmp_path), "mode": "quick", "rounds": 1, "seconds": 0.001}
+    before = f"# Ours\n\n{pages.BEGIN}\nold\n{pages.END}\n\nOurs too\n"
+    text = pages.page(
+        run | {"absent": ["a contender"]}, [result], [figure], ["performance-sqlite.svg"], before
+    )
+    assert text.startswith("# Ours\n")
+    assert text.endswith("\nOurs too\n")
+    assert "old" not in text
+    assert "Not measured: a contender." in text
+    assert "| memory: exists_valid | at most 5 us | 4 us (3 to 9) | reached |" in text
+    assert "images/performance-sqlite.svg" in text
+    assert str(tmp_path) not in text
+    assert pages.page(run | {"absent": []}, [], [], [], None).startswith("# Performance\n")
+    with pytest.raises(ValueError, match="marks"):
+        pages.page(run, [], [], [], "no marks")
+
+
+@pytest.mark.parametrize(
+    ("at_least", "bound", "reached"),
+    [(True, 4, True), (True, 4.1, False), (False, 4, True), (False, 3.9, False)],
+)
+def test_a_figure_is_judged_by_its_median(at_least: bool, bound: float, reached: bool) -> None:
+    assert Figure("", "", {"first": [1.0, 4.0, 9.0], "second": [0.0]}, bound, at_least).reached is reached
 
 
 def test_the_slow_disk_is_none_without_its_shim() -> None:

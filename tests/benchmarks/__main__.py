@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -46,7 +47,7 @@ class _Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.effort = Effort(options.rounds, options.seconds or (1.0 if options.full else 0.1))
+        self.effort = Effort(options.rounds, options.seconds or (0.5 if options.full else 0.1))
         self.results: list[Result] = []
         self.figures: list[Figure] = []
         self.absent: list[str] = []
@@ -128,6 +129,8 @@ def _plot(arguments: list[str]) -> None:
     parser.add_argument("file", type=Path, help="the JSON of a run")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="the folder of the documentation")
     options = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        sys.exit('no matplotlib: pip install "vtoken[bench]"')
     for written in plot.render(options.file, options.docs):
         _say(str(written))
 

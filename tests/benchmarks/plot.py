@@ -16,7 +16,7 @@ from .rounds import Result
 
 _WORKLOADS: Final[tuple[Workload, ...]] = ("issue", "consume", "check")
 _OURS: Final = "#1b6ca8"
-_OTHERS: Final = "#b8bec6"
+_OTHERS: Final = "#8a929c"
 _TEXT: Final = "#33383f"
 
 
@@ -24,6 +24,8 @@ class _Measure(NamedTuple):
     title: str
     value: Callable[[Sample], float]
     label: Callable[[float], str]
+    of_tasks_only: bool
+    """Plain sqlite3 has no tasks that wait."""
 
 
 def _rate(sample: Sample) -> float:
@@ -35,8 +37,8 @@ def _p99(sample: Sample) -> float:
 
 
 _MEASURES: Final = (
-    _Measure("operations per second", _rate, "{:,.0f}".format),
-    _Measure("99th percentile, ms", _p99, "{:,.3g}".format),
+    _Measure("operations per second", _rate, "{:,.0f}".format, False),
+    _Measure("99th percentile, ms", _p99, "{:,.3g}".format, True),
 )
 
 
@@ -111,18 +113,24 @@ def _bars(results: Sequence[Result], store: str, images: Path) -> Path | None:
 
 def _panel(axes: Any, result: Result, measure: _Measure) -> None:
     for row, (name, samples) in enumerate(result.samples.items()):
+        if measure.of_tasks_only and name.startswith("plain"):
+            continue
         values = [measure.value(sample) for sample in samples]
         middle = median(values)
-        axes.barh(row, middle, color=_OURS if name == "vtoken" else _OTHERS, height=0.66)
-        axes.plot([min(values), max(values)], [row, row], color=_TEXT, linewidth=1)
+        colour = _OURS if name == "vtoken" else _OTHERS
+        axes.plot([min(values), max(values)], [row, row], color=colour, linewidth=2.5, alpha=0.5)
+        axes.plot(middle, row, color=colour, marker="o", markersize=8)
         axes.annotate(
-            measure.label(middle), (max(values), row), xytext=(4, 0), textcoords="offset points", va="center"
+            measure.label(middle), (max(values), row), xytext=(7, 0), textcoords="offset points", va="center"
         )
     axes.set_xscale("log")
     left, right = axes.get_xlim()
     axes.set_xlim(left, right * (right / left) ** 0.28)  # room for the labels
     axes.set_yticks(range(len(result.samples)), list(result.samples))
     axes.set_ylim(len(result.samples) - 0.5, -0.5)  # the first one on top
+    axes.minorticks_off()
+    axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
 
 
@@ -142,7 +150,7 @@ def _scaling(results: Sequence[Result], store: str, images: Path) -> Path | None
         for name, points in lines[workload].items():
             if len(points) < 3:
                 continue
-            colour = _OURS if name == "vtoken" else "#8a929c"
+            colour = _OURS if name == "vtoken" else _OTHERS
             panel.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=2)
             panel.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", va="center")
         panel.set(xscale="log", yscale="log", xlabel="concurrent tasks", xlim=(0.8, 4000))
