@@ -96,7 +96,7 @@ class Use(NamedTuple):
 
     Where ``use_id`` is in ``use_ids`` already, the token does not match.
 
-    A token that stands in an overlap (see :meth:`TokenBackend.insert`) takes the others of its overlap
+    An active token that stands in an overlap (see :meth:`TokenBackend.insert`) takes the others of its overlap
     with it, in the same atomic step: they become inactive as by :meth:`TokenBackend.deactivate`.
     Of two overlapping tokens used at once, one use wins.
     """
@@ -146,9 +146,10 @@ class InsertResult(Enum):
 
     INSERTED = "inserted"
     KEY_TAKEN = "key-taken"
-    """Another token has this digest; nothing was changed."""
+    """Another token has this digest, or this id; nothing was changed."""
     HAS_VALID = "has-valid"
-    """``IF_NONE_VALID`` found a valid token; nothing was changed."""
+    """``IF_NONE_VALID`` found a valid token; nothing was changed. Where the key is taken as well, either
+    answer will do."""
 
 
 class Budget(NamedTuple):
@@ -266,8 +267,9 @@ class TokenBackend(Protocol):
 
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
         """Delete at most ``limit`` tokens with ``ends_at < before and lease_until <= now``, the
-        longest ended first, and return how many. Also forgets at most ``limit`` budgets with
-        ``until <= budgets_before``, which are not counted."""
+        longest ended first, and return how many: fewer than ``limit`` only where no more are left.
+        Then forget at most ``limit`` budgets with ``until <= budgets_before``, which are not counted.
+        These are two atomic steps, and each may be several where other purges run."""
         ...
 
     async def count(self, now: int) -> list[SlugCount]:
