@@ -236,7 +236,7 @@ class MemoryBackend:
                 if changed is None:
                     continue
                 store.put(changed)
-                if isinstance(change, Use) and token.id in store.overlaps:
+                if isinstance(change, Use) and token.is_active and token.id in store.overlaps:
                     _end_overlap(store, token, change.at)
                 return changed
         return None
