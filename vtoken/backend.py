@@ -96,8 +96,8 @@ class Use(NamedTuple):
 
     Where ``use_id`` is in ``use_ids`` already, the token does not match.
 
-    An active token that stands in an overlap (see :meth:`TokenBackend.insert`) takes the others of its overlap
-    with it, in the same atomic step: they become inactive as by :meth:`TokenBackend.deactivate`.
+    An active token that stands in an overlap (see :meth:`TokenBackend.insert`) takes the others of its
+    overlap with it, in the same atomic step: they become inactive as by :meth:`TokenBackend.deactivate`.
     Of two overlapping tokens used at once, one use wins.
     """
 
