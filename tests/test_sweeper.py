@@ -15,7 +15,7 @@ import pytest
 from vtoken import BackendClosed, BackendUnavailable, InvalidInput, TokenManager
 from vtoken.sweeper import Sweeper
 
-from .core_tools import USER, Watched, World
+from .core_tools import USER, Watched, World, refused
 
 EVERY = timedelta(minutes=10)
 BACKENDS = ["asyncio", "trio"]
@@ -80,10 +80,8 @@ def run(runner: str, test: Callable[[Shop], Awaitable[None]]) -> None:
 def test_it_purges_what_has_ended_longer_ago_than_keep(runner: str) -> None:
     async def test(shop: Shop) -> None:
         sweeper = await shop.sweeper(keep=timedelta(hours=1), batch_size=2)
-        for _ in range(5):
-            await shop.manager.deactivate_and_create(
-                USER, deactivate_old_tokens=False, expiration_in_minutes=1
-            )
+        for number in range(5):
+            await shop.manager.deactivate_and_create(USER, str(number), expiration_in_minutes=1)
         async with sweeper:
             await shop.naps.end()
             assert len(await shop.world.stored()) == 5
@@ -133,7 +131,7 @@ def test_errors_are_logged_and_survived(
                 await shop.naps.end()
             shop.world.backend.failing.clear()
             assert [record.levelno for record in caplog.records] == [level] * 3
-            assert all(repr(error) in caplog.text for _ in range(3)) or level == logging.ERROR
+            assert caplog.text.count(type(error).__name__) >= 3
             await shop.naps.end()
         assert shop.purges == 4
 
@@ -177,11 +175,12 @@ def test_it_stops_with_its_block_while_it_purges(runner: str) -> None:
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), KeyboardInterrupt(), SystemExit(3)])
 def test_the_blocks_exception_comes_out_as_it_is(runner: str, error: BaseException) -> None:
     async def test(shop: Shop) -> None:
-        with pytest.raises(type(error)) as info:
+        async def block() -> None:
             async with await shop.sweeper():
                 await shop.naps.asleep()
                 raise error
-        assert info.value is error
+
+        assert await refused(type(error), block()) is error
 
     run(runner, test)
 
@@ -224,11 +223,14 @@ async def test_a_cancelled_task_is_cancelled(world: World) -> None:
 
 async def test_asyncios_timeout_works_around_it(world: World) -> None:
     manager, naps = await world.manager(), Naps()
-    with pytest.raises(TimeoutError):
+
+    async def block() -> None:
         async with asyncio.timeout(None) as timeout, manager.sweeper(sleep=naps):
             await naps.asleep()
             timeout.reschedule(asyncio.get_running_loop().time())
             await asyncio.Event().wait()
+
+    await refused(TimeoutError, block())
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
