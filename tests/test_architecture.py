@@ -39,7 +39,7 @@ LAYERS = [
 ]
 """The core from the ground up: a module imports what stands on the lines above its own, and nothing else."""
 
-THIRD_PARTY = {"cli": {"anyio", "cyclopts", "rich"}, "testing": {"anyio", "pytest"}}
+THIRD_PARTY = {"cli": {"anyio", "cyclopts", "rich"}, "testing": {"anyio", "hypothesis", "pytest"}}
 """What a part of the core may import beside the standard library; others, anyio; ``contrib``, anything."""
 
 DRIVERS = {

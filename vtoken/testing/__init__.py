@@ -12,6 +12,8 @@ A subclass of three short methods gets every guarantee as a test::
         def raw(self, store: str) -> bytes:
             return Path(store.removeprefix("mine:///")).read_bytes()
 
+``vtoken.testing.model`` (which needs ``hypothesis``) holds a backend against a model, with random histories.
+
 The tests are plain synchronous methods that run their own event loops: any pytest will do, whatever plugins
 it has, and so will a loop over :meth:`BackendConformance.cases` without pytest.
 """
@@ -36,6 +38,7 @@ with suppress(ModuleNotFoundError):
         "vtoken.testing._redeem",
         "vtoken.testing._suite",
         "vtoken.testing._sweep",
+        "vtoken.testing._machine",
     )
 
 from vtoken.testing._bench import Case, Clock
