@@ -29,24 +29,46 @@ class Carrier:
         return [BackendUnavailable("odd") if op % 2 else op * 10 for op in operations]
 
 
+@pytest.fixture(params=[False, True], ids=["by a task", "by its caller"])
+def by_caller(request: pytest.FixtureRequest) -> bool:
+    """Who carries a lone operation."""
+    return bool(request.param)
+
+
 async def settle() -> None:
     """Let every task go as far as it can."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_a_lone_operation_goes_at_once() -> None:
+async def test_a_lone_operation_goes_at_once(by_caller: bool) -> None:
     carrier = Carrier()
-    task = asyncio.create_task(Gatherer(carrier).submit(2))
+    task = asyncio.create_task(Gatherer(carrier, by_caller=by_caller).submit(2))
     await settle()
     assert carrier.batches == [[2]]
     carrier.may_go.set()
     assert await task == 20
 
 
-async def test_while_one_batch_is_away_the_next_collects_in_order() -> None:
+async def test_after_a_shared_trip_callers_collect_again() -> None:
     carrier = Carrier()
-    gatherer = Gatherer(carrier, max_batch=3)
+    gatherer = Gatherer(carrier, by_caller=True)
+
+    async def go_on(op: int) -> None:
+        for _ in range(3):
+            await gatherer.submit(op)
+
+    tasks = [asyncio.create_task(go_on(op)) for op in (2, 4, 6)]
+    await settle()
+    carrier.may_go.set()
+    await asyncio.gather(*tasks)
+    # The very first one came alone; from then on nobody runs ahead of the others.
+    assert [len(batch) for batch in carrier.batches] == [1, 3, 3, 2]
+
+
+async def test_while_one_batch_is_away_the_next_collects_in_order(by_caller: bool) -> None:
+    carrier = Carrier()
+    gatherer = Gatherer(carrier, max_batch=3, by_caller=by_caller)
     tasks = [asyncio.create_task(gatherer.submit(2))]
     await settle()
     tasks += [asyncio.create_task(gatherer.submit(op)) for op in (4, 6, 8, 10)]
@@ -57,41 +79,44 @@ async def test_while_one_batch_is_away_the_next_collects_in_order() -> None:
     assert carrier.batches == [[2], [4, 6, 8], [10]]
 
 
-async def test_an_operation_fails_by_itself() -> None:
+async def test_an_operation_fails_by_itself(by_caller: bool) -> None:
     carrier = Carrier()
+    gatherer = Gatherer(carrier, by_caller=by_caller)
+    tasks = [asyncio.create_task(gatherer.submit(3))]
+    await settle()
+    tasks += [asyncio.create_task(gatherer.submit(op)) for op in (2, 5, 4)]
+    await settle()
     carrier.may_go.set()
-    gatherer = Gatherer(carrier)
-    answers = await asyncio.gather(*(gatherer.submit(op) for op in (2, 3, 4)), return_exceptions=True)
-    assert carrier.batches == [[2, 3, 4]]
-    assert answers[0] == 20
-    assert isinstance(answers[1], BackendUnavailable)
-    assert answers[2] == 40
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert carrier.batches == [[3], [2, 5, 4]]
+    assert [type(answer) for answer in answers] == [BackendUnavailable, int, BackendUnavailable, int]
+    assert answers[1::2] == [20, 40]
 
 
-async def test_a_failed_trip_fails_for_each_with_an_error_of_its_own() -> None:
+async def test_a_failed_trip_fails_for_each_with_an_error_of_its_own(by_caller: bool) -> None:
     carrier = Carrier()
     carrier.may_go.set()
     carrier.failure = BackendUnavailable("no server")
-    gatherer = Gatherer(carrier)
+    gatherer = Gatherer(carrier, by_caller=by_caller)
     answers = await asyncio.gather(*(gatherer.submit(op) for op in (2, 4)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [BackendUnavailable] * 2
     assert [str(answer) for answer in answers] == ["no server"] * 2
     assert len({id(answer) for answer in answers}) == 2
 
 
-async def test_an_unexpected_failure_is_a_backend_error_that_tells_no_value() -> None:
+async def test_an_unexpected_failure_is_a_backend_error_that_tells_no_value(by_caller: bool) -> None:
     carrier = Carrier()
     carrier.may_go.set()
     carrier.failure = OverflowError("12345 is too much")
     with pytest.raises(BackendError, match="OverflowError") as caught:
-        await Gatherer(carrier).submit(2)
+        await Gatherer(carrier, by_caller=by_caller).submit(2)
     assert "12345" not in str(caught.value)
     assert caught.value.__cause__ is None
 
 
-async def test_cancelled_while_waiting_it_is_left_out() -> None:
+async def test_cancelled_while_waiting_it_is_left_out(by_caller: bool) -> None:
     carrier = Carrier()
-    gatherer = Gatherer(carrier)
+    gatherer = Gatherer(carrier, by_caller=by_caller)
     first = asyncio.create_task(gatherer.submit(2))
     await settle()
     second, third = (asyncio.create_task(gatherer.submit(op)) for op in (4, 6))
@@ -104,9 +129,9 @@ async def test_cancelled_while_waiting_it_is_left_out() -> None:
     assert second.cancelled()
 
 
-async def test_cancelled_on_its_way_the_batch_stays_whole() -> None:
+async def test_cancelled_on_its_way_the_batch_stays_whole(by_caller: bool) -> None:
     carrier = Carrier()
-    gatherer = Gatherer(carrier)
+    gatherer = Gatherer(carrier, by_caller=by_caller)
     tasks = [asyncio.create_task(gatherer.submit(op)) for op in (2, 4, 6)]
     await settle()
     tasks[0].cancel()  # the one that set it off
@@ -114,13 +139,13 @@ async def test_cancelled_on_its_way_the_batch_stays_whole() -> None:
     assert tasks[0].cancelled()
     carrier.may_go.set()
     assert await asyncio.gather(*tasks[1:]) == [40, 60]
-    assert carrier.batches == [[2, 4, 6]]
+    assert [op for batch in carrier.batches for op in batch] == [2, 4, 6]
     assert await gatherer.submit(8) == 80
 
 
-async def test_a_full_queue_makes_callers_wait_and_loses_none() -> None:
+async def test_a_full_queue_makes_callers_wait_and_loses_none(by_caller: bool) -> None:
     carrier = Carrier()
-    gatherer = Gatherer(carrier)
+    gatherer = Gatherer(carrier, by_caller=by_caller)
     count = MAX_WAITING * 2 + 500
     tasks = [asyncio.create_task(gatherer.submit(2 * op)) for op in range(count)]
     await settle()

@@ -33,6 +33,8 @@ class _Queue(Generic[Op]):
     def __init__(self) -> None:
         self.waiting: deque[_Waiting[Op]] = deque()
         self.driver: asyncio.Task[None] | None = None
+        self.lone = False  # a caller carries its own operation
+        self.latest = 1  # how many the latest trip carried
         self.room = asyncio.Event()
 
 
@@ -44,13 +46,21 @@ class Gatherer(Generic[Op]):
             an answer for each; an answer that is an exception is raised to the caller it belongs to. What
             ``carry`` itself raises is raised to every caller of the batch.
         max_batch: operations in one batch, 1 or more.
+        by_caller: after a trip of one operation let the next caller carry its own, which saves a task and
+            two rounds of the event loop. Only for a ``carry`` that goes on when it is cancelled, as a worker
+            thread does.
     """
 
     def __init__(
-        self, carry: Callable[[Sequence[Op]], Awaitable[Sequence[object]]], max_batch: int = MAX_BATCH
+        self,
+        carry: Callable[[Sequence[Op]], Awaitable[Sequence[object]]],
+        max_batch: int = MAX_BATCH,
+        *,
+        by_caller: bool = False,
     ) -> None:
         self._carry = carry
         self._max_batch = max_batch
+        self._by_caller = by_caller
         # A queue for each event loop: futures and tasks belong to one, the store serves them all.
         self._queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue[Op]] = WeakKeyDictionary()
 
@@ -64,14 +74,29 @@ class Gatherer(Generic[Op]):
         queue = self._queues.get(loop)
         if queue is None:
             queue = self._queues[loop] = _Queue()
+        is_idle = queue.driver is None and not queue.lone
+        if is_idle and self._by_caller and queue.latest == 1:
+            return await self._carry_alone(queue, op)
         while len(queue.waiting) >= MAX_WAITING:
             queue.room.clear()
             await queue.room.wait()
         answer: asyncio.Future[object] = loop.create_future()
         queue.waiting.append(_Waiting(op, answer))
-        if queue.driver is None:
+        if queue.driver is None and not queue.lone:
             queue.driver = loop.create_task(self._drive(queue))
         return await answer
+
+    async def _carry_alone(self, queue: _Queue[Op], op: Op) -> object:
+        queue.lone = True
+        try:
+            [answer] = await self._try([op])
+        finally:
+            queue.lone = False
+            if queue.waiting:
+                queue.driver = asyncio.get_running_loop().create_task(self._drive(queue))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def _drive(self, queue: _Queue[Op]) -> None:
         batch: list[_Waiting[Op]] = []
@@ -79,7 +104,7 @@ class Gatherer(Generic[Op]):
             while queue.waiting:
                 batch = self._next_batch(queue)
                 if batch:
-                    _deliver(batch, await self._try(batch))
+                    _deliver(batch, await self._try([entry.op for entry in batch]))
         finally:
             queue.driver = None
             # Cancelled with its event loop: nobody must wait for an answer that will not come.
@@ -94,11 +119,12 @@ class Gatherer(Generic[Op]):
             if not entry.answer.done():  # its caller was cancelled
                 batch.append(entry)
         queue.room.set()
+        queue.latest = len(batch)
         return batch
 
-    async def _try(self, batch: list[_Waiting[Op]]) -> Sequence[object]:
+    async def _try(self, batch: Sequence[Op]) -> Sequence[object]:
         try:
-            return await self._carry([entry.op for entry in batch])
+            return await self._carry(batch)
         except BackendError as error:
             # One for each: an exception that several tasks raise would collect all of their tracebacks.
             return [type(error)(*error.args) for _ in batch]

@@ -121,7 +121,7 @@ class SQLiteBackend:
             raise ConfigurationError("busy_timeout is a number of milliseconds, 0 to 2147483647")
         self._path = os.path.abspath(name)
         self._options = Options(synchronous, busy_timeout, check)
-        self._gatherer = Gatherer(self._carry)
+        self._gatherer = Gatherer(self._carry, by_caller=True)
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
