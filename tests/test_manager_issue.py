@@ -252,6 +252,18 @@ class TestGenerators:
         assert len(token.key) == 9
         assert len((await manager.deactivate_and_create(USER, key_generator_kwargs={})).key) == 32
 
+    async def test_what_is_left_out_is_the_policys_or_the_settings(self, world: World) -> None:
+        manager = await world.manager(
+            TokenPolicy("own", key_length=50),
+            settings=Settings(default_key_length=40, default_key_chars="abc"),
+        )
+        for slug, length in (("own", 50), ("other", 40)):
+            kwargs = {"allowed_chars": "xyz"}
+            key = (await manager.deactivate_and_create(USER, slug, key_generator_kwargs=kwargs)).key
+            assert (len(key), set(key) <= set("xyz")) == (length, True)
+            key = (await manager.deactivate_and_create(USER, slug, key_generator_kwargs={"length": 60})).key
+            assert (len(key), set(key) <= set("abc")) == (60, True)
+
     @pytest.mark.parametrize("generator", [f"{__name__}.spelt", f"{__name__}:spelt"])
     async def test_a_generator_of_its_own_with_its_arguments(self, world: World, generator: str) -> None:
         manager = await world.manager()

@@ -20,6 +20,7 @@ from vtoken import (
     TooManyAttempts,
     VerificationToken,
 )
+from vtoken.backend import Match, StoredToken
 from vtoken.keys import add_checksum, has_checksum
 
 from .core_tools import (
@@ -207,6 +208,16 @@ class TestAttempts:
         minutes = [15, 30, 60, 120, 240, 480, 960, 1440, 1440, 1440]
         assert lengths == [m * 60 for m in minutes]
 
+    async def test_purge_does_not_forget_the_growth(self, world: World) -> None:
+        manager = await world.manager(CODE)
+        await spend(manager, 5)
+        await manager.purge()
+        await refused(TooManyAttempts, manager.verify(USER, "login", WRONG))
+        world.clock.advance(WINDOW)
+        await manager.purge()
+        await spend(manager, 5)
+        assert (await refused(TooManyAttempts, manager.verify(USER, "login", WRONG))).retry_after == 1800
+
     async def test_a_window_that_was_not_exhausted_ends_the_growth(self, world: World) -> None:
         manager = await world.manager(CODE)
         await spend(manager, 5)
@@ -242,6 +253,16 @@ class TestAttempts:
         await refused(InvalidToken, manager.verify(USER, "reset", WRONG))
         error = await refused(TooManyAttempts, manager.consume(USER, "reset", issued.key))
         assert error.retry_after == 3600
+
+    async def test_a_capped_link_asked_for_by_its_content_type_has_no_object_to_charge(
+        self, world: World
+    ) -> None:
+        manager = await world.manager(TokenPolicy("reset", max_attempts=1))
+        issued = await manager.deactivate_and_create(USER, "reset")
+        for _ in range(3):
+            assert await reason(manager.verify(Subject("auth.user"), "reset", WRONG)) == "unknown"
+        assert "spend" not in world.backend.calls
+        assert await manager.consume(Subject("auth.user"), "reset", issued.key) == issued
 
     async def test_with_any_slug_nothing_capped_is_guessed(self, world: World) -> None:
         manager = await world.manager(CODE, TokenPolicy("capped", max_attempts=2))
@@ -280,6 +301,29 @@ class TestCodes:
         )
         for slug, key in (("login", link.key), ("pin", link.key), ("reset", code.key), ("pin", code.key)):
             assert await reason(manager.verify(USER, slug, key)) == "unknown"
+
+    async def test_a_thousand_people_may_hold_the_same_code(self, world: World) -> None:
+        manager = await world.manager(CODE)
+        kwargs = {"generator": lambda: "123456"}
+        for n in range(1000):
+            await manager.deactivate_and_create(Subject("auth.user", n), "login", key_generator_kwargs=kwargs)
+        assert len({row.digest for row in await world.stored()}) == 1000
+        assert (await manager.consume(Subject("auth.user", 500), "login", "123456")).object_id == "500"
+        assert await reason(manager.verify(Subject("auth.user", 500), "login", "123456")) == "used"
+        assert await manager.exists_valid(Subject("auth.user", 501), "login", "123456")
+
+    async def test_a_store_that_answers_too_much_is_not_believed(self, world: World) -> None:
+        # As one would whose index ignores case, say: the digests are compared again, in constant time.
+        class Lax(Watched):
+            async def find(
+                self, match: Match, limit: int, after: tuple[int, str] | None = None
+            ) -> list[StoredToken]:
+                return await super().find(match._replace(digests=None), limit, after)
+
+        manager = await world.manager(CODE, backend=Lax(world.backend.inner))
+        issued = await manager.deactivate_and_create(USER, "reset")
+        assert await reason(manager.verify(USER, "reset", WRONG)) == "unknown"
+        assert await manager.verify(USER, "reset", issued.key) == issued
 
     async def test_rows_name_their_scheme_and_secret(self, world: World) -> None:
         manager, without = await world.manager(CODE), await world.manager(settings=Settings())
@@ -514,6 +558,13 @@ class TestContext:
         assert await reason(use(None)) == "unknown"
         assert await use("cookie")
         assert await reason(use("cookie")) == "used"
+
+    async def test_deactivating_by_the_key_needs_no_context(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("login", context="required"))
+        for slug in ({"slug": "login"}, {}):
+            issued = await manager.deactivate_and_create(USER, "login", context="cookie")
+            assert [t async for t in manager.filter_active_tokens(USER, key=issued.key, **slug)] == [issued]
+            assert await manager.deactivate(USER, key=issued.key, **slug) == 1
 
     async def test_with_any_slug_a_bound_key_matches_nothing(self, world: World) -> None:
         manager = await world.manager(TokenPolicy("login", context="required"))

@@ -518,6 +518,15 @@ class TestRedeem:
             world.clock.advance(LEASE)
             assert await manager.consume(USER, "a", issued.key) == issued
 
+    async def test_at_the_end_of_its_lease_a_token_is_valid_again(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        await manager.redeem(USER, "a", issued.key).__aenter__()
+        world.clock.advance(LEASE - MS)
+        assert await reason(manager.verify(USER, "a", issued.key)) == "leased"
+        world.clock.advance(MS)
+        assert await manager.verify(USER, "a", issued.key) == issued
+
     async def test_a_lease_given_back_in_between_is_taken(self, world: World) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")

@@ -51,6 +51,9 @@ def test_redeem_gives_back_on_an_exception_and_on_a_cancellation() -> None:
                 raise ZeroDivisionError
         with trio.CancelScope() as scope:
             async with manager.redeem(USER, "a", issued.key):
+                world.backend.before["update"] = (
+                    trio.lowlevel.checkpoint
+                )  # as a backend with a connection would
                 scope.cancel()
                 await trio.sleep_forever()
         assert scope.cancelled_caught
