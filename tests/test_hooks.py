@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -157,13 +157,15 @@ async def async_hook(event: TokenEvent) -> None:
 
 
 class AwaitableHook:
-    """A callable object whose answer is a future, not a coroutine."""
+    """A callable object whose answer is awaitable, but no coroutine."""
 
     def __call__(self, event: TokenEvent) -> Awaitable[None]:
-        heard_by_path.append(event)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+        class Answer:
+            def __await__(self) -> Generator[Any, Any, None]:
+                heard_by_path.append(event)
+                yield from ()
+
+        return Answer()
 
 
 async def issue(*hooks: Any) -> str:

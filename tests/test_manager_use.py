@@ -57,6 +57,14 @@ class TestVerifyAndConsume:
         assert await reason(manager.consume(USER, "a", issued.key)) == "used"
         assert await reason(manager.verify(USER, "a", issued.key)) == "used"
 
+    async def test_the_store_is_asked_once(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.deactivate_and_create(USER, "a")
+        for call, asked in ((manager.verify, ["find"]), (manager.consume, ["update"])):
+            world.backend.calls.clear()
+            assert await call(USER, "a", issued.key) == issued
+            assert world.backend.calls == asked
+
     async def test_of_concurrent_consumers_one_wins(self, world: World) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")
