@@ -211,6 +211,9 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         f"fullfsync = {int(options.synchronous == 'full')}",
         f"synchronous = {options.synchronous}",
         "wal_autocheckpoint = 4000",
+        # KiB, and only as far as the file fills it. SQLite's own 2 MiB cost a third of all operations at
+        # 400,000 tokens; four times as much gained no more, nor did other page sizes or mmap.
+        "cache_size = -65536",
     ):
         database.execute(f"PRAGMA {setting}").fetchall()
     version = _schema_version(database)
