@@ -72,6 +72,7 @@ class BackendModel(ABC):
             "stateful_step_count": self.steps,
             "derandomize": asked is None,
             "deadline": None,
+            "report_multiple_bugs": False,
             "suppress_health_check": list(hypothesis.HealthCheck),
             **settings,
         }
