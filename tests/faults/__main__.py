@@ -16,6 +16,7 @@ from typing import Final
 
 ROUNDS: Final = {
     "sqlite-crash": "tests.faults.sqlite_rounds:crash",
+    "sqlite-errors": "tests.faults.sqlite_rounds:errors",
     "sqlite-power": "tests.faults.sqlite_rounds:power_loss",
     "sqlite-life": "tests.faults.sqlite_life:opens_and_closes",
     "sqlite-load": "tests.faults.sqlite_load:load",
