@@ -544,6 +544,16 @@ class TestContext:
         assert await manager.verify(USER, "login", issued.key, context="cookie") == issued
         assert await manager.exists_valid(USER, "login", issued.key, context="cookie") is True
 
+    async def test_get_active_or_create_gives_no_token_of_another_context(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("login", context="required", key_storage="derived"))
+        first = await manager.get_active_or_create(USER, "login", context="browser A")
+        assert await manager.get_active_or_create(USER, "login", context="browser A") == first
+        second = await manager.get_active_or_create(USER, "login", context="browser B")
+        assert second != first
+        assert second.key is not None
+        assert await manager.verify(USER, "login", second.key, context="browser B") == second
+        assert not await manager.exists_valid(USER, "login", first.key or "", context="browser A")
+
     @pytest.mark.parametrize("how", ["consume", "redeem"])
     async def test_used_with_it_only(self, world: World, how: str) -> None:
         manager = await world.manager(self.bound)

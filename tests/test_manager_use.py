@@ -165,6 +165,7 @@ class TestConsumeId:
             world.clock.advance(advance)
             again = await manager.consume(USER, "a", issued.key, consume_id="request-1")
             assert (again, again.used_at, again.uses, again.extra_data) == (first, START, 1, '"data"')
+        assert world.event_names.count("consumed") == 1
         for other in ({"consume_id": "request-2"}, {"consume_id": "Request-1"}, {}):
             assert await reason(manager.consume(USER, "a", issued.key, **other)) == "used"
 

@@ -20,8 +20,8 @@ class InvalidToken(VTokenError):
     """The token was refused: wrong, expired, used, leased or unknown.
 
     The message is the same whatever the reason, so that it can be shown without telling
-    an attacker which guesses came close (OWASP Forgot Password Cheat Sheet: consistent
-    messages).
+    an attacker which guesses came close (OWASP Authentication Cheat Sheet,
+    "Authentication and Error Messages").
 
     Args:
         reason: one of ``"unknown"``, ``"expired"``, ``"used"``, ``"inactive"``, ``"leased"``.

@@ -3,7 +3,8 @@
 Schemes, each a 32-byte digest that is unique over the store:
 
 * ``sha256``: of a link key, where no secret is set. Enough for keys of 128 random bits and more: they
-  cannot be searched (OWASP Password Storage Cheat Sheet reserves slow hashes for what people choose).
+  cannot be searched (OWASP ASVS 5.0, 6.5.2, and NIST SP 800-63B-4, section 3.1.2.2, ask for slow hashes
+  below 112 bits only).
 * ``hmac-sha256``: of a link key, with the secret (RFC 2104).
 * ``code-hmac-sha256``: of a short code, with the secret, over the length-prefixed content type, object id,
   slug and code. Equal codes of two people differ at rest, and without the secret they can't be searched.

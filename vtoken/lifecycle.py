@@ -213,7 +213,7 @@ class Lifecycle:
             raise InvalidInput("the lease ends after the year 9999")
         charge = await self.charge(guess, now)
         try:
-            stored = await self.take(guess, now, Lease(lease_id, now + lease), charge)
+            stored, _ = await self.take(guess, now, Lease(lease_id, now + lease), charge)
         except InvalidToken:
             raise  # no lease was taken
         except BaseException:
@@ -240,15 +240,19 @@ class Lifecycle:
             except BackendError as error:  # the block's own exception matters more
                 logger.warning("a lease could not be given back and ends by itself: %r", error)
 
-    async def take(self, guess: Guess, now: int, change: Use | Lease, charge: Charge | None) -> StoredToken:
-        """Use or lease the token that a guess fits, by compare-and-set."""
+    async def take(
+        self, guess: Guess, now: int, change: Use | Lease, charge: Charge | None
+    ) -> tuple[StoredToken, bool]:
+        """Use or lease the token that a guess fits, by compare-and-set; False where that use was counted
+        before, under the same ``consume_id``."""
         for _ in range(3):
             taken = await self.store.update(guess.match(valid_at=now), change)
             if taken is not None:
-                return taken
+                return taken, True
             stored = await self._look_up(guess)
             if stored is not None and isinstance(change, Use) and change.use_id in stored.use_ids:
-                return stored
+                await refund(self.store, charge)
+                return stored, False
             reason = refusal(stored, now)
             if reason is not None:
                 await self._refuse(guess, stored, reason, charge)

@@ -209,6 +209,9 @@ class TokenManager:
         del context
         order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
         subject = Match(content_type=order.content_type, object_id=order.object_id, slug=order.slug)
+        mode = InsertMode.IF_NONE_VALID
+        if order.rules.needs_context:
+            subject = subject._replace(context=order.context)
         cooling: CooldownActive | None = None
         for pause in _WAIT_FOR_WINNER:
             if pause:
@@ -217,11 +220,15 @@ class TokenManager:
             if found:
                 return loaded(found[0], reveal_derived_key(self._life.keyring, order.rules, found[0]))
             try:
-                token = await self._life.issue(order, InsertMode.IF_NONE_VALID)
+                token = await self._life.issue(order, mode)
             except CooldownActive as error:  # perhaps by a concurrent caller, whose token is about to appear
                 cooling, token = error, None
             if token is not None:
                 return token
+            if (
+                order.rules.needs_context
+            ):  # what is valid is bound to another context: this one takes its place
+                mode = InsertMode.REPLACE
         raise cooling or BackendError("another caller's token appeared and vanished again, several times")
 
     async def generate_key(
@@ -378,8 +385,9 @@ class TokenManager:
         use = "" if consume_id is None else checked_use_id(consume_id)
         now = self._life.now()
         charge = await self._life.charge(guess, now)
-        stored = await self._life.take(guess, now, Use(now, use), charge)
-        await self._life.settle(guess, stored)
+        stored, is_new = await self._life.take(guess, now, Use(now, use), charge)
+        if is_new:
+            await self._life.settle(guess, stored)
         return loaded(stored)
 
     def redeem(

@@ -28,7 +28,7 @@ KeyStorage = Literal["digest", "plain", "derived"]
 
 MAX_WINDOW: Final = timedelta(days=1)
 """How far an attempt window grows: a budget slows an attacker down and never locks the account
-(OWASP Authentication Cheat Sheet, "Account Lockout")."""
+(OWASP Forgot Password Cheat Sheet, "Account Lockout")."""
 
 _LINK_BITS: Final = 128
 _CODE_VALUES: Final = 10**6
@@ -128,7 +128,8 @@ class TokenPolicy:
         key_storage: ``"digest"``, ``"plain"`` or ``"derived"``: the key is an HMAC of a stored nonce, so that
             ``get_active_or_create`` can give it again; generator, length and alphabet don't matter then.
         max_attempts: how many wrong guesses a window holds, per object and slug, whether or not there is a
-            token; None for no cap. At most 100 for codes (NIST SP 800-63B-4, section 3.2.2).
+            token; None for no cap. At most 100 for codes, the most consecutive failures
+            that NIST SP 800-63B-4, section 3.2.2, allows.
         attempt_window: from the first wrong guess, up to one day. An exhausted window doubles the next
             one, up to a day.
         cooldown: the least time between two tokens of an object; None for none.
@@ -143,10 +144,10 @@ class TokenPolicy:
         allow_weak: why this policy may break a floor, e.g. ``"end-to-end tests"``.
 
     Floors:
-        * a link key has at least 128 bits (OWASP Session Management Cheat Sheet asks for 64 at the least,
-          RFC 6749, section 10.10, for a chance of guessing of at most 2**-128);
+        * a link key has at least 128 bits (RFC 6749, section 10.10: a chance of guessing of at most
+          2**-128; OWASP ASVS 5.0, 11.5.1);
         * a code has at least a million values and lives at most 10 minutes (NIST SP 800-63B-4, section
-          3.1.3), has a cap, and needs ``Settings.secret``.
+          3.1.3.2), has a cap, and needs ``Settings.secret``.
 
     Raises:
         ConfigurationError: a value is out of range or below its floor.
@@ -171,7 +172,7 @@ class TokenPolicy:
     @classmethod
     def link(cls, slug: str | None, **overrides: Any) -> TokenPolicy:
         """A policy for links: the settings' key, valid for one hour (OWASP Forgot Password Cheat Sheet:
-        short-lived, single use).
+        single use, an appropriate period; NIST SP 800-63B-4, section 4.2.1.2, allows 24 hours by e-mail).
 
         Args:
             slug: the purpose.
@@ -183,7 +184,8 @@ class TokenPolicy:
     @classmethod
     def code(cls, slug: str | None, digits: int = 6, **overrides: Any) -> TokenPolicy:
         """A policy for codes that people type: digits, valid for 10 minutes, 5 attempts in 15 minutes
-        (NIST SP 800-63B-4, sections 3.1.3 and 3.2.2).
+        (NIST SP
+        800-63B-4, section 3.1.3.2: 6 digits, 10 minutes; the cap is stricter than the 100 of section 3.2.2).
 
         Args:
             slug: the purpose.
@@ -254,11 +256,9 @@ class TokenPolicy:
                 )
             return None
         if drawn_by_us and values**length < _CODE_VALUES:
-            return (
-                f"a code needs at least {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3)"
-            )
+            return f"a code needs {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3.2)"
         if self.expiration is DEFAULT or self.expiration is None or self.expiration > _CODE_MINUTES:
-            return f"a code lives at most {_CODE_MINUTES} minutes (NIST SP 800-63B-4, section 3.1.3)"
+            return f"a code lives at most {_CODE_MINUTES} minutes (NIST SP 800-63B-4, section 3.1.3.2)"
         if self.max_attempts is None or self.max_attempts > _CODE_ATTEMPTS:
             return f"a code needs max_attempts of at most {_CODE_ATTEMPTS} (NIST SP 800-63B-4, section 3.2.2)"
         return None
