@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from vtoken.errors import BackendError, BackendUnavailable
-from vtoken_backends.gathering import MAX_WAITING, Gatherer
+from vtoken_backends.gathering import MAX_BATCH, MAX_WAITING, Gatherer
 
 
 class Carrier:
@@ -152,7 +152,7 @@ async def test_a_full_queue_makes_callers_wait_and_loses_none(by_caller: bool) -
     carrier.may_go.set()
     answers = await asyncio.gather(*tasks)
     assert answers == [20 * op for op in range(count)]
-    assert max(map(len, carrier.batches)) == 256
+    assert max(map(len, carrier.batches)) == MAX_BATCH
 
 
 def test_a_loop_that_ends_in_mid_trip_leaves_nobody_waiting() -> None:

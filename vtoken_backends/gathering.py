@@ -16,8 +16,9 @@ from vtoken.errors import BackendError
 
 Op = TypeVar("Op")
 
-MAX_BATCH: Final = 256
-"""Operations in one trip. More of them gain little more and make the first one wait for the last."""
+MAX_BATCH: Final = 128
+"""Operations in one trip. Twice as many carried no more, and held the event loop up for twice as long when
+their answers came (tests/benchmarks, beside a ticker)."""
 MAX_WAITING: Final = 8192
 """Operations that wait for their trip in one event loop; further callers wait before they join."""
 
