@@ -29,7 +29,7 @@ LAYERS = [
     {"inputs", "loading"},
     {"token", "subject", "keys"},
     {"policy"},
-    {"guess", "issue", "loaded", "config_read"},
+    {"guess", "issue", "loaded", "config_read", "dumpdata", "transfer"},
     {"budgets", "hooks"},
     {"config", "lifecycle", "sweeper"},
     {"manager"},
