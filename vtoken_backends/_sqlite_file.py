@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
 import os
 import pathlib
 import sqlite3
@@ -24,9 +26,11 @@ from vtoken.errors import (
 )
 from vtoken_backends._sqlite_batch import Connection
 
+logger = logging.getLogger("vtoken_backends.sqlite")
+logger.addHandler(logging.NullHandler())  # heard where an application listens to logs, and nowhere else
+
 APPLICATION_ID: Final = 0x76746F6B
 """``vtok``, in the header of every file that this backend made."""
-SCHEMA_VERSION: Final = 1
 CHECK_LIMIT: Final = 64 * 1024 * 1024
 """Bytes up to which ``check="auto"`` runs SQLite's integrity check at open."""
 
@@ -42,7 +46,7 @@ class Options(NamedTuple):
 
 # `mode` and `overlap` are ours: they tell the triggers what to do about the tokens that are there.
 # mode: 0 add, 1 replace, 2 if none is valid. overlap: 0, or the time up to which an overlap was granted.
-_SCHEMA: Final = (
+_SCHEMA_1: Final = (
     """
     CREATE TABLE tokens (
         seq INTEGER PRIMARY KEY,
@@ -109,8 +113,10 @@ _SCHEMA: Final = (
     """,
     "CREATE INDEX budgets_until ON budgets (until)",
     f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1,)
+"""The statements that make schema 1 of an empty file, schema 2 of schema 1, and so on: what was released is
+never changed. Processes of the older release must have ended: they look at the schema at open only."""
 
 
 class Opener:
@@ -153,6 +159,8 @@ def _open_file(path: str, options: Options) -> sqlite3.Connection:
         raise ConfigurationError(
             f"vtoken needs SQLite 3.37 or later; this Python has {sqlite3.sqlite_version}"
         )
+    if os.path.exists(f"{path}-wal"):  # others have it open: one connection alone is in no danger
+        _warn_of_wal_reset(sqlite3.sqlite_version_info)
     # Closing a file drops every lock that the process has on it (POSIX advisory locks), so nobody
     # else may get to the new file before it is closed again.
     with _making, contextlib.suppress(FileExistsError):
@@ -177,6 +185,20 @@ def _open_file(path: str, options: Options) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+@functools.cache  # once in a process
+def _warn_of_wal_reset(version: tuple[int, ...]) -> None:
+    """Logged and not warned: there is nothing to mend in the code that opens a store. Where a distribution
+    backported the fix, the version is still the old one, and nothing in SQLite tells of it."""
+    if version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
+        return
+    logger.warning(
+        "SQLite %s may have the WAL-reset bug, which in rare cases damages a file that several connections"
+        " write: https://www.sqlite.org/wal.html#walresetbug. It was fixed in 3.51.3, 3.50.7 and 3.44.6. If"
+        " your distribution backported the fix, silence the logger vtoken_backends.sqlite",
+        ".".join(map(str, version)),
+    )
 
 
 _FOREIGN: Final = "{} is a database, but not one of vtoken; it was left as it is"
@@ -216,28 +238,41 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         "cache_size = -65536",
     ):
         database.execute(f"PRAGMA {setting}").fetchall()
-    version = _schema_version(database)
-    if version == 0:
-        version = _make_schema(database)
-    if version is None:
-        raise CorruptStore(_FOREIGN.format(path))
-    if version > SCHEMA_VERSION:
-        raise CorruptStore(
-            f"{path} was made by a newer vtoken (schema {version}, known up to {SCHEMA_VERSION})"
-        )
-    _check_soundness(database, path, options.check)
+    version = _checked_version(database, path)
+    _check_pages(database, path, options.check)
+    if version < len(_MIGRATIONS):
+        _migrate(database)
+        _checked_version(database, path)
     _use_wal(database, path, options.busy_timeout)
 
 
-def _make_schema(database: sqlite3.Connection) -> int | None:
-    """In one transaction, and before the file has a write-ahead log, so that it is at every time
-    empty or complete."""
-    database.execute("BEGIN IMMEDIATE")
-    if _schema_version(database) == 0:  # nobody else was faster
-        for statement in _SCHEMA:
-            database.execute(statement)
+def _checked_version(database: sqlite3.Connection, path: str) -> int:
+    """The schema of a store that this release can work on, or bring up to date."""
+    database.execute("BEGIN")  # the version and the objects of one moment
+    version = _schema_version(database)
+    objects = _objects(database)
     database.execute("COMMIT")
-    return _schema_version(database)
+    if version is None:
+        raise CorruptStore(_FOREIGN.format(path))
+    if version > len(_MIGRATIONS):
+        raise CorruptStore(
+            f"{path} was made by a newer vtoken (schema {version}, known up to {len(_MIGRATIONS)})"
+        )
+    if not _expected_objects(version) <= objects:
+        raise CorruptStore(f"{path}: its tables, indexes or triggers are not those of vtoken")
+    return version
+
+
+def _migrate(database: sqlite3.Connection, newest: int | None = None) -> None:
+    """Make the schema, or bring it up to date: in one transaction, so that a store has the old one
+    or the new one at every time. A new store gets its schema before it has a write-ahead log."""
+    database.execute("BEGIN IMMEDIATE")
+    version = _schema_version(database)  # again, as somebody else may have been faster
+    if version is not None and version < len(_MIGRATIONS[:newest]):
+        for statement in itertools.chain(*_MIGRATIONS[version:newest]):
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {len(_MIGRATIONS[:newest])}")
+    database.execute("COMMIT")
 
 
 def _objects(database: sqlite3.Connection) -> set[tuple[str, str]]:
@@ -245,15 +280,13 @@ def _objects(database: sqlite3.Connection) -> set[tuple[str, str]]:
 
 
 @functools.cache
-def _expected_objects() -> frozenset[tuple[str, str]]:
+def _expected_objects(version: int) -> frozenset[tuple[str, str]]:
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
-        _make_schema(database)
+        _migrate(database, version)
         return frozenset(_objects(database))
 
 
-def _check_soundness(database: sqlite3.Connection, path: str, check: Check) -> None:
-    if not _expected_objects() <= _objects(database):
-        raise CorruptStore(f"{path}: its tables, indexes or triggers are not those of vtoken")
+def _check_pages(database: sqlite3.Connection, path: str, check: Check) -> None:
     [(pages,)] = database.execute("PRAGMA page_count").fetchall()
     [(page_size,)] = database.execute("PRAGMA page_size").fetchall()
     if check == "never" or (check == "auto" and pages * page_size > CHECK_LIMIT):

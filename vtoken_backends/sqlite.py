@@ -63,8 +63,9 @@ class _Link(NamedTuple):
 
     async def _close(self) -> None:
         if self.opener.worker_lives():
-            await self.connection.close()
-            return await self.worker_end()
+            with contextlib.suppress(_WorkerEnded):
+                await _while_it_works(self.opener, self.connection.close())
+                return await self.worker_end()
         # Nobody answers; but cancelled at every await, aiosqlite still marks the connection as closed.
         self.opener.abandon()
         with anyio.CancelScope() as scope:
@@ -235,6 +236,14 @@ class SQLiteBackend:
 
     async def _carry(self, operations: Sequence[Operation]) -> list[Rows | Exception]:
         """Send a batch, and bring the answers back."""
+        while True:
+            link = await self._living_link()
+            calling = link.connection.execute_fetchall("", Batch(operations))
+            with contextlib.suppress(_WorkerEnded):  # before it came to this batch: again
+                answers = cast(Answers, await _translated(_while_it_works(link.opener, calling)))
+                return [as_backend_error(a) if isinstance(a, Exception) else a for a in answers.answers]
+
+    async def _living_link(self) -> _Link:
         link = self._link
         if link is None:
             raise BackendClosed("the SQLite backend is not open")
@@ -242,10 +251,7 @@ class SQLiteBackend:
             raise BackendClosed(
                 "the SQLite backend was opened in another process, before a fork: open it in this one"
             )
-        if not link.opener.worker_lives():
-            link = await self._reconnect(link)
-        answers = cast(Answers, await _translated(link.connection.execute_fetchall("", Batch(operations))))
-        return [as_backend_error(a) if isinstance(a, Exception) else a for a in answers.answers]
+        return link if link.opener.worker_lives() else await self._reconnect(link)
 
     async def _connect(self) -> _Link:
         if not _runs_asyncio():
@@ -315,6 +321,52 @@ def _daemonic_connection(opener: Opener) -> aiosqlite.Connection:
     maker.start()
     maker.join()
     return made[0]
+
+
+class _WorkerEnded(Exception):
+    """The worker thread ended, and nobody will answer."""
+
+
+class _Watch:
+    """Cancels a task that waits for a worker thread that has ended.
+
+    The thread ends when it has an answer for an event loop that is closed by then. What other loops have in
+    its queue is not carried out any more. What it carried out before has been answered, but the answer
+    may still be on its way: only who waits for a second longer waits in vain.
+    """
+
+    def __init__(self, opener: Opener, task: asyncio.Task[Any]) -> None:
+        self._opener = opener
+        self._task = task
+        self.has_cancelled = False
+        self._look_again(False)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self, had_ended: bool) -> None:
+        if had_ended:
+            self.has_cancelled = self._task.cancel()
+        else:
+            self._look_again(not self._opener.worker_lives())
+
+    def _look_again(self, has_ended: bool) -> None:
+        self._timer = asyncio.get_running_loop().call_later(1, self._look, has_ended)
+
+
+async def _while_it_works(opener: Opener, awaitable: Awaitable[_T]) -> _T:
+    """Await what the worker thread answers. Raises: _WorkerEnded: nothing was done."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    cancelling = task.cancelling()
+    watch = _Watch(opener, task)
+    try:
+        return await awaitable
+    except asyncio.CancelledError:
+        if not watch.has_cancelled or task.uncancel() > cancelling:
+            raise
+    finally:
+        watch.stop()
+    raise _WorkerEnded
 
 
 async def _translated(awaitable: Awaitable[_T]) -> _T:
