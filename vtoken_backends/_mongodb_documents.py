@@ -9,11 +9,18 @@ Besides its own fields, the document of a token has:
 - ``pending``: its insert is under way; nobody sees it.
 - ``newer``: ids of newer tokens in its overlap. ``has_older``: it is such a newer token.
 - ``sealed_for``: id of the older token that may be used instead of it; its own once it was used itself.
+- ``saved``: a change other than a use or a lease was made.
+- ``claim``: which shared trip used it first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
+
+from bson import ObjectId
+from bson.int64 import Int64
 
 from vtoken.backend import (
     Budget,
@@ -49,18 +56,30 @@ PENDING_FOR: Final = 3_600_000
 """Milliseconds after which a pending token, left by a crash, may be purged; an insert takes seconds."""
 
 _MOST_STRIKES: Final = 20
-_STRINGS: Final = frozenset(
-    {"id", "content_type", "object_id", "slug", "scheme", "secret_id", "plain_key", "nonce", "lease_id"}
-)
-_BYTES: Final = frozenset({"digest", "context"})
+_STRINGS: Final = (
+    "id", "content_type", "object_id", "slug", "scheme", "secret_id", "plain_key", "nonce", "lease_id"
+)  # fmt: skip
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    **dict.fromkeys(_STRINGS, (str,)),
+    "digest": (bytes,),
+    "context": (bytes,),
+    "is_active": (bool,),
+    "extra_data": (str, type(None)),
+    "use_ids": (list,),
+}
+"""What the fields are read as; those not named here are integers."""
+_NAMES: Final = tuple("_id" if name == "id" else name for name in StoredToken._fields)
+_INTEGERS: Final = [place for place, name in enumerate(StoredToken._fields) if name not in _TYPES]
+_USE_IDS: Final = StoredToken._fields.index("use_ids")
 
 
 class State(NamedTuple):
-    """A token with its place in an overlap."""
+    """A token with its place in an overlap, and whether more than its uses has changed."""
 
     token: StoredToken
     newer: tuple[str, ...]
     has_older: bool
+    saved: bool
 
 
 def document(token: StoredToken, **more: object) -> Document:
@@ -74,28 +93,24 @@ def state(found: Document) -> State:
     Raises:
         CorruptStore: a field is missing or of another type than it was stored with.
     """
-    values: Document = {}
-    for name in StoredToken._fields:
-        value = _value(name, found.get("_id" if name == "id" else name, ...))
-        if value is ...:
-            raise CorruptStore(f"the field {name!r} of a stored token is damaged")
-        values[name] = value
-    return State(StoredToken(**values), tuple(found.get("newer", ())), bool(found.get("has_older")))
+    values = [found.get(name, ...) for name in _NAMES]
+    damaged = _damaged(tuple(map(type, values)))
+    if damaged is not None:
+        raise CorruptStore(f"the field {damaged!r} of a stored token is damaged")
+    for place in _INTEGERS:  # bson.Int64 may be what comes back
+        values[place] = int(values[place])
+    values[_USE_IDS] = tuple(values[_USE_IDS])
+    newer = tuple(found.get("newer", ()))
+    return State(StoredToken._make(values), newer, bool(found.get("has_older")), bool(found.get("saved")))
 
 
-def _value(name: str, value: Any) -> Any:
-    """The value as it was before it was stored, or ``...``."""
-    if name in _STRINGS:
-        return value if isinstance(value, str) else ...
-    if name in _BYTES:
-        return value if isinstance(value, bytes) else ...
-    if name == "is_active":
-        return value if isinstance(value, bool) else ...
-    if name == "extra_data":
-        return value if value is None or isinstance(value, str) else ...
-    if name == "use_ids":
-        return tuple(value) if isinstance(value, list) else ...
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else ...
+@lru_cache(256)
+def _damaged(types: tuple[type, ...]) -> str | None:
+    """The first field of a token that came back with another type than it was stored with."""
+    for name, type_ in zip(StoredToken._fields, types, strict=True):
+        if type_ not in _TYPES.get(name, (int, Int64)):
+            return name
+    return None
 
 
 def condition(match: Match) -> Document:
@@ -163,9 +178,40 @@ def update(change: Change) -> Document | list[Document]:
         case Release():
             return {"$set": {"lease_id": "", "lease_until": 0}}
         case SetExtraData(extra_data):
-            return {"$set": {"extra_data": extra_data}}
+            return {"$set": {"extra_data": extra_data, "saved": True}}
         case ForgetKey():
-            return {"$set": {"plain_key": ""}}
+            return {"$set": {"plain_key": "", "saved": True}}
+
+
+def look_up(digests: Iterable[bytes]) -> Document:
+    """The query of tokens by their digests."""
+    return {**SHOWN, "digest": {"$in": [bytes(digest) for digest in digests]}}
+
+
+def unused(ids: Sequence[str], at: int) -> Document:
+    """The query of those tokens that are still valid and as they were when they were issued."""
+    absent: Document = {name: {"$exists": False} for name in ("pending", "newer", "saved")}
+    return {"_id": {"$in": ids}, "is_active": True, "uses": 0, **valid(at), **absent}
+
+
+def first_use(use: Use, is_last: bool, claim: ObjectId) -> Document:
+    """The update of a first use: what :func:`update` would do to a token of no uses yet."""
+    use_ids = [use.use_id] if use.use_id else []
+    counted: Document = {"uses": 1, "used_at": use.at, "use_ids": use_ids, "claim": claim}
+    counted |= {"lease_id": "", "lease_until": 0}
+    if not is_last:
+        return {"$set": counted}
+    return {"$set": counted | {"is_active": False}, "$min": {"ends_at": use.at - 1}}
+
+
+def used_first(token: StoredToken, use: Use) -> StoredToken:
+    """The token after :func:`first_use`."""
+    used = token._replace(
+        uses=1, used_at=use.at, use_ids=(use.use_id,) if use.use_id else (), lease_id="", lease_until=0
+    )
+    if token.max_uses > 1:
+        return used
+    return used._replace(is_active=False, ends_at=min(token.ends_at, use.at - 1))
 
 
 def _used(at: int, use_id: str) -> list[Document]:

@@ -30,6 +30,7 @@ from vtoken.errors import (
 )
 
 _T = TypeVar("_T")
+Document = dict[str, Any]
 
 LONG: Final = 300
 """Seconds that an operation over the whole collection may take."""
@@ -183,6 +184,17 @@ class Link:
                 failure = _translated(error, writes)
         raise failure  # outside of the block: the driver's error quotes keys, and must not become the context
 
+    async def find_all(self, query: Document, limit: int, fields: Document | None = None) -> list[Document]:
+        """All tokens of a query in one answer of the server. Stands within :meth:`run`.
+
+        Args:
+            query: its condition.
+            limit: more than this there cannot be.
+            fields: which ones; ``None``: all.
+        """
+        found: list[Document] = await self.tokens.find(query, fields).batch_size(limit + 1).to_list(None)
+        return found
+
 
 def _translated(error: Exception, writes: bool) -> BackendError:
     if isinstance(error, CorruptStore):
@@ -231,13 +243,7 @@ async def settle(step: Coroutine[Any, Any, _T]) -> _T:
     except BaseException:
         step.close()
         raise
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({task})
-        except asyncio.CancelledError as error:  # by task.cancel(), which no scope shields from
-            cancelled = error
+    cancelled = await outlast(task)
     if cancelled is None:
         await checkpoint_if_cancelled()
         return task.result()
@@ -247,6 +253,18 @@ async def settle(step: Coroutine[Any, Any, _T]) -> _T:
         raise cancelled
     finally:
         del cancelled  # no cycle
+
+
+async def outlast(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until a future is done, whatever cancellation comes, and return the cancellation."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({future})
+        except asyncio.CancelledError as error:  # by task.cancel(), which no scope shields from
+            cancelled = error
+    return cancelled
 
 
 def _is_async_client(client: Any) -> bool:

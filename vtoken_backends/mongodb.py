@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import difflib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 from pymongo import IndexModel, ReturnDocument, UpdateMany, UpdateOne
 
@@ -41,13 +41,26 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
-from vtoken_backends._mongodb_documents import Document, State
+from vtoken_backends._mongodb_changes import Changes, Take
+from vtoken_backends._mongodb_documents import Document
+from vtoken_backends._mongodb_lanes import Lanes
 from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_url
+from vtoken_backends.matching import matches
 
 _SCHEMA: Final = 1
 _ATTEMPTS: Final = 1000
 """How often a lost race is run again; each time another one has won."""
 _OPTIONS: Final = ("database", "collection", "driver", "durable")
+
+
+class _Look(NamedTuple):
+    """A search for tokens by their digests."""
+
+    match: Match
+    limit: int
+
+    def newest(self, tokens: Iterable[StoredToken]) -> list[StoredToken]:
+        return sorted(tokens, key=_age, reverse=True)[: self.limit]
 
 
 class MongoDBBackend:
@@ -81,6 +94,9 @@ class MongoDBBackend:
         durable: bool = True,
     ) -> None:
         self._link = Link(client, url, database, collection, driver, durable)
+        self._changes = Changes(self._link)
+        self._finds = Lanes(self._look, self._look_many)
+        self._uses = Lanes(self._changes.use, self._changes.use_many)
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
@@ -220,84 +236,45 @@ class MongoDBBackend:
 
     async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         """As of the protocol."""
+        if match.digests is None or match.id is not None or after is not None:
+            return await settle(self._link.run(lambda: self._page(match, limit, after), writes=False))
+        return await self._finds.submit(_Look(match, limit))
 
+    async def _page(self, match: Match, limit: int, after: tuple[int, str] | None) -> list[StoredToken]:
+        if match.id is not None and after is None:
+            found = await self._link.find_all(documents.condition(match), 1)
+            return [documents.state(document).token for document in found]
+        query = documents.page(match, after)
+        cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
+        return [documents.state(found).token for found in await cursor.to_list(limit)]
+
+    async def _look(self, look: _Look) -> list[StoredToken]:
         async def find() -> list[StoredToken]:
-            query = documents.page(match, after)
-            cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
-            return [documents.state(found).token for found in await cursor.to_list(limit)]
+            found = await self._link.find_all(documents.condition(look.match), len(look.match.digests or ()))
+            return look.newest(documents.state(document).token for document in found)
 
-        return await settle(self._link.run(find, writes=False))
+        return await self._link.run(find, writes=False)
+
+    async def _look_many(self, looks: Sequence[_Look]) -> Sequence[list[StoredToken]]:
+        async def find() -> list[list[StoredToken]]:
+            digests = {digest for look in looks for digest in look.match.digests or ()}
+            found = await self._link.find_all(documents.look_up(digests), len(digests))
+            tokens = {token.digest: token for token, *_ in map(documents.state, found)}
+            return [_chosen(tokens, look) for look in looks]
+
+        return await self._link.run(find, writes=False)
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         """As of the protocol."""
         if isinstance(change, Use):
-            return await settle(self._use(match, change))
-        changed = await settle(self._change(lambda: documents.condition(match), change))
+            take = Take(match, change)
+            return await (self._uses.submit(take) if take.may_share() else settle(self._changes.use(take)))
+        changed = await settle(self._changes.change(lambda: documents.condition(match), change))
         return changed.token if changed else None
-
-    async def _change(self, query: Callable[[], Document], change: Change) -> State | None:
-        async def apply() -> State | None:
-            found = await self._link.tokens.find_one_and_update(
-                query(), documents.update(change), return_document=ReturnDocument.AFTER
-            )
-            return documents.state(found) if found else None
-
-        return await self._link.run(apply)
-
-    async def _use(self, match: Match, use: Use) -> StoredToken | None:
-        used = await self._change(lambda: documents.usable(match, use, newer={"$exists": False}), use)
-        if used is None:
-            used = await self._use_older(match, use)
-        if used is None:
-            return None
-        if used.newer or used.has_older:
-            await self._end(lambda: documents.overlap_of(used), use.at)
-        return used.token
-
-    async def _use_older(self, match: Match, use: Use) -> State | None:
-        """Use a token that newer ones overlap, once each of them is sealed for it."""
-
-        async def look() -> State | None:
-            found = await self._link.tokens.find_one(documents.usable(match, use, newer={"$exists": True}))
-            return documents.state(found) if found else None
-
-        while older := await self._link.run(look, writes=False):
-            rival = older.token.id
-            # The newest one first: it is where all of an overlap meet, so one of them gets past it.
-            for newer in reversed(older.newer):
-                if not await self._seal(newer, rival, use.at):
-                    await self._end(partial(documents.condition, Match(id=rival)), use.at)
-                    return None
-            same = {"_id": rival, "newer": {"$eq": list(older.newer)}}
-            used = await self._change(partial(documents.usable, match, use, **same), use)
-            if used is not None:
-                return used
-        return None
-
-    async def _seal(self, id_: str, rival: str, at: int) -> bool:
-        """Make a token inactive in favour of an older one, by compare-and-set on its ``uses``."""
-        sealed = await self._link.run(
-            lambda: self._link.tokens.find_one_and_update(
-                {"_id": id_, **documents.SHOWN},
-                documents.sealing(rival, at),
-                {"sealed_for": 1},
-                return_document=ReturnDocument.AFTER,
-            )
-        )
-        # One that is missing is not active yet, or purged after its overlap was ended.
-        return sealed is None or sealed["sealed_for"] == rival
 
     async def deactivate(self, match: Match, at: int) -> int:
         """As of the protocol."""
-
-        return await settle(self._end(lambda: documents.condition(match), at))
-
-    async def _end(self, query: Callable[[], Document], at: int) -> int:
-        async def end() -> int:
-            active = query() | {"is_active": True}
-            return int((await self._link.tokens.update_many(active, documents.ending(at))).modified_count)
-
-        return await self._link.run(end)
+        return await settle(self._changes.end(lambda: documents.condition(match), at))
 
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
         """As of the protocol."""
@@ -331,7 +308,7 @@ class MongoDBBackend:
         for old in found:
             if old.get("has_older") and (old["uses"] or old.get("sealed_for")):
                 # A crash after a use may have left the others of the overlap active.
-                await self._end(partial(documents.overlap_of_purged, old), now)
+                await self._changes.end(partial(documents.overlap_of_purged, old), now)
         if not found:
             return 0, 0
         these = {"_id": {"$in": [old["_id"] for old in found]}, **ended}
@@ -389,6 +366,15 @@ class MongoDBBackend:
                 pass
             await _back_off(attempt)
         raise BackendUnavailable("MongoDB: others were quicker again and again")
+
+
+def _chosen(tokens: dict[bytes, StoredToken], look: _Look) -> list[StoredToken]:
+    found = [tokens[digest] for digest in look.match.digests or () if digest in tokens]
+    return look.newest(token for token in found if matches(token, look.match))
+
+
+def _age(token: StoredToken) -> tuple[int, str]:
+    return token.created_at, token.id
 
 
 async def _back_off(attempt: int) -> None:
