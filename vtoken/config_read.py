@@ -175,7 +175,8 @@ def minutes(value: object) -> float | None:
     return int(number) if number.is_integer() else number
 
 
-def _seconds(value: object) -> timedelta:
+def seconds(value: object) -> timedelta:
+    """A duration: seconds as a number, or a text with a unit."""
     return _duration(value, "s")
 
 
@@ -225,10 +226,10 @@ _POLICY_VALUES: Final[dict[str, Callable[[object], object]]] = {
     "key_chars": text,
     "key_storage": _choice(*get_args(KeyStorage)),
     "max_attempts": _whole,
-    "attempt_window": _seconds,
-    "cooldown": _seconds,
+    "attempt_window": seconds,
+    "cooldown": seconds,
     "max_uses": _whole,
-    "overlap": _seconds,
+    "overlap": seconds,
     "prefix": text,
     "context": _choice("required", "ignored"),
     "kind": _choice("link", "code"),

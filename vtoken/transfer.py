@@ -85,8 +85,7 @@ async def copy(
     source: TokenBackend,
     destination: TokenBackend,
     *,
-    copying: Progress = _quiet,
-    comparing: Progress = _quiet,
+    progress: Progress = _quiet,
     page: int = PAGE,
 ) -> Copied:
     """Copy every token, then compare both stores.
@@ -101,14 +100,13 @@ async def copy(
     Args:
         source: where the tokens are, open. It is only read.
         destination: where they go, open. It may hold other tokens.
-        copying: is told how many tokens were read and are in the destination.
-        comparing: is told how many were compared.
+        progress: is told how many tokens were copied or compared: in the end, each of the source's twice.
         page: tokens read at once, 1 or more.
 
     Raises:
         BackendError: one of the stores failed. Start again: what was copied stays.
     """
-    inserted = skipped = ended = 0
+    inserted = skipped = ended = done = 0
     async for tokens in _slices(source, page):
         there = await _there(destination, tokens)
         inserted += await _insert([token for token in tokens if token.id not in there], destination)
@@ -116,8 +114,9 @@ async def copy(
             if token.id in there:
                 skipped += 1
                 ended += await _end_as(destination, token, there[token.id])
-        copying(inserted + skipped)
-    found = await _compare(source, destination, comparing, page)
+        done += len(tokens)
+        progress(done)
+    found = await _compare(source, destination, lambda compared: progress(done + compared), page)
     return Copied(inserted, skipped, ended, *found)
 
 

@@ -4,7 +4,7 @@
 status meaning
 ====== =============================================================================
 0      valid, or done
-1      not valid; too many attempts; a cooldown runs
+1      not valid; too many attempts; a cooldown runs; a copy is not equal, a guarantee does not hold; declined
 2      usage or configuration; also an argument out of its range
 3      the store failed: not there, not reachable, damaged, outcome unknown
 4      an unexpected error: a mistake in vtoken, or in the application's own hooks and generators
@@ -27,9 +27,10 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
 from vtoken._version import __version__
-from vtoken.cli import demo, store, tokens
+from vtoken.cli import conformance, demo, doctor, looking, moving, purging, store, tokens
 from vtoken.cli.options import Output
 from vtoken.cli.output import Result, print_json, show, show_error
+from vtoken.cli.terminal import Declined
 from vtoken.errors import (
     BackendError,
     CooldownActive,
@@ -55,15 +56,23 @@ app = App(
 )
 for _command in (
     demo.demo,
+    store.init,
+    doctor.doctor,
     tokens.issue,
     tokens.check,
     tokens.consume,
     tokens.deactivate,
-    store.purge,
+    looking.show,
     store.stats,
+    purging.purge,
+    moving.copy,
+    conformance.conformance,
     store.config,
 ):
     app.command(_command)
+app.command(looking.list_, name="list")
+app.command(moving.import_, name="import")
+app.register_install_completion_command(help="Install tab completion for this shell.")
 
 
 def main() -> int:
@@ -97,18 +106,22 @@ def run(arguments: Sequence[str]) -> int:
         bound.apply_defaults()
         as_json = any(isinstance(value, Output) and value.json for value in bound.arguments.values())
         answer = command(*bound.args, **bound.kwargs)
-        if not asyncio.iscoroutine(answer):  # --help and --version have printed theirs
+        if asyncio.iscoroutine(answer):
+            answer = asyncio.run(cast("Coroutine[Any, Any, Result]", answer))
+        if not isinstance(answer, Result):  # --help and --version have printed theirs
             return 0
-        result = asyncio.run(cast("Coroutine[Any, Any, Result]", answer))
-        show(result, as_json)
+        show(answer, as_json)
     except KeyboardInterrupt:
         show_error("Interrupted", "interrupted", as_json)
         return INTERRUPTED
     except BrokenPipeError:
         return READER_GONE
+    except Declined:
+        show_error("Declined", "nothing was done", as_json)
+        return NOT_VALID
     except Exception as error:
         return _report(error, as_json)
-    return result.status
+    return answer.status
 
 
 def _report(error: Exception, as_json: bool) -> int:

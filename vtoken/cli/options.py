@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from getpass import getpass
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from vtoken.config import Configuration, create_backend
+from vtoken.config import Configuration, create_backend, redact_url
+from vtoken.config_read import convert, seconds
 from vtoken.errors import InvalidInput
+from vtoken.hooks import Hook
 from vtoken.inputs import MAX_KEY_BYTES
 from vtoken.manager import TokenManager
 from vtoken.subject import Subject
@@ -40,11 +43,18 @@ class Store(Output):
         """What the environment, the configuration file and ``--url`` say."""
         return Configuration.from_env(url=self.url, default_url=DEFAULT_URL)
 
-    def manager(self) -> TokenManager:
-        """A manager as configured, not open yet."""
+    def shown(self) -> str:
+        """The URL, without its passwords."""
+        return redact_url(self.configuration().url)
+
+    def manager(self, *hooks: Hook) -> TokenManager:
+        """A manager as configured, with further hooks, not open yet."""
         found = self.configuration()
         return TokenManager(
-            create_backend(found.url), settings=found.settings, policies=found.policies, hooks=found.hooks
+            create_backend(found.url),
+            settings=found.settings,
+            policies=found.policies,
+            hooks=(*found.hooks, *hooks),
         )
 
 
@@ -72,7 +82,14 @@ Key = Annotated[
         allow_leading_hyphen=True,  # a derived key may begin with one
     ),
 ]
+AnySubjectText = Annotated[
+    str,
+    Parameter(
+        name="SUBJECT", help="The object, content_type:object_id, or for all objects of a type content_type."
+    ),
+]
 Slug = Annotated[str | None, Parameter(help="The purpose. Left out: tokens without one.")]
+Yes = Annotated[bool, Parameter(negative="", show_default=False, help="Do not ask.")]
 
 
 def subject_of(text: str) -> Subject:
@@ -85,3 +102,17 @@ def subject_of(text: str) -> Subject:
     if not colon:
         raise InvalidInput("SUBJECT is content_type:object_id, e.g. auth.user:42")
     return Subject(content_type, object_id)
+
+
+def any_subject_of(text: str) -> Subject:
+    """The object that ``content_type:object_id`` names, or without a colon all objects of a content type."""
+    return subject_of(text) if ":" in text else Subject(text)
+
+
+def duration(option: str, text: str) -> timedelta:
+    """A duration such as ``90s``, ``10m``, ``24h``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    return convert(option, seconds, text)

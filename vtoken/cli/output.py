@@ -49,6 +49,15 @@ def print_json(data: Mapping[str, Any]) -> None:
     print(json.dumps(data))
 
 
+def say(data: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print a line at once, for who watches a long work or reads its log."""
+    if as_json:
+        print_json(data)
+    else:
+        print(printable(text))
+    sys.stdout.flush()
+
+
 def show_error(kind: str, message: str, as_json: bool, **data: Any) -> None:
     """Print one line on standard error."""
     line = printable(" ".join(message.split()))

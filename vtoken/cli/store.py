@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
@@ -15,15 +14,11 @@ from vtoken.cli.output import Result, pairs, printable
 from vtoken.stats import SlugStats, Stats
 
 
-async def purge(
-    *,
-    batch_size: Annotated[int, Parameter(help="How many tokens are deleted in one step.")] = 1000,
-    store: Store = Store(),  # noqa: B008  # frozen: the form in which cyclopts takes shared options
-) -> Result:
-    """Delete the tokens that are used, deactivated or expired; valid ones stay."""
-    async with store.manager() as manager:
-        count = await manager.purge(batch_size)
-    return Result({"purged": count}, pairs([("purged", count)]))
+async def init(*, store: Store = Store()) -> Result:  # noqa: B008  # frozen: cyclopts' form
+    """Make the store, with its tables and indexes; one that is there already is checked and left as it is."""
+    async with store.manager():
+        url = store.shown()
+    return Result({"ready": True, "url": url}, pairs([("ready", url)]))
 
 
 async def stats(*, store: Store = Store()) -> Result:  # noqa: B008  # as above

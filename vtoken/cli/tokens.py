@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vtoken.cli.options import Key, Slug, Store, SubjectText, subject_of
-from vtoken.cli.output import Result, pairs, token_data, token_rows
+from vtoken.cli.options import AnySubjectText, Key, Slug, Store, SubjectText, Yes, any_subject_of, subject_of
+from vtoken.cli.output import Result, pairs, printable, token_data, token_rows
+from vtoken.cli.terminal import ask
 from vtoken.config_read import convert, minutes
 from vtoken.errors import InvalidInput
 from vtoken.inputs import ANY, DEFAULT, Unset
+from vtoken.subject import Subject
 
 
 async def issue(
@@ -67,16 +70,29 @@ async def consume(
     return Result({"valid": True, **token_data(token)}, pairs([("consumed", "yes"), *token_rows(token)]))
 
 
-async def deactivate(
-    subject: SubjectText,
+def deactivate(
+    subject: AnySubjectText,
     /,
     *,
     slug: Annotated[str | None, Parameter(help="Only this purpose. Left out: every one.")] = None,
+    yes: Yes = False,
     store: Store = Store(),  # noqa: B008  # as above
-) -> Result:
-    """Deactivate the active tokens of an object."""
+) -> Coroutine[Any, Any, Result]:
+    """Deactivate the active tokens of an object, or of all objects of a content type.
+
+    For all objects it asks; where there is no terminal it wants --yes.
+    """
+    found = any_subject_of(subject)
+    if found.object_id is ANY:
+        what = "tokens" if slug is None else f"{printable(slug)} tokens"
+        question = f"Deactivate the {what} of every {printable(found.content_type)} in {store.shown()}?"
+        ask(question, yes, without_terminal=False)
+    return _deactivate(found, slug, store)
+
+
+async def _deactivate(subject: Subject, slug: str | None, store: Store) -> Result:
     async with store.manager() as manager:
-        count = await manager.deactivate(subject_of(subject), ANY if slug is None else slug)
+        count = await manager.deactivate(subject, ANY if slug is None else slug)
     return Result({"deactivated": count}, pairs([("deactivated", count)]))
 
 
