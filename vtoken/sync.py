@@ -19,7 +19,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -178,8 +178,13 @@ class SyncTokenManager:
         running = self._running
         if running is not None:
             running.check_caller()
-            with suppress(RuntimeError):  # it was closed in between
-                return running.portal.start_task_soon(step)
+            task = _Task(step)
+            try:
+                with suppress(RuntimeError):  # it was closed in between
+                    return running.portal.start_task_soon(task.run)
+            except BaseException:  # this thread was interrupted, and the step may be running
+                running.portal.start_task_soon(task.cancel)
+                raise
         raise BackendClosed("the manager is not open: use `with SyncTokenManager(...)`, or call open() first")
 
     def _run(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -236,6 +241,26 @@ class SyncTokenManager:
             running.portal.call(block.left.set)
         held.result()
         return True
+
+
+class _Task(Generic[T]):
+    """A step that can be cancelled although its future never reached us."""
+
+    def __init__(self, step: Callable[[], Awaitable[T]]) -> None:
+        self._step = step
+        self._cancelled = False
+        self._scope: anyio.CancelScope | None = None
+
+    async def run(self) -> T:
+        if not self._cancelled:
+            with anyio.CancelScope() as self._scope:
+                return await self._step()
+        raise CancelledError  # nobody is there to hear it
+
+    async def cancel(self) -> None:
+        self._cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
 
 
 class _BlockFailed(Exception):

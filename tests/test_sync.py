@@ -1,0 +1,519 @@
+"""The manager for synchronous code: from threads, over forks, interrupted, closed and forgotten."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from vtoken import (
+    BackendClosed,
+    BackendUnavailable,
+    ContentTypes,
+    InvalidInput,
+    InvalidToken,
+    LeaseLost,
+    Subject,
+    TokenEvent,
+    TokenManager,
+    TokenPolicy,
+    TooManyAttempts,
+)
+from vtoken.sync import SyncTokenManager
+from vtoken.testing import Clock
+from vtoken_backends.memory import MemoryBackend
+
+from .core_tools import CODE, OTHER, SECRETS, USER, WRONG, Watched
+
+CANARY = "canary-key-that-no-traceback-shows"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def backend() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def manager(backend: Watched, clock: Clock) -> Iterator[SyncTokenManager]:
+    made = SyncTokenManager(TokenManager(backend, settings=SECRETS, policies=[CODE], clock=clock))
+    with made:
+        yield made
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Call ``work`` in so many threads at once; the results in their order."""
+    barrier = threading.Barrier(count)
+
+    def one(number: int) -> Any:
+        barrier.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def portal_threads() -> int:
+    return sum("portal" in thread.name for thread in threading.enumerate())
+
+
+class TestMethods:
+    def test_it_has_the_managers_methods_with_their_parameters_and_docstrings(self) -> None:
+        def methods(kind: type) -> set[str]:
+            return {name for name in vars(kind) if name[0] != "_"}
+
+        assert methods(SyncTokenManager) == methods(TokenManager) - {"aclose"} | {"close"}
+        for name in methods(TokenManager) - {"aclose", "open", "from_url", "from_env"}:
+            ours, theirs = getattr(SyncTokenManager, name), getattr(TokenManager, name)
+            assert inspect.signature(ours) == inspect.signature(theirs)
+            assert ours.__doc__ == theirs.__doc__
+
+    def test_the_life_of_a_token(self, manager: SyncTokenManager, clock: Clock) -> None:
+        issued = manager.deactivate_and_create(USER, "reset", {"n": 1})
+        assert manager.exists_valid(USER, "reset", issued.key)
+        assert manager.verify(USER, "reset", issued.key) == issued
+        assert manager.get_active_or_create(USER, "reset") == issued
+        issued.set_extra_data({"n": 2})
+        manager.save(issued)
+        loaded = manager.get(issued.id)
+        assert loaded is not None
+        assert loaded.get_extra_data() == {"n": 2}
+        assert manager.consume(USER, "reset", issued.key, consume_id="c") == issued
+        with pytest.raises(InvalidToken):
+            manager.consume(USER, "reset", issued.key)
+        assert len(manager.generate_key()) == 32
+        assert manager.stats().used == 1
+        manager.deactivate_and_create(OTHER)
+        assert manager.deactivate(OTHER) == 1
+        clock.advance(timedelta(seconds=1))
+        assert manager.purge(batch_size=1) == 2
+
+    def test_active_tokens_come_one_by_one(self, manager: SyncTokenManager) -> None:
+        ids = [manager.deactivate_and_create(USER, deactivate_old_tokens=False).id for _ in range(205)]
+        iterator = manager.filter_active_tokens(USER)
+        assert next(iterator).id == ids[-1]
+        assert [token.id for token in iterator] == ids[-2::-1]
+        assert list(manager.filter_active_tokens(OTHER)) == []
+
+    def test_content_object(self) -> None:
+        async def load(object_id: str) -> str:
+            await anyio.lowlevel.checkpoint()
+            return f"user {object_id}"
+
+        types = ContentTypes()
+        types.register(str, "auth.user", get_id=lambda user: user, load=load)
+        with SyncTokenManager.from_url("memory://", content_types=types) as manager:
+            assert manager.content_object(manager.deactivate_and_create("7")) == "user 7"
+
+    def test_from_env(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VTOKEN_URL", "memory://")
+        with SyncTokenManager.from_env(policies=[TokenPolicy("a", max_uses=2)]) as manager:
+            assert manager.deactivate_and_create(USER, "a").max_uses == 2
+            assert repr(manager) == "<SyncTokenManager on <MemoryBackend>>"
+
+    def test_errors_come_out_as_they_are(self, manager: SyncTokenManager, backend: Watched) -> None:
+        backend.failing["find"] = BackendUnavailable("no server")
+        with pytest.raises(BackendUnavailable, match="no server"):
+            manager.get("x")
+        with pytest.raises(InvalidInput):
+            manager.exists_valid(USER, key=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the mistake
+        with pytest.raises(InvalidInput):
+            list(manager.filter_active_tokens(USER, "login", "000000"))
+        with pytest.raises(TypeError):
+            manager.stats("nonsense")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # the mistake
+
+    def test_the_sweeper_runs_beside_a_plain_block(self, manager: SyncTokenManager, backend: Watched) -> None:
+        purged = threading.Event()
+
+        async def note() -> None:
+            purged.set()
+
+        backend.after["purge"] = note
+        with manager.sweeper(timedelta(milliseconds=1)):
+            assert purged.wait(30)
+
+    def test_a_real_store(self, tmp_path: Path) -> None:
+        url = f"sqlite:///{tmp_path}/tokens.db"
+        with SyncTokenManager.from_url(url) as manager:
+            issued = manager.deactivate_and_create(USER, "reset")
+        with manager:  # once more, with an event loop of its own
+            with manager.redeem(USER, "reset", issued.key) as token:
+                assert token == issued
+            assert manager.stats().used == 1
+
+
+class TestRedeem:
+    def test_the_token_is_used_when_the_block_ends(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+        with manager.redeem(USER, "reset", issued.key) as token:
+            assert token == issued
+            with pytest.raises(InvalidToken), manager.redeem(USER, "reset", issued.key):
+                pytest.fail("two leases")
+        assert manager.stats().used == 1
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), KeyboardInterrupt(), StopIteration(1)])
+    def test_an_exception_gives_it_back(self, manager: SyncTokenManager, error: BaseException) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+
+        def block() -> None:
+            with manager.redeem(USER, "reset", issued.key):
+                raise error
+
+        with pytest.raises(type(error)) as info:
+            block()
+        assert info.value is error
+        assert manager.consume(USER, "reset", issued.key) == issued
+
+    def test_a_lost_lease_is_told(self, manager: SyncTokenManager, clock: Clock) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+        with pytest.raises(LeaseLost), manager.redeem(USER, "reset", issued.key, lease=timedelta(seconds=9)):
+            clock.advance(timedelta(seconds=10))
+
+    def test_a_wrong_key_never_enters(self, manager: SyncTokenManager) -> None:
+        with pytest.raises(InvalidToken), manager.redeem(USER, "reset", WRONG):
+            pytest.fail("entered")
+        with pytest.raises(InvalidInput), manager.redeem(USER, "reset", WRONG, lease=timedelta(0)):
+            pytest.fail("entered")
+        assert not manager._blocks  # pyright: ignore[reportPrivateUsage]  # a leak shows nowhere else
+
+    def test_closing_in_the_block_gives_it_back(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+        told = pytest.raises(BackendClosed, match="before the block was done")
+        with told, manager.redeem(USER, "reset", issued.key):
+            manager.close()
+        manager.open()
+        assert manager.consume(USER, "reset", issued.key) == issued
+
+    def test_closing_in_the_block_hides_no_error_of_the_block(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+
+        def block() -> None:
+            with manager.redeem(USER, "reset", issued.key):
+                manager.close()
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            block()
+
+    def test_closing_while_another_thread_is_in_its_block(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+        entered, closed = threading.Event(), threading.Event()
+
+        def block() -> None:
+            with manager.redeem(USER, "reset", issued.key):
+                entered.set()
+                closed.wait(30)
+
+        with ThreadPoolExecutor(1) as pool:
+            task = pool.submit(block)
+            assert entered.wait(30)
+            manager.close()
+            closed.set()
+            with pytest.raises(BackendClosed):
+                task.result(30)
+        manager.open()
+        assert manager.exists_valid(USER, "reset", issued.key)
+
+
+class TestThreads:
+    def test_one_of_many_wins(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+
+        def consume(_: int) -> bool:
+            try:
+                manager.consume(USER, "reset", issued.key)
+            except InvalidToken:
+                return False
+            return True
+
+        assert sum(in_threads(16, consume)) == 1
+
+    def test_one_of_many_redeems(self, manager: SyncTokenManager) -> None:
+        issued = manager.deactivate_and_create(USER, "reset")
+        done: list[int] = []
+
+        def redeem(number: int) -> None:
+            try:
+                with manager.redeem(USER, "reset", issued.key):
+                    done.append(number)
+            except InvalidToken:
+                pass
+
+        in_threads(16, redeem)
+        assert len(done) == 1
+        assert manager.stats().used == 1
+
+    def test_the_cap_holds(self, manager: SyncTokenManager) -> None:
+        def guess(number: int) -> str:
+            try:
+                manager.verify(USER, "login", f"{number:06}")
+            except TooManyAttempts:
+                return "capped"
+            except InvalidToken:
+                return "refused"
+            return "in"
+
+        assert in_threads(12, guess).count("refused") == 5
+
+    def test_opened_and_closed_by_all_at_once(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        in_threads(8, lambda _: manager.open())
+        assert backend.calls.count("open") == 1
+        in_threads(8, lambda _: manager.close())
+        assert backend.calls.count("close") == 1
+        assert portal_threads() == 0
+
+
+class TestOpenAndClosed:
+    def test_a_call_before_opening_and_after_closing(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        for _ in range(2):
+            manager.close()
+            with pytest.raises(BackendClosed, match="not open"):
+                manager.stats()
+            with pytest.raises(BackendClosed, match="not open"):
+                next(manager.filter_active_tokens(USER))
+            with pytest.raises(BackendClosed, match="not open"), manager.redeem(USER, "reset", WRONG):
+                pytest.fail("entered")
+            manager.open()
+            manager.open()
+            assert manager.stats().total == 0
+            manager.close()
+        assert backend.calls.count("open") == backend.calls.count("close") == 2
+
+    def test_a_backend_that_does_not_open_leaves_no_thread(self, backend: Watched) -> None:
+        backend.failing["open"] = BackendUnavailable("no server")
+        manager = SyncTokenManager(TokenManager(backend))
+        with pytest.raises(BackendUnavailable):
+            manager.open()
+        assert portal_threads() == 0
+        with pytest.raises(BackendClosed):
+            manager.stats()
+        backend.failing.clear()
+        with manager:
+            assert manager.stats().total == 0
+
+    def test_a_backend_that_does_not_close_leaves_no_thread(self, backend: Watched) -> None:
+        backend.failing["close"] = BackendUnavailable("no server")
+        manager = SyncTokenManager(TokenManager(backend))
+        manager.open()
+        with pytest.raises(BackendUnavailable):
+            manager.close()
+        assert portal_threads() == 0
+
+    def test_a_forgotten_one_warns_and_ends(self, backend: Watched) -> None:
+        def forget() -> None:
+            SyncTokenManager(TokenManager(backend)).open()
+            gc.collect()
+
+        with pytest.warns(ResourceWarning, match="not closed"):
+            forget()
+        assert backend.calls[-1] == "close"
+        assert portal_threads() == 0
+
+    def test_a_hook_that_calls_it_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
+        def hook(_: TokenEvent) -> None:
+            called.stats()
+
+        def block_hook(_: TokenEvent) -> None:
+            with called.redeem(USER, "reset", WRONG):
+                pass
+
+        called = SyncTokenManager(TokenManager(MemoryBackend(), hooks=[hook, block_hook]))
+        with called:
+            called.deactivate_and_create(USER)
+        assert caplog.text.count("it would wait for itself") == 2
+
+
+def interrupt() -> None:
+    """Press Ctrl-C in the main thread."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def is_starting() -> bool:
+    """Say whether the main thread has not come to waiting for its call."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]  # pyright: ignore[reportPrivateUsage]  # documented
+    return "start_task_soon" in (summary.name for summary in traceback.extract_stack(frame))
+
+
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, as it may not where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.skipif(sys.platform == "win32", reason="a signal reaches no thread that waits for a lock")
+class TestInterrupted:
+    @pytest.mark.parametrize("moment", ["while it starts", "while it waits"])
+    def test_an_interrupted_call_is_cancelled(
+        self, manager: SyncTokenManager, backend: Watched, moment: str
+    ) -> None:
+        outcome: list[str] = []
+
+        async def endless() -> None:
+            while moment == "while it waits" and is_starting():
+                await anyio.lowlevel.checkpoint()
+            interrupt()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                outcome.append("cancelled")
+
+        backend.before["update"] = endless
+        issued = manager.deactivate_and_create(USER, "reset")
+        with pytest.raises(KeyboardInterrupt):
+            manager.consume(USER, "reset", issued.key)
+        backend.before.clear()
+        assert manager.consume(USER, "reset", issued.key) == issued
+        manager.close()  # waits for what the cancellation still does
+        assert outcome == ["cancelled"]
+
+    def test_an_interrupted_entry_keeps_no_lease(self, manager: SyncTokenManager, backend: Watched) -> None:
+        async def endless() -> None:
+            del backend.after["update"]
+            interrupt()
+            await anyio.sleep_forever()
+
+        issued = manager.deactivate_and_create(USER, "reset")
+        backend.after["update"] = endless  # the lease is taken, and nobody hears of it
+        with pytest.raises(KeyboardInterrupt), manager.redeem(USER, "reset", issued.key):
+            pytest.fail("entered")
+        manager.close()
+        manager.open()
+        assert manager.consume(USER, "reset", issued.key) == issued
+
+
+SCRIPT = """
+import os, sys, warnings
+from vtoken import BackendClosed, Subject, TokenManager
+from vtoken.sync import SyncTokenManager
+
+warnings.simplefilter("default")
+manager = SyncTokenManager.from_url(sys.argv[1])
+user = Subject("auth.user", 1)
+"""
+
+FORK = """
+manager.open()
+issued = manager.deactivate_and_create(user, "reset")
+if os.fork() == 0:
+    for call in (manager.stats, manager.open, lambda: manager.redeem(user, "reset", issued.key).__enter__()):
+        try:
+            call()
+        except BackendClosed as error:
+            print("child:", error)
+    with SyncTokenManager.from_url(sys.argv[1]) as own:
+        print("child's own:", own.consume(user, "reset", issued.key) == issued)
+    manager.close()
+    sys.exit(5)
+print("status:", os.waitstatus_to_exitcode(os.wait()[1]))
+print("parent:", manager.stats().used)
+manager.close()
+"""
+
+FORK_IN_A_BLOCK = """
+manager.open()
+issued = manager.deactivate_and_create(user, "reset")
+try:
+    with manager.redeem(user, "reset", issued.key):
+        child = os.fork()
+except BackendClosed as error:
+    print("child:", error)
+    sys.exit(5)
+print("status:", os.waitstatus_to_exitcode(os.wait()[1]))
+print("parent:", manager.stats().used)
+manager.close()
+"""
+
+FORGOTTEN = """
+manager.open()
+print(manager.deactivate_and_create(user, "reset").slug)
+"""
+
+
+def run_script(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end; one that hangs fails."""
+    url = f"sqlite:///{tmp_path}/tokens.db"
+    return subprocess.run(
+        [sys.executable, "-u", "-c", SCRIPT + code, url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+class TestForked:
+    def test_the_child_is_told_and_ends_and_the_parent_goes_on(self, tmp_path: Path) -> None:
+        done = run_script(tmp_path, FORK)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if "before a fork" in line] == lines[:3]
+        assert lines[3:] == ["child's own: True", "status: 5", "parent: 1"]
+        assert "ResourceWarning" not in done.stderr
+
+    def test_a_child_that_leaves_the_block_uses_nothing(self, tmp_path: Path) -> None:
+        done = run_script(tmp_path, FORK_IN_A_BLOCK)
+        assert done.returncode == 0, done.stderr
+        child, *parent = done.stdout.splitlines()
+        assert "forked" in child
+        assert parent == ["status: 5", "parent: 1"]
+
+
+def test_a_forgotten_one_warns_and_lets_the_process_end(tmp_path: Path) -> None:
+    done = run_script(tmp_path, FORGOTTEN)
+    assert (done.returncode, done.stdout) == (0, "reset\n"), done.stderr
+    assert done.stderr.count("a SyncTokenManager was not closed") == 1
+    assert "Traceback" not in done.stderr
+
+
+class TestSecrets:
+    def test_no_traceback_shows_a_key(self, manager: SyncTokenManager, backend: Watched) -> None:
+        manager.deactivate_and_create(USER, "reset", key_generator_kwargs={"generator": lambda: CANARY})
+
+        def redeem(key: str, **keywords: Any) -> None:
+            with manager.redeem(USER, "reset", key, **keywords):
+                pytest.fail("entered")
+
+        backend.failing["find"] = backend.failing["update"] = BackendUnavailable("no server")
+        calls: list[Callable[[], object]] = [
+            lambda: manager.consume(USER, "reset", CANARY),
+            lambda: manager.verify(USER, "reset", key=CANARY),
+            lambda: manager.exists_valid(USER, "reset", CANARY),
+            lambda: manager.deactivate(Subject("auth.user"), object(), CANARY),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the mistake
+            lambda: list(manager.filter_active_tokens(USER, key=CANARY)),
+            lambda: redeem(CANARY),
+            lambda: redeem(CANARY, lease=timedelta(0)),
+        ]
+        for call in calls:
+            try:
+                call()
+            except Exception as error:
+                shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+                frames = [f for f in shown.stack if "/tests/" not in f.filename]
+                assert len(frames) > 3
+                for frame in frames:
+                    assert CANARY not in repr(frame.locals), f"{frame.filename}:{frame.lineno} {frame.name}"
+                assert CANARY not in "".join(shown.format_exception_only())
+            else:
+                pytest.fail("no error")
