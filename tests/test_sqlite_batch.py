@@ -135,6 +135,27 @@ async def test_a_search_in_company_minds_every_condition(path: Path) -> None:
         assert alone == found
 
 
+async def test_a_use_in_company_minds_every_condition(path: Path) -> None:
+    misses: list[dict[str, Any]] = [
+        {"content_type": "auth.group"},
+        {"object_id": "0"},
+        {"slug": ""},
+        {"context": b""},
+        {"context": b"another browser"},
+        {"valid_at": NOW + 1001},  # expired
+        {"digests": ()},
+    ]
+    fits: list[dict[str, Any]] = [{}, {"object_id": None}, {"context": b"browser"}, {"valid_at": NOW + 1000}]
+    asked = [*fits, *misses]
+    async with opened(SQLiteBackend(path)) as backend:
+        for number in range(len(asked)):
+            stored = token(number, str(number))._replace(context=b"browser")
+            await backend.insert(stored, InsertMode.ADD)
+        matches = [valid(n, str(n))._replace(**fields) for n, fields in enumerate(asked)]
+        used = await asyncio.gather(*(backend.update(match, Use(NOW)) for match in matches))
+        assert [t is not None for t in used] == [True] * len(fits) + [False] * len(misses)
+
+
 async def test_budgets_leases_and_purges_ride_along(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as backend:
         budget = Budget("auth.user", "1", "reset", "attempts")

@@ -155,8 +155,9 @@ def use_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
     values: list[Any] = []
     for operation in operations:
         digest, match, at, use_id = operation.shared
-        values += (digest, match.content_type, match.object_id, match.slug, match.valid_at, at, use_id)
-    values += [None] * ((size - len(operations)) * 7)
+        values += (digest, match.content_type, match.object_id, match.slug, match.context)
+        values += (match.valid_at, at, use_id)
+    values += [None] * ((size - len(operations)) * 8)
     return _use_sql(size), values
 
 
@@ -184,11 +185,12 @@ def _insert_sql(size: int) -> str:
 @cache
 def _use_sql(size: int) -> str:
     return (
-        "WITH asked (asked_digest, asked_type, asked_object, asked_slug, valid_at, at, asked_use) AS"
-        f" (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * size)})"
+        "WITH asked (asked_digest, asked_type, asked_object, asked_slug, asked_context, valid_at, at, asked_use)"
+        f" AS (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?)'] * size)})"
         f" UPDATE tokens SET {USE.format(at='at', use_id='asked_use')} FROM asked"
         " WHERE digest = asked_digest AND content_type = asked_type AND slug = asked_slug"
         " AND (asked_object IS NULL OR object_id = asked_object)"
+        " AND (asked_context IS NULL OR context = asked_context)"
         " AND is_active = 1 AND expires_at >= valid_at AND lease_until <= valid_at AND overlap = 0"
         " AND (asked_use = '' OR use_ids = '[]')"
         f" RETURNING {COLUMNS}"
