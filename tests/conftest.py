@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from . import servers
+from .cli_tools import Terminal
 from .core_tools import World
 
 
@@ -58,3 +63,26 @@ def mongodb_driver(request: pytest.FixtureRequest) -> str:
     """Each MongoDB driver by name."""
     driver: str = request.param
     return driver
+
+
+@pytest.fixture
+def no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the outside, and a folder of this test's own for the default store."""
+    for name in [name for name in os.environ if name.startswith("VTOKEN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def vtoken(no_configuration: None, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    """The command line, on an SQLite file."""
+    return Terminal(capsys)
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.BytesIO]:
+    """Standard input; what is written to it is what the command reads."""
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        yield content
