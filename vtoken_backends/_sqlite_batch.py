@@ -185,8 +185,8 @@ def _insert_sql(size: int) -> str:
 @cache
 def _use_sql(size: int) -> str:
     return (
-        "WITH asked (asked_digest, asked_type, asked_object, asked_slug, asked_context, valid_at, at, asked_use)"
-        f" AS (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?)'] * size)})"
+        "WITH asked (asked_digest, asked_type, asked_object, asked_slug, asked_context, valid_at, at,"
+        f" asked_use) AS (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?)'] * size)})"
         f" UPDATE tokens SET {USE.format(at='at', use_id='asked_use')} FROM asked"
         " WHERE digest = asked_digest AND content_type = asked_type AND slug = asked_slug"
         " AND (asked_object IS NULL OR object_id = asked_object)"

@@ -89,6 +89,41 @@ class ChangeCases(Suite):
             assert sum(got is not None for got in won) == 1
             assert (await one(backends[0], token)).uses == 1
 
+    @case(6)
+    async def test_of_changes_at_once_each_minds_its_own_match(self, bench: Bench) -> None:
+        """Changes at once, which a store may gather, each mind every field of their own ``Match``."""
+        backend = await bench.backend()
+        fits: list[dict[str, Any]] = [{}, {"object_id": None}, {"valid_at": NOW + 1}, {"context": None}]
+        misses: list[dict[str, Any]] = [
+            {"content_type": "auth.group"},
+            {"object_id": "43"},
+            {"slug": ""},
+            {"slug": "other"},
+            {"context": b""},
+            {"context": b"d" * 32},
+            {"valid_at": NOW + 2},
+            {"digests": ()},
+            {"digests": (a_digest("nobody"),)},
+            {"id": "0" * 32},
+            {"lease_id": "l"},
+            {"leased_at": NOW},
+        ]
+        for change in (Use(NOW, "u"), Use(NOW), Lease("l", NOW + 9)):
+            calls = []
+            for fields in (*fits, *misses) * 2:
+                token = await put(backend, context=b"c" * 32, expires_at=NOW + 1)
+                match = Match(
+                    digests=(token.digest,),
+                    content_type=token.content_type,
+                    object_id=token.object_id,
+                    slug=token.slug,
+                    valid_at=NOW,
+                    context=token.context,
+                )
+                calls.append(backend.update(match._replace(**fields), change))
+            changed = [token is not None for token in await asyncio.gather(*calls)]
+            assert changed == ([True] * len(fits) + [False] * len(misses)) * 2
+
     @case(1)
     async def test_of_concurrent_leases_one_wins(self, bench: Bench) -> None:
         """Of N concurrent leases of a valid token exactly one gets it, with its own lease id."""
