@@ -110,8 +110,10 @@ class ChangeCases(Suite):
         ]
         for change in (Use(NOW, "u"), Use(NOW), Lease("l", NOW + 9)):
             calls = []
-            for fields in (*fits, *misses) * 2:
-                token = await put(backend, context=b"c" * 32, expires_at=NOW + 1)
+            # Objects of their own, because a store may well keep one object's changes apart.
+            for number, fields in enumerate((*fits, *misses) * 2):
+                object_id = f"object {number}"
+                token = await put(backend, object_id=object_id, context=b"c" * 32, expires_at=NOW + 1)
                 match = Match(
                     digests=(token.digest,),
                     content_type=token.content_type,
