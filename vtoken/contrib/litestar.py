@@ -5,7 +5,7 @@
     app = Litestar([reset], plugins=[plugin(manager)])
 
     @post("/reset")
-    async def reset(data: Form, token_manager: TokenManager) -> None:
+    async def reset(data: Form, token_manager: NamedDependency[TokenManager]) -> None:
         await token_manager.consume(User, "password-reset", data.key)
 """
 

@@ -1,0 +1,257 @@
+"""The web frameworks: the manager opens with the application, is found, and its refusals are answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from fastapi import FastAPI, WebSocket
+from litestar import Litestar, Request, Response
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
+from starlette.routing import Mount, Route
+
+from vtoken import (
+    BackendClosed,
+    BackendUnavailable,
+    ConfigurationError,
+    InvalidInput,
+    InvalidToken,
+    TokenManager,
+    TokenPolicy,
+)
+from vtoken.contrib import aiohttp as for_aiohttp
+from vtoken.contrib import fastapi as for_fastapi
+from vtoken.contrib import litestar as for_litestar
+from vtoken.contrib import starlette as for_starlette
+from vtoken.testing import Clock
+
+from .core_tools import CODE, SECRETS, USER, WRONG, Watched, refused, wrong_codes
+from .web_apps import APPS, Served, aiohttp_issue, litestar_consume, starlette_issue
+from .web_tools import Message, serving
+
+REFUSED = {"detail": "The token is not valid."}
+TOO_MANY = {"detail": "Too many attempts. Try again later."}
+
+apps = pytest.mark.parametrize("app", APPS.values(), ids=APPS)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def backend() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def manager(backend: Watched, clock: Clock) -> TokenManager:
+    policies = [CODE, TokenPolicy("slow", cooldown=timedelta(seconds=90))]
+    return TokenManager(backend, settings=SECRETS, policies=policies, clock=clock)
+
+
+@apps
+async def test_the_manager_is_open_while_the_application_runs(
+    app: Callable[..., Served], manager: TokenManager, backend: Watched
+) -> None:
+    for turn in (1, 2):  # an application may be started again
+        async with app(manager) as client:
+            issued = (await client.get("/issue", params={"slug": "reset"})).json()
+            answer = await client.get("/consume", params={"slug": "reset", **issued})
+            assert answer.status_code == 200
+            assert answer.json()["id"]
+        assert backend.calls.count("open") == backend.calls.count("close") == turn
+        await refused(BackendClosed, manager.stats())
+
+
+@apps
+@pytest.mark.parametrize("status", [400, 410])
+async def test_a_refusal_is_the_same_whatever_its_reason(
+    app: Callable[..., Served], manager: TokenManager, clock: Clock, status: int
+) -> None:
+    async with app(manager, invalid_status=status) as client:
+        used, expired, inactive = [(await manager.deactivate_and_create(USER, slug)).key for slug in "abc"]
+        await manager.consume(USER, "a", used)
+        await manager.deactivate(USER, "c")
+        clock.advance(timedelta(days=2))
+        leased = (await manager.deactivate_and_create(USER, "d")).key
+        tries = {"a": used, "b": expired, "c": inactive, "d": leased, "e": WRONG, "f": ""}
+        async with manager.redeem(USER, "d", leased):
+            answers = [await client.get("/consume", params={"slug": s, "key": k}) for s, k in tries.items()]
+    assert len(answers) == 6
+    for answer in answers:
+        assert answer.status_code == status
+        assert answer.json() == REFUSED
+        assert answer.headers["cache-control"] == "no-store"
+        assert "retry-after" not in answer.headers
+    without_date = [{k: v for k, v in a.headers.items() if k != "date"} for a in answers]
+    assert all(headers == without_date[0] for headers in without_date)
+
+
+@apps
+async def test_a_spent_budget_tells_when_to_come_back(
+    app: Callable[..., Served], manager: TokenManager, clock: Clock
+) -> None:
+    async with app(manager) as client:
+        code = (await client.get("/issue", params={"slug": "login"})).json()["key"]
+        for wrong in wrong_codes(code, 5):
+            assert (await client.get("/consume", params={"slug": "login", "key": wrong})).status_code == 400
+        clock.advance(timedelta(seconds=100, milliseconds=1))
+        answer = await client.get("/consume", params={"slug": "login", "key": code})
+    assert (answer.status_code, answer.json()) == (429, TOO_MANY)
+    assert answer.headers["retry-after"] == "800"  # 799.999 s: never told too early
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@apps
+async def test_a_cooldown_tells_when_to_come_back(app: Callable[..., Served], manager: TokenManager) -> None:
+    async with app(manager) as client:
+        assert (await client.get("/issue", params={"slug": "slow"})).status_code == 200
+        answer = await client.get("/issue", params={"slug": "slow"})
+    assert (answer.status_code, answer.json()) == (429, TOO_MANY)
+    assert answer.headers["retry-after"] == "90"
+
+
+@apps
+async def test_it_sweeps_where_that_is_asked(
+    app: Callable[..., Served], manager: TokenManager, backend: Watched
+) -> None:
+    purged = anyio.Event()
+
+    async def note() -> None:
+        purged.set()
+
+    backend.after["purge"] = note
+    async with app(manager, timedelta(milliseconds=1)):
+        with anyio.fail_after(30):
+            await purged.wait()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@apps
+async def test_it_does_not_sweep_unless_that_is_asked(
+    app: Callable[..., Served], manager: TokenManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(TokenManager, "sweeper")
+    async with app(manager) as client:
+        assert (await client.get("/issue", params={"slug": "reset"})).status_code == 200
+
+
+@apps
+async def test_a_store_in_trouble_stops_the_start(
+    app: Callable[..., Served], manager: TokenManager, backend: Watched
+) -> None:
+    backend.failing["open"] = BackendUnavailable("no server")
+    with pytest.raises((AssertionError, BackendUnavailable), match="no server"):
+        await app(manager).__aenter__()
+
+
+async def test_starlette_without_the_lifespan_says_so() -> None:
+    async def find(connection: HTTPConnection) -> None:
+        for_starlette.get_manager(connection)
+
+    error = await refused(ConfigurationError, find(HTTPConnection({"type": "http"})))
+    assert "lifespan=lifespan(manager)" in str(error)
+
+
+async def test_starlette_finds_the_manager_in_a_mounted_application(manager: TokenManager) -> None:
+    inner = Starlette(routes=[Route("/issue", starlette_issue)])
+    outer = Starlette(routes=[Mount("/inner", inner)], lifespan=for_starlette.lifespan(manager))
+    async with serving(outer) as client:
+        assert (await client.get("/inner/issue", params={"slug": "a"})).json()["key"]
+
+
+async def test_fastapi_hands_the_manager_to_a_websocket_too(manager: TokenManager) -> None:
+    async def endpoint(websocket: WebSocket) -> None:
+        assert for_fastapi.get_manager(websocket) is manager
+        await websocket.accept()
+
+    app = FastAPI(lifespan=for_fastapi.lifespan(manager))
+    app.websocket("/ws")(endpoint)
+    sent: list[str] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    scope = {
+        "type": "websocket",
+        "path": "/ws",
+        "headers": [],
+        "query_string": b"",
+        "state": {"vtoken": manager},
+    }
+    await app(scope, receive, send)
+    assert sent == ["websocket.accept"]
+
+
+async def test_litestars_own_handlers_go_first(manager: TokenManager) -> None:
+    def teapot(_: Request[Any, Any, Any], __: Exception) -> Response[str]:
+        return Response("short and stout", status_code=418)
+
+    app = Litestar(
+        [litestar_consume],
+        plugins=[for_litestar.plugin(manager)],
+        exception_handlers={InvalidToken: teapot},
+        openapi_config=None,
+    )
+    async with serving(app) as client:
+        assert (await client.get("/consume", params={"slug": "a", "key": WRONG})).status_code == 418
+
+
+async def test_aiohttp_finds_the_manager_in_a_subapplication(manager: TokenManager) -> None:
+    outer, inner = web.Application(), web.Application()
+    outer.cleanup_ctx.append(for_aiohttp.cleanup_ctx(manager))
+    inner.router.add_get("/issue", aiohttp_issue)
+    outer.add_subapp("/inner", inner)
+    async with TestServer(outer) as server, httpx.AsyncClient() as client:
+        url = str(server.make_url("/inner/issue"))
+        assert (await client.get(url, params={"slug": "a"})).json()["key"]
+
+
+async def test_aiohttp_without_the_cleanup_context_says_so() -> None:
+    errors: list[BaseException] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        try:
+            for_aiohttp.get_manager(request)
+        except ConfigurationError as error:
+            errors.append(error)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    async with TestServer(app) as server, httpx.AsyncClient() as client:
+        await client.get(str(server.make_url("/")))
+    assert "cleanup_ctx" in str(errors[0])
+
+
+async def test_aiohttp_may_start_and_clean_up_in_different_tasks(
+    manager: TokenManager, backend: Watched
+) -> None:
+    app = web.Application()
+    app.cleanup_ctx.append(for_aiohttp.cleanup_ctx(manager, timedelta(hours=1)))
+    runner = web.AppRunner(app)
+    await asyncio.create_task(runner.setup())
+    await asyncio.create_task(runner.cleanup())
+    assert backend.calls == ["open", "close"]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_wrong_period_stops_the_start_of_aiohttp(manager: TokenManager) -> None:
+    app = web.Application()
+    app.cleanup_ctx.append(for_aiohttp.cleanup_ctx(manager, timedelta(0)))
+    runner = web.AppRunner(app)
+    await refused(InvalidInput, runner.setup())
+    await runner.cleanup()
