@@ -9,13 +9,15 @@ from collections import OrderedDict
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
+from unittest import mock
 from uuid import UUID
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vtoken import InvalidInput, inputs
+from vtoken import InvalidInput, Subject, TokenManager, TokenPolicy, inputs
 
 from .core_tools import unhurried
 
@@ -90,6 +92,61 @@ class TestText:
         problem = inputs.text_problem(value, 1)
         assert problem is not None
         assert value not in problem
+
+
+class Lying(str):
+    """Says of itself that it is short, ASCII, equal to anything, and something else."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __contains__(self, _: object) -> bool:
+        return False
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __str__(self) -> str:
+        return "a lie"
+
+    def isascii(self) -> bool:
+        return True
+
+    def encode(self, *_: str) -> bytes:
+        return b"a lie"
+
+
+class TestLyingSubclasses:
+    @pytest.mark.parametrize("text", ["", "a\0b", "a\ud800b", "x" * 256])
+    def test_what_a_text_holds_is_checked(self, text: str) -> None:
+        with pytest.raises(InvalidInput):
+            inputs.check_text("slug", Lying(text), 255)
+        with pytest.raises(InvalidInput):
+            inputs.check_object_id(Lying(text * 3))
+
+    @pytest.mark.parametrize("data", [Lying("\ud800"), [Lying("\ud800")], {Lying("\ud800"): 1}])
+    def test_extra_data_holds_no_lone_surrogates(self, data: object) -> None:
+        with pytest.raises(InvalidInput):
+            inputs.dump_json(data)
+
+    def test_what_a_text_holds_is_taken(self) -> None:
+        taken = inputs.check_text("slug", Lying("reset"), 255)
+        assert (type(taken), taken) == (str, "reset")
+
+    @pytest.mark.parametrize("key", [mock.ANY, Lying("\ud800"), Lying("\0"), Lying("x" * 513)])
+    async def test_a_key_and_a_context_are_checked_whatever_they_say(self, key: Any) -> None:
+        policies = [TokenPolicy.link("bound", context="required")]
+        async with TokenManager.from_url("memory://", policies=policies) as manager:
+            with pytest.raises(InvalidInput):
+                await manager.consume(Subject("auth.user", 1), "reset", key)
+            with pytest.raises(InvalidInput):
+                await manager.consume(Subject("auth.user", 1), "bound", "key", context=key)
 
 
 class TestObjectId:

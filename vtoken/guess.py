@@ -54,12 +54,12 @@ def make_guess(
         InvalidInput: the key or the context is no text of at most 512 bytes, or a code comes
             without its object.
     """
-    if key.reveal() != "":  # an empty key is a wrong key
-        problem = text_problem(key.reveal(), MAX_KEY_BYTES)
-        if problem is not None:
-            raise InvalidInput(f"key {problem}")
-    if context.reveal() is not None and context.reveal() != "":  # a missing one matches no bound token
-        problem = text_problem(context.reveal(), MAX_KEY_BYTES)
+    # An empty key is a wrong key; a missing or empty context matches no bound token.
+    problem = text_problem(key.reveal(), MAX_KEY_BYTES, may_be_empty=True)
+    if problem is not None:
+        raise InvalidInput(f"key {problem}")
+    if context.reveal() is not None:
+        problem = text_problem(context.reveal(), MAX_KEY_BYTES, may_be_empty=True)
         if problem is not None:
             raise InvalidInput(f"context {problem}")
     content_type, object_id = subject

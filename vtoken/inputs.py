@@ -55,14 +55,15 @@ DEFAULT: Final = Unset.DEFAULT
 """Take the policy's value, or the settings'."""
 
 
-def text_problem(value: object, limit: int) -> str | None:
+def text_problem(value: object, limit: int, *, may_be_empty: bool = False) -> str | None:
     """Say why ``value`` is not a text of 1 to ``limit`` bytes of UTF-8, or None if it is.
 
     A separate step from raising, so that a caller can first drop a secret from its frame.
     """
     if not isinstance(value, str):
         return f"must be a str, not {type(value).__name__}"
-    if not value:
+    value = str.__str__(value)  # what a subclass says about itself may differ from what it holds
+    if not value and not may_be_empty:
         return "must not be empty"
     if "\0" in value:
         return "must not contain NUL"
@@ -104,7 +105,7 @@ def check_object_id(value: object) -> str:
             raise InvalidInput(f"object_id must be at most {MAX_OBJECT_ID_BYTES} bytes long")
         value = int.__repr__(value)
     elif isinstance(value, UUID):
-        value = str(value)
+        value = UUID.__str__(value)
     return check_text("object_id", value, MAX_OBJECT_ID_BYTES)
 
 
@@ -174,6 +175,8 @@ def dump_json(value: object) -> str:
     """
     _check_json(value, MAX_EXTRA_DATA_DEPTH)
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidInput("extra_data must not contain lone surrogates")
     if len(text.encode()) > MAX_EXTRA_DATA_BYTES:
         raise InvalidInput(f"extra_data must be at most {MAX_EXTRA_DATA_BYTES} bytes of JSON")
     return text
@@ -187,6 +190,7 @@ def check_json_text(text: object) -> str:
     """
     if not isinstance(text, str):
         raise InvalidInput(f"extra_data must be JSON text or None, not {type(text).__name__}")
+    text = str.__str__(text)
     if len(text) > MAX_EXTRA_DATA_BYTES or any("\ud800" <= c <= "\udfff" for c in text):
         raise InvalidInput(f"extra_data must be at most {MAX_EXTRA_DATA_BYTES} bytes of JSON")
     try:
@@ -202,7 +206,7 @@ def check_json_text(text: object) -> str:
 
 
 def _check_json(value: object, depth: int) -> None:
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool | str):
         return
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
@@ -210,9 +214,6 @@ def _check_json(value: object, depth: int) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidInput("extra_data: NaN and infinities are not JSON")
-    elif isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise InvalidInput("extra_data must not contain lone surrogates")
     elif isinstance(value, dict | list):
         if depth == 0:
             raise InvalidInput(f"extra_data: at most {MAX_EXTRA_DATA_DEPTH} nested containers")
@@ -220,7 +221,6 @@ def _check_json(value: object, depth: int) -> None:
             for name in value:
                 if not isinstance(name, str):
                     raise InvalidInput(f"extra_data: keys must be str, not {type(name).__name__}")
-                _check_json(name, depth)
         for item in value.values() if isinstance(value, dict) else value:
             _check_json(item, depth - 1)
     else:
