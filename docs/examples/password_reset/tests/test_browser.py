@@ -1,0 +1,391 @@
+"""What people do, in a real browser, on SQLite and on MongoDB."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from password_reset.accounts import Accounts
+from tests.conftest import ADA, OLD, NewPage
+from tests.site import SECONDS, Site
+
+NEW, OTHER = "the new long password", "another long password"
+GRACE = "grace@example.org"
+
+Picture = Callable[[Page, str], None]
+
+
+def expect_title(page: Page, title: str) -> None:
+    expect(page.get_by_role("heading")).to_have_text(title)
+
+
+def expect_problem(page: Page, problem: str) -> None:
+    expect(page.get_by_role("alert")).to_have_text(problem)
+
+
+def ask_for_link(page: Page, site: Site, email: str = ADA) -> None:
+    page.goto(f"{site.url}/forgot")
+    page.get_by_label("E-mail address").fill(email)
+    page.get_by_role("button").click()
+    expect_title(page, "Look into your mailbox")
+
+
+def ask_for_code(page: Page, site: Site, email: str = ADA) -> None:
+    page.goto(f"{site.url}/code")
+    page.get_by_label("E-mail address").fill(email)
+    page.get_by_role("button").click()
+    expect_title(page, "Type in your code")
+
+
+def type_code(page: Page, code: str, password: str = NEW) -> None:
+    page.get_by_label("Code").fill(code)
+    page.get_by_label("New password").fill(password)
+    page.get_by_role("button", name="Set password").click()
+
+
+def set_password(page: Page, password: str = NEW) -> None:
+    page.get_by_label("New password").fill(password)
+    page.get_by_role("button").click()
+
+
+def sign_in(page: Page, site: Site, password: str, email: str = ADA) -> None:
+    page.goto(site.url)
+    page.get_by_label("E-mail address").fill(email)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button").click()
+
+
+def can_sign_in(page: Page, site: Site, password: str) -> bool:
+    """Whether ada can; she is signed out afterwards."""
+    sign_in(page, site, password)
+    title = page.get_by_role("heading").and_(page.locator("h1"))
+    expect(title.or_(page.get_by_role("alert")).first).to_be_visible()
+    page.wait_for_load_state()
+    if page.get_by_role("alert").count():
+        return False
+    expect_title(page, "Welcome")
+    page.get_by_role("button", name="Sign out").click()
+    expect_title(page, "Sign in")
+    return True
+
+
+def test_a_new_password_by_link(page: Page, new_page: NewPage, site: Site, take_picture: Picture) -> None:
+    signed_in_before = new_page()
+    sign_in(signed_in_before, site, OLD)
+    expect_title(signed_in_before, "Welcome")
+
+    page.goto(site.url)
+    page.get_by_role("link", name="a link").click()
+    expect_title(page, "Forgot your password?")
+    take_picture(page, "forgot")
+    page.get_by_label("E-mail address").fill("  Ada@Example.org ")
+    page.get_by_role("button").click()
+    expect_title(page, "Look into your mailbox")
+    take_picture(page, "sent")
+
+    page.goto(site.next_link(ADA))
+    expect_title(page, "Set a new password")
+    take_picture(page, "link")
+    set_password(page)
+    expect_title(page, "Your password is changed")
+    take_picture(page, "changed")
+    assert "was changed" in site.next_mail(ADA)
+
+    assert not can_sign_in(page, site, OLD)
+    assert can_sign_in(page, site, NEW)
+    signed_in_before.reload()
+    expect_title(signed_in_before, "Sign in")  # a reset ends the sessions
+
+
+def test_a_refused_password_leaves_the_link_good(page: Page, site: Site) -> None:
+    ask_for_link(page, site)
+    page.goto(site.next_link(ADA))
+    page.get_by_label("New password").evaluate("field => { field.minLength = 0 }")
+    set_password(page, "too short")
+    expect_problem(page, "Please take a password of at least 15 characters.")
+    set_password(page)
+    expect_title(page, "Your password is changed")
+
+
+def test_a_link_opened_twice(page: Page, new_page: NewPage, site: Site, take_picture: Picture) -> None:
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    second = new_page()
+    for each in (page, second):
+        each.goto(link)
+        expect_title(each, "Set a new password")
+    set_password(page)
+    expect_title(page, "Your password is changed")
+    set_password(second, OTHER)
+    expect_title(second, "This link is not valid")
+    take_picture(second, "not-valid")
+    page.goto(link)
+    expect_title(page, "This link is not valid")
+    assert can_sign_in(page, site, NEW)
+
+
+def test_a_scanner_opens_the_link_first(page: Page, site: Site) -> None:
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    with httpx.Client(follow_redirects=True, trust_env=False) as scanner:
+        for _ in range(5):
+            assert scanner.get(link).status_code == 200
+        scanner.head(link)
+        scanner.post(link)  # without the form's fields
+    page.goto(link)
+    set_password(page)
+    expect_title(page, "Your password is changed")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_link_is_good_for_an_hour(page: Page, new_page: NewPage, site: Site, late: bool) -> None:
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    opened = new_page()
+    opened.goto(link)
+    expect_title(opened, "Set a new password")
+    site.clock.advance(hours=1, milliseconds=1 if late else 0)
+    page.goto(link)
+    expect_title(page, "This link is not valid" if late else "Set a new password")
+    set_password(opened)
+    expect_title(opened, "This link is not valid" if late else "Your password is changed")
+    assert can_sign_in(page, site, OLD if late else NEW)
+
+
+def test_resending_waits_a_minute_and_ends_the_older_link(page: Page, site: Site) -> None:
+    ask_for_link(page, site)
+    first = site.next_link(ADA)
+    page.get_by_role("button", name="Send it again").click()
+    expect_title(page, "Look into your mailbox")
+    ask_for_code(page, site)
+    site.next_code(ADA)  # messages go out in order, so there was no second link in between
+    page.goto(first)
+    expect_title(page, "Set a new password")
+
+    site.clock.advance(minutes=1)
+    ask_for_link(page, site)
+    second = site.next_link(ADA)
+    page.goto(first)
+    expect_title(page, "This link is not valid")
+    page.goto(second)
+    expect_title(page, "Set a new password")
+
+
+def test_an_answer_does_not_tell_who_has_an_account(page: Page, new_page: NewPage, site: Site) -> None:
+    stranger = new_page()
+    for ask in (ask_for_link, ask_for_code):
+        ask(stranger, site, GRACE)
+        ask(page, site, ADA)
+        assert _shown(stranger).replace(GRACE, ADA) == _shown(page)
+    for number in range(7):
+        for each in (stranger, page):
+            type_code(each, "not a code")
+            expect_problem(
+                each, "That code is not valid." if number < 5 else "Too many codes. Wait 15 minutes."
+            )
+        assert _shown(stranger).replace(GRACE, ADA) == _shown(page)
+    sign_in(page, site, "a wrong long password")
+    sign_in(stranger, site, "a wrong long password", GRACE)
+    assert _shown(stranger) == _shown(page)
+    site.next_link(ADA)
+    site.next_code(ADA)
+    assert site.mails.empty()
+
+
+def _shown(page: Page) -> str:
+    page.wait_for_load_state()
+    return page.locator("main").inner_text()
+
+
+def test_a_new_password_by_code(page: Page, site: Site, take_picture: Picture) -> None:
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    ask_for_code(page, site)
+    take_picture(page, "code")
+    code = site.next_code(ADA)
+    wrong = f"{(int(code.replace(' ', '')) + 1) % 10**6:06}"
+    type_code(page, wrong)
+    expect_problem(page, "That code is not valid.")
+    type_code(page, code)
+    expect_title(page, "Your password is changed")
+    assert can_sign_in(page, site, NEW)
+    page.goto(link)
+    expect_title(page, "This link is not valid")  # it must not outlive the password
+
+
+def test_a_code_is_for_the_browser_that_asked(page: Page, new_page: NewPage, site: Site) -> None:
+    ask_for_code(page, site)
+    code = site.next_code(ADA)
+    other = new_page()
+    ask_for_code(other, site)  # within the minute: no other code
+    type_code(other, code)
+    expect_problem(other, "That code is not valid.")
+    type_code(page, code)
+    expect_title(page, "Your password is changed")
+
+
+def test_guesses_are_capped(page: Page, site: Site, take_picture: Picture) -> None:
+    ask_for_code(page, site)
+    code = site.next_code(ADA)
+    for guess in range(5):
+        type_code(page, f"{(int(code.replace(' ', '')) + 1 + guess) % 10**6:06}")
+        expect_problem(page, "That code is not valid.")
+    type_code(page, code)
+    expect_problem(page, "Too many codes. Wait 15 minutes.")
+    take_picture(page, "capped")
+    site.clock.advance(minutes=2)
+    ask_for_code(page, site)
+    type_code(page, site.next_code(ADA))  # a new code brings no new guesses
+    expect_problem(page, "Too many codes. Wait 13 minutes.")
+    site.clock.advance(minutes=13)
+    ask_for_code(page, site)
+    type_code(page, site.next_code(ADA))
+    expect_title(page, "Your password is changed")
+
+
+def test_a_code_is_good_for_ten_minutes(page: Page, site: Site) -> None:
+    ask_for_code(page, site)
+    code = site.next_code(ADA)
+    site.clock.advance(minutes=10, milliseconds=1)
+    type_code(page, code)
+    expect_problem(page, "That code is not valid.")
+
+
+def test_a_second_browser_comes_while_the_first_sets_its_password(
+    page: Page, new_page: NewPage, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, may_go_on = threading.Event(), threading.Event()
+    whole = Accounts.set_password
+
+    async def slow(accounts: Accounts, email: str, password: str) -> None:
+        entered.set()
+        await asyncio.to_thread(may_go_on.wait, SECONDS)
+        await whole(accounts, email, password)
+
+    monkeypatch.setattr(Accounts, "set_password", slow)
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    second = new_page()
+    for each, password in ((page, NEW), (second, OTHER)):
+        each.goto(link)
+        each.get_by_label("New password").fill(password)
+    page.evaluate("setTimeout(() => document.forms[0].submit())")
+    assert entered.wait(SECONDS)
+    second.get_by_role("button").click()
+    expect_title(second, "This link is not valid")
+    may_go_on.set()
+    expect_title(page, "Your password is changed")
+    assert can_sign_in(page, site, NEW)
+
+
+def test_a_failure_within_the_redemption_gives_the_link_back(
+    page: Page, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    ask_for_link(page, site)
+    link = site.next_link(ADA)
+    page.goto(link)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accounts, "set_password", broken)
+        set_password(page)
+        expect(page.locator("body")).to_have_text("Internal Server Error")
+    page.goto(link)
+    set_password(page)
+    expect_title(page, "Your password is changed")
+
+
+def test_several_browsers_race(new_page: NewPage, site: Site) -> None:
+    pages = [new_page() for _ in range(4)]
+    ask_for_link(pages[0], site)
+    link = site.next_link(ADA)
+    passwords = [f"the password of number {number}" for number in range(len(pages))]
+    for page, password in zip(pages, passwords, strict=True):
+        page.goto(link)
+        page.get_by_label("New password").fill(password)
+    for page in pages:  # each submits by itself, so they overlap
+        page.evaluate("setTimeout(() => document.forms[0].submit(), 200)")
+    for page in pages:
+        page.get_by_role("heading", name="changed").or_(
+            page.get_by_role("heading", name="not valid")
+        ).wait_for()
+    titles = [page.get_by_role("heading").inner_text() for page in pages]
+    assert sorted(titles) == ["This link is not valid"] * 3 + ["Your password is changed"]
+    winner = titles.index("Your password is changed")
+    assert [can_sign_in(pages[0], site, password) for password in passwords] == [
+        number == winner for number in range(len(pages))
+    ]
+
+
+def test_an_invitation_is_for_three(page: Page, new_page: NewPage, site: Site, take_picture: Picture) -> None:
+    sign_in(page, site, OLD)
+    page.get_by_role("button", name="Invite three people").click()
+    expect_title(page, "Your invitation")
+    take_picture(page, "invitation")
+    link = page.locator("output").inner_text()
+
+    def join(email: str) -> Page:
+        newcomer = new_page()
+        newcomer.goto(link)
+        if newcomer.get_by_role("button").count():
+            newcomer.get_by_label("E-mail address").fill(email)
+            set_password(newcomer)
+        return newcomer
+
+    expect_problem(join(ADA), "That address has an account already.")  # which uses nothing up
+    for number in range(3):
+        expect_title(join(f"friend-{number}@example.org"), "You have joined")
+    expect_title(join("one-too-many@example.org"), "This link is not valid")
+    sign_in(page := new_page(), site, NEW, "friend-2@example.org")
+    expect_title(page, "Welcome")
+
+
+def test_a_newer_invitation_ends_the_older(page: Page, site: Site) -> None:
+    first, second = (site.invitation() for _ in range(2))
+    page.goto(first)
+    expect_title(page, "This link is not valid")
+    page.goto(second)
+    expect_title(page, "You are invited")
+
+
+def test_a_form_of_another_site_is_refused(page: Page, new_page: NewPage, site: Site) -> None:
+    stranger = new_page()
+    stranger.goto(f"{site.url}/forgot")
+    theirs = stranger.locator("input[name=csrf]").input_value()
+    page.goto(f"{site.url}/forgot")
+    page.locator("input[name=csrf]").evaluate("(field, value) => { field.value = value }", theirs)
+    page.get_by_label("E-mail address").fill(ADA)
+    page.get_by_role("button").click()
+    expect_title(page, "That did not work")
+    assert site.mails.empty()
+
+
+def test_no_page_passes_its_address_on(page: Page, site: Site) -> None:
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(request.headers.get("referer", "")))
+    ask_for_link(page, site)
+    answer = page.goto(site.next_link(ADA))
+    assert answer is not None
+    headers = answer.all_headers()
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cache-control"] == "no-store"
+    set_password(page)
+    expect_title(page, "Your password is changed")
+    page.get_by_role("link").click()
+    expect_title(page, "Sign in")
+    assert len(seen) >= 8
+    assert set(seen) == {""}
+
+
+def test_links_are_built_from_the_configuration(site: Site) -> None:
+    with httpx.Client(base_url=site.url, headers={"Host": "evil.example"}, trust_env=False) as client:
+        form = client.get("/forgot").text
+        csrf = form.partition('name="csrf" value="')[2].partition('"')[0]
+        assert client.post("/forgot", data={"csrf": csrf, "email": ADA}).status_code == 200
+    assert site.next_link(ADA).startswith(f"{site.url}/reset?key=")
