@@ -218,7 +218,7 @@ def _schema_version(database: sqlite3.Connection) -> int | None:
     [(application_id,)] = database.execute("PRAGMA application_id").fetchall()
     [(version,)] = database.execute("PRAGMA user_version").fetchall()
     if application_id == APPLICATION_ID:
-        return int(version) or None
+        return int(version) if version > 0 else None
     [(objects,)] = database.execute("SELECT count(*) FROM sqlite_schema").fetchall()
     return 0 if application_id == version == objects == 0 else None
 
@@ -308,6 +308,7 @@ def _use_wal(database: sqlite3.Connection, path: str, busy_timeout: int) -> None
         else:
             break
         time.sleep(0.005)
+    database.execute("PRAGMA schema_version").fetchall()  # makes the log: the next one sees it at open
     if mode != "wal":
         raise BackendUnavailable(f"{path} is on a file system without write-ahead logging")
 
@@ -325,17 +326,22 @@ _UNAVAILABLE: Final = {
 }
 
 
+_NOT_AS_MADE: Final = ("SQLite: unsupported file format", "SQLite: no such table", "SQLite: no such column")
+
+
 def as_backend_error(error: Exception) -> BackendError:
     code: int | None = getattr(error, "sqlite_errorcode", None)
     message = f"SQLite: {error}"
     if isinstance(error, OSError):
         return BackendUnavailable(f"the SQLite file cannot be made: {error.strerror}")
+    if isinstance(error, UnicodeError) or "Could not decode" in message:
+        return CorruptStore("SQLite: a text in the store is not UTF-8")  # its own message quotes the text
     if code is None:  # aiosqlite's ValueError, or sqlite3's own word for a closed connection
         closed = isinstance(error, ValueError) or "closed" in message
         return BackendClosed("the SQLite backend was closed meanwhile") if closed else BackendError(message)
     if code in (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC):
         return OutcomeUnknown(message)
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or message.startswith(_NOT_AS_MADE):
         return CorruptStore(message)
     if code & 0xFF in _UNAVAILABLE:
         return BackendUnavailable(message)

@@ -1,0 +1,402 @@
+"""SQLite in trouble: no room, damage, schemas of other releases, an SQLite with a known bug."""
+
+# pyright: reportPrivateUsage=false
+# A made-up schema, and statements that fail at a chosen place, can be planted from within only.
+
+# ruff: noqa: ASYNC240  # looking at a small file is no wait to speak of
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import warnings
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtoken.backend import InsertMode, InsertResult, Match
+from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
+from vtoken_backends import _sqlite_file
+from vtoken_backends._sqlite_batch import Connection
+from vtoken_backends.sqlite import SQLiteBackend
+
+from .sqlite_tools import NOW, ask, beside, make_store, opened, plain, python, token
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a test has its store."""
+    return tmp_path / "tokens.db"
+
+
+async def stored(backend: SQLiteBackend) -> set[str]:
+    return {found.id for found in await backend.find(Match(), 100_000)}
+
+
+# No room
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Generator[Callable[[], None]]:
+    """A file system with little room; the function that is given makes room."""
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", place],  # noqa: S607  # the system's own
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        ballast = place / "ballast"
+        ballast.write_bytes(bytes(1_500_000))
+        yield ballast.unlink
+    finally:
+        subprocess.run(["umount", place], check=True)  # noqa: S607  # as above
+
+
+@contextlib.contextmanager
+def small_files(place: Path) -> Generator[Callable[[], None]]:
+    """No file may grow past a size; the function that is given lifts it. Needs no rights."""
+    place.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limited", [small_disk, small_files])
+async def test_without_room_it_reads_on_and_with_room_it_works_again(
+    tmp_path: Path, limited: Callable[[Path], contextlib.AbstractContextManager[Callable[[], None]]]
+) -> None:
+    acknowledged: set[str] = set()
+
+    async def fill(backend: SQLiteBackend) -> None:
+        for number in range(10_000):
+            await backend.insert(token(number, str(number)), InsertMode.ADD)
+            acknowledged.add(token(number).id)
+
+    with limited(tmp_path / "disk") as make_room:
+        async with opened(SQLiteBackend(tmp_path / "disk" / "tokens.db", synchronous="normal")) as backend:
+            with pytest.raises(BackendUnavailable):
+                await fill(backend)
+            assert len(acknowledged) > 10
+            with pytest.raises(BackendUnavailable):
+                await backend.purge(NOW + 10**6, NOW + 10**6, 1000, 0)
+            assert await stored(backend) == acknowledged
+            make_room()
+            assert await backend.insert(token(10_000), InsertMode.ADD) is InsertResult.INSERTED
+            assert await stored(backend) == {*acknowledged, token(10_000).id}
+            assert await backend.purge(NOW + 10**6, NOW + 10**6, 100_000, 0) == len(acknowledged) + 1
+            assert await stored(backend) == set()
+
+
+async def test_a_store_that_was_closed_without_room_opens_when_there_is_some(tmp_path: Path) -> None:
+    with small_files(tmp_path / "disk") as make_room:
+        backend = SQLiteBackend(tmp_path / "disk" / "tokens.db", synchronous="normal")
+        count = 0
+        async with opened(backend):
+            with contextlib.suppress(BackendUnavailable):
+                for count in range(10_000):
+                    await backend.insert(token(count, str(count)), InsertMode.ADD)
+        make_room()
+        async with opened(backend):
+            assert len(await stored(backend)) == count
+
+
+# Damage
+
+
+async def found_or_told(path: Path, ids: list[str]) -> str:
+    """Either the store says that it is damaged, or it has every token."""
+    try:
+        async with opened(SQLiteBackend(path)) as backend:
+            for id in ids:  # noqa: A001  # the contract's name
+                assert [found.id for found in await backend.find(Match(id=id), 2)] == [id]
+    except CorruptStore:
+        return "told"
+    return "found"
+
+
+DAMAGE: dict[str, Callable[[bytes, int], bytes]] = {
+    "zeros": lambda page, _: bytes(len(page)),
+    "noise": lambda page, number: hashlib.shake_128(b"%d" % number).digest(len(page)),
+    "a torn write": lambda page, _: page[:512] + bytes(len(page) - 512),
+    "a lost sector": lambda page, _: page[:-512] + bytes(512),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+async def test_whichever_page_is_damaged_no_token_is_missing_unnoticed(
+    path: Path, damage: Callable[[bytes, int], bytes]
+) -> None:
+    await make_store(path, tokens=100)
+    sound, ids = path.read_bytes(), [token(number).id for number in range(100)]
+    outcomes: list[str] = []
+    for start in range(0, len(sound), 4096):
+        page = damage(sound[start : start + 4096], start)
+        path.write_bytes(sound[:start] + page + sound[start + 4096 :])
+        outcomes.append(await found_or_told(path, ids))
+    # A sector that was empty may be lost without loss.
+    assert outcomes.count("told") > len(outcomes) / 2
+
+
+async def test_whichever_bit_flips_no_token_is_missing_unnoticed(path: Path) -> None:
+    await make_store(path, tokens=100)
+    sound, ids = path.read_bytes(), [token(number).id for number in range(100)]
+    chance = random.Random(7)  # noqa: S311  # places, no secrets
+    outcomes: list[str] = []
+    for _ in range(150):
+        content = bytearray(sound)
+        place = chance.choice(
+            [chance.randrange(100), chance.randrange(len(sound))]
+        )  # the header, or anywhere
+        content[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        outcomes.append(await found_or_told(path, ids))
+    assert {"told", "found"} == set(outcomes)
+
+
+async def test_a_store_cut_short_is_damaged(path: Path) -> None:
+    await make_store(path, tokens=100)
+    sound = path.read_bytes()
+    for size in (2, 99, 100, 512, 4096, len(sound) // 2, len(sound) - 4096, len(sound) - 100):
+        path.write_bytes(sound[:size])
+        with pytest.raises(CorruptStore):
+            await SQLiteBackend(path).open()
+        assert path.read_bytes() == sound[:size]
+
+
+@pytest.mark.parametrize("column", ["plain_key", "use_ids", "extra_data"])
+async def test_a_text_that_is_none_is_damage_and_is_not_quoted(path: Path, column: str) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        await backend.insert(token(1), InsertMode.ADD)
+        with plain(path) as database:
+            sql = f"UPDATE tokens SET {column} = CAST(x'73656372657473ff' AS TEXT)"  # noqa: S608  # from above
+            database.execute(sql)
+        with pytest.raises(CorruptStore) as caught:
+            await backend.find(Match(), 1)
+        assert "secrets" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+async def test_a_table_that_vanished_is_damage(path: Path) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        with plain(path) as database:
+            database.execute("DROP TABLE tokens")
+        with pytest.raises(CorruptStore):
+            await backend.find(Match(), 1)
+
+
+# Schemas of other releases
+
+SECOND = (
+    "ALTER TABLE tokens ADD COLUMN note TEXT NOT NULL DEFAULT ''",
+    "UPDATE tokens SET note = slug",
+    "CREATE INDEX tokens_note ON tokens (note)",
+)
+"""A made-up schema 2."""
+
+
+@pytest.fixture
+def second_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sqlite_file, "_MIGRATIONS", (*_sqlite_file._MIGRATIONS, SECOND))
+
+
+def schema_of(path: Path) -> tuple[int, bool, int]:
+    """The version, whether it has the new index, and how many tokens."""
+    with plain(path) as database:
+        [(version,)] = database.execute("PRAGMA user_version").fetchall()
+        index = database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'tokens_note'").fetchall()
+        [(count,)] = database.execute("SELECT count(*) FROM tokens").fetchall()
+        return version, bool(index), count
+
+
+async def test_a_store_of_an_older_release_is_brought_up_to_date(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
+    await make_store(path, tokens=3)
+    assert schema_of(path) == (1, False, 3)
+    request.getfixturevalue("second_release")
+    backends = [SQLiteBackend(path) for _ in range(4)]
+    await asyncio.gather(*(backend.open() for backend in backends))  # only one of them does it
+    assert schema_of(path) == (2, True, 3)
+    assert await ask(backends[0], "SELECT DISTINCT note FROM tokens") == [("reset",)]
+    assert await backends[0].find(Match(id=token(1).id), 1) == [token(1, "1")]
+    for backend in backends:
+        await backend.close()
+
+
+@pytest.mark.usefixtures("second_release")
+async def test_a_new_store_is_made_with_the_newest_schema(path: Path) -> None:
+    await make_store(path, tokens=1)
+    assert schema_of(path) == (2, True, 1)
+
+
+async def test_a_damaged_store_of_an_older_release_is_left_as_it_is(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
+    await make_store(path, tokens=100)
+    content = bytearray(path.read_bytes())
+    content[5 * 4096 : 6 * 4096] = bytes(4096)
+    path.write_bytes(content)
+    request.getfixturevalue("second_release")
+    with pytest.raises(CorruptStore):
+        await SQLiteBackend(path).open()
+    assert beside(path) == {path.name: bytes(content)}
+
+
+class _Interrupted(Connection):
+    """Comes to an end at one of its statements."""
+
+    left = 0
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Any:
+        type(self).left -= 1
+        if type(self).left == 0:
+            self.end()
+        return super().execute(sql, parameters)
+
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Refused(_Interrupted):
+    def end(self) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+
+def _open_in_child(path: Path) -> int:
+    """How a child process ends that opens the store."""
+    with warnings.catch_warnings():
+        # No lock of another thread is needed in the child; Python 3.12 warns where there is a thread.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            _sqlite_file._open_file(str(path), _sqlite_file.Options("full", 1000, "auto")).close()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+async def test_a_migration_killed_at_any_statement_is_resumed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    await make_store(path, tokens=3)
+    older = path.read_bytes()
+    request.getfixturevalue("second_release")
+    versions: list[int] = []
+    for number in range(1, 100):
+        for left in path.parent.iterdir():
+            left.unlink()
+        path.write_bytes(older)
+        with monkeypatch.context() as planted:
+            planted.setattr(_Interrupted, "left", number)
+            planted.setattr(_sqlite_file, "Connection", _Interrupted)
+            status = _open_in_child(path)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        versions.append(schema_of(path)[0])
+        assert schema_of(path) in ((1, False, 3), (2, True, 3))
+        async with opened(SQLiteBackend(path)) as backend:
+            assert len(await stored(backend)) == 3
+        assert schema_of(path) == (2, True, 3)
+    assert versions == sorted(versions)
+    assert versions.count(1) > len(SECOND) + 2  # BEGIN, the statements, the version, COMMIT
+    assert versions.count(2) > 0
+
+
+async def test_a_migration_that_fails_at_any_statement_changes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    await make_store(path, tokens=3)
+    request.getfixturevalue("second_release")
+    failures = 0
+    with monkeypatch.context() as planted:
+        planted.setattr(_sqlite_file, "Connection", _Refused)
+        while schema_of(path)[0] == 1:
+            planted.setattr(_Refused, "left", failures + 1)
+            with pytest.raises(BackendUnavailable, match="full"):
+                await SQLiteBackend(path).open()
+            failures += 1
+            assert schema_of(path) in ((1, False, 3), (2, True, 3))
+    assert failures > len(SECOND) + 2
+    async with opened(SQLiteBackend(path)) as backend:
+        assert len(await stored(backend)) == 3
+
+
+async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr(_sqlite_file, "_MIGRATIONS", (*_sqlite_file._MIGRATIONS, SECOND))
+        await make_store(path, tokens=1)
+    before = beside(path)
+    with pytest.raises(BackendError, match=r"newer vtoken \(schema 2, known up to 1\)"):
+        await SQLiteBackend(path).open()
+    assert beside(path) == before
+
+
+# An SQLite with the WAL-reset bug
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [
+        ((3, 37, 0), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 53, 0), False),
+    ],
+)
+def test_an_sqlite_with_the_wal_reset_bug_is_named(
+    caplog: pytest.LogCaptureFixture, version: tuple[int, int, int], warned: bool
+) -> None:
+    _sqlite_file._warn_of_wal_reset.cache_clear()
+    for _ in range(2):
+        _sqlite_file._warn_of_wal_reset(version)
+    _sqlite_file._warn_of_wal_reset.cache_clear()
+    assert len(caplog.records) == warned
+    assert all(".".join(map(str, version)) in record.getMessage() for record in caplog.records)
+
+
+async def test_only_a_second_connection_is_warned_of_the_wal_reset_bug(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 45, 0))
+    _sqlite_file._warn_of_wal_reset.cache_clear()
+    async with opened(SQLiteBackend(path)):
+        assert caplog.records == []
+        async with opened(SQLiteBackend(path)):
+            assert [(r.name, r.levelno) for r in caplog.records] == [
+                ("vtoken_backends.sqlite", logging.WARNING)
+            ]
+    _sqlite_file._warn_of_wal_reset.cache_clear()
+
+
+def test_an_application_that_does_not_log_does_not_hear_of_it() -> None:
+    script = (
+        "import sys; sys.path[:0] = {path!r}\n"
+        "from vtoken_backends._sqlite_file import _warn_of_wal_reset\n"
+        "_warn_of_wal_reset((3, 45, 0))"
+    )
+    assert python(script).communicate(timeout=60) == ("", "")
