@@ -85,6 +85,7 @@ class DumpReader:
         dumped: dict[int, str] = {}
         for number, record in enumerate(_Records(file), 1):
             model = record.get("model") if isinstance(record, dict) else None
+            model = model if isinstance(model, str) else None
             token: StoredToken | None = None
             problem: str | None = None
             try:
