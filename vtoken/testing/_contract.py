@@ -123,10 +123,13 @@ class Contract:
 
     def consume(self, now: int, presented: Presented, name: str | None) -> ModelToken:
         token = self._guess(now, presented, name)
-        if name is None or name not in token.use_names:
-            self._use(token, now)
-            token.use_names += [name] if name else []
-        self._budgets.pop((presented.subject, presented.slug, "attempts"), None)
+        attempts = presented.subject, presented.slug, "attempts"
+        if name is not None and name in token.use_names:
+            self._refund(attempts)
+            return token
+        self._use(token, now)
+        token.use_names += [name] if name else []
+        self._budgets.pop(attempts, None)
         return token
 
     def enter(self, now: int, presented: Presented, lease: str, until: int) -> ModelToken:

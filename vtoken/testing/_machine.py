@@ -190,11 +190,11 @@ class Machine(RuleBasedStateMachine):
                 self._now, subject, slug, secret, context, replace=True, minutes=lifetime
             )
         for token in newest_first(self._model.of(subject, slug)):
-            if not token.refusal(self._now):
+            if not token.refusal(self._now) and token.context in (None, context):
                 return token
         ended = [t for t in self._model.of(subject, slug) if t.is_active]
         token = self._model.issue(self._now, subject, slug, secret, context, replace=False, minutes=lifetime)
-        for old in ended:  # expired or leased: the new token takes their place
+        for old in ended:  # expired, leased, of another context: the new token takes their place
             old.end(self._now)
         return token
 
