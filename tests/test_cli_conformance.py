@@ -1,0 +1,186 @@
+"""``vtoken conformance``: green only where every case holds; also completion and progress bars."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from pymongo import MongoClient
+
+from vtoken import config, register_backend
+from vtoken.cli import servers, suites
+from vtoken.testing import BackendConformance, DurableBackendConformance
+from vtoken_backends.memory import MemoryBackend
+
+from .cli_tools import Terminal
+from .mongodb_tools import DRIVER_LEAK
+from .servers import fresh_database
+from .test_memory_conformance import TestMemory
+
+pytestmark = [pytest.mark.usefixtures("no_configuration"), DRIVER_LEAK]
+ALL: Final = len(BackendConformance.cases())
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemes of backends of others: one with a planted bug, and one without."""
+    monkeypatch.setattr(config, "_registered", {})
+    register_backend("racy", "tests.broken:RacyUpdate")
+    register_backend("sound", f"{__name__}:Sound")
+
+
+class Sound(MemoryBackend):
+    """Somebody's backend."""
+
+
+class Fine(TestMemory):
+    """The author's own suite."""
+
+    rounds = 1
+
+
+del TestMemory  # it is not collected here, too
+
+
+def test_memory_holds_every_guarantee(vtoken: Terminal) -> None:
+    assert vtoken("conformance", "memory://") == 0
+    lines = vtoken.out.splitlines()
+    assert len(lines) == ALL + 2
+    assert all(re.match(r"holds +\d+  \S", line) for line in lines[:ALL])
+    assert lines[-1] == f"{ALL} holds"
+
+
+def test_a_broken_backend_is_found_out(vtoken: Terminal, broken: None) -> None:
+    told = vtoken.json("conformance", "racy://{n}", "--in-process", status=1)
+    states = {case["name"]: case["state"] for case in told["cases"]}
+    assert told["conformant"] is False
+    assert states["test_of_concurrent_consumers_one_wins"] == "fails"
+    assert 0 < list(states.values()).count("fails") < ALL // 2
+    assert "not run" in states.values()
+    [failed] = [case for case in told["cases"] if case["name"] == "test_of_concurrent_consumers_one_wins"]
+    assert failed["detail"].startswith("AssertionError")
+    assert "assert " in failed["detail"]
+
+
+def test_what_cannot_be_looked_at_is_not_run_and_no_success(vtoken: Terminal, broken: None) -> None:
+    assert vtoken("conformance", "sound://{n}", "--in-process") == 1
+    assert vtoken.out.splitlines()[-1] == f"{ALL - 2} holds, 2 not run"
+    not_run = [line for line in vtoken.out.splitlines() if line.startswith("not run")]
+    assert [line.split()[2] for line in not_run] == ["10", "10"]
+
+
+def test_the_suite_of_an_author_is_run_whole(vtoken: Terminal) -> None:
+    told = vtoken.json("conformance", f"{__name__}:Fine")
+    assert told["conformant"] is True
+    assert {case["state"] for case in told["cases"]} == {"holds"}
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sound://one", "put {n} into the URL"),
+        ("nosuch://{n}", "unknown backend scheme"),
+        ("sqlite:///x.db?chek=always", "did you mean 'check'"),
+        ("vtoken.testing:Clock", "BackendConformance"),
+        ("no.such:Suite", "no module"),
+        ("memory", "not an import path"),
+    ],
+)
+def test_wrong_usage(vtoken: Terminal, broken: None, url: str, message: str) -> None:
+    assert vtoken("conformance", url) == 2
+    assert message in vtoken.err
+    assert vtoken.out == ""
+
+
+def cases_of(suite: BackendConformance, directory: Path, *names: str) -> list[suites.Outcome]:
+    """Run a few of its cases."""
+    outcomes: list[suites.Outcome] = []
+    for case in suites.cases(suite, in_process=False):
+        if case.name in names:
+            (directory / case.name).mkdir()
+            outcomes.append(suites.run_case(suite, case, directory / case.name))
+    return outcomes
+
+
+SOME: Final = (
+    "test_the_store_holds_no_key",
+    "test_the_raw_probe_sees_a_plain_key",
+    "test_a_reopened_store_holds_everything",
+    "test_a_killed_redeemer_frees_the_token",
+)
+
+
+def test_sqlite_files_of_its_own_beside_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokens.db").write_text("not touched")
+    suite, parent = suites.chosen(f"sqlite:///{tmp_path}/tokens.db?synchronous=normal")
+    assert parent == tmp_path
+    assert isinstance(suite, DurableBackendConformance)
+    outcomes = cases_of(suite, tmp_path, *SOME)
+    assert [outcome.state for outcome in outcomes] == ["holds"] * len(SOME), outcomes
+    assert (tmp_path / "tokens.db").read_text() == "not touched"
+
+
+def test_mongodb_databases_of_its_own_which_are_dropped(mongodb_replica_set: str, tmp_path: Path) -> None:
+    with fresh_database(mongodb_replica_set) as url:
+        suite, _ = suites.chosen(f"{url}&collection=mine")
+        outcomes = cases_of(suite, tmp_path, *SOME)
+        assert [outcome.state for outcome in outcomes] == ["holds"] * len(SOME), outcomes
+        with MongoClient[dict[str, Any]](url) as client:
+            names = client.list_database_names()
+            assert client.get_default_database().list_collection_names() == []
+    assert not [name for name in names if name.startswith("vtoken_conformance_")]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("mongodb://host/db", "mongodb://host/new"),
+        ("mongodb://host:1,b:2/?w=1", "mongodb://host:1,b:2/new?w=1"),
+        ("mongodb://me:pw@host/db?w=1", "mongodb://me:pw@host/new?w=1&authSource=db"),
+        ("mongodb+srv://me:pw@host", "mongodb+srv://me:pw@host/new?authSource=admin"),
+        ("mongodb://me:pw@host/db?authSource=x", "mongodb://me:pw@host/new?authSource=x"),
+    ],
+)
+def test_a_user_is_looked_up_where_it_was(url: str, expected: str) -> None:
+    assert servers.with_database(url, "new") == expected
+
+
+# The shell and the terminal ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(
+    vtoken: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = tmp_path / "completion"
+    assert vtoken("--install-completion", "--shell", shell, "--output", str(script)) == 0
+    text = script.read_text()
+    for name in ("conformance", "doctor", "import", "list"):
+        assert name in text
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_shows_how_fast_it_is(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    vtoken.json("issue", "user:1")
+    shown = _Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    assert vtoken("copy", "sqlite:///vtoken.db", "memory://") == 0
+    assert "copying and comparing" in shown.getvalue()
+    assert "2 of 2" in shown.getvalue()
+    assert "copying" not in vtoken.out
+
+
+def test_without_a_terminal_it_is_quiet(vtoken: Terminal) -> None:
+    vtoken.json("issue", "user:1")
+    assert vtoken("copy", "sqlite:///vtoken.db", "memory://") == 0
+    assert vtoken.err == ""
