@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("no_configuration"), DRIVER_LEAK]
 
 
 @contextmanager
-def changed(file: str) -> Iterator[sqlite3.Connection]:
+def changed(file: str) -> Generator[sqlite3.Connection]:
     """The file in the hands of another program."""
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         yield database
