@@ -169,13 +169,14 @@ async def test_no_server_is_told_soon(mongodb_driver: str) -> None:
 
 
 class Commands(CommandListener):
-    """The write commands that a client sent."""
+    """The write commands that a client sent, but for those of what nobody sees yet."""
 
     def __init__(self) -> None:
         self.write_concerns: list[tuple[str, Any]] = []
 
     def started(self, event: CommandStartedEvent) -> None:
-        if event.command_name in {"insert", "update", "delete", "findAndModify"}:
+        pending = all("pending" in document for document in event.command.get("documents", [{}]))
+        if event.command_name in {"insert", "update", "delete", "findAndModify"} and not pending:
             self.write_concerns.append((event.command_name, event.command.get("writeConcern")))
 
     def succeeded(self, event: object) -> None: ...

@@ -161,12 +161,10 @@ class Changes:
         if not firsts:
             return []
         claim = ObjectId()
-        lost = False
-        try:
+        won: set[str] | None = None
+        with suppress(OutcomeUnknown):
             won = await self._claim(firsts, claim)
-        except OutcomeUnknown:
-            lost = True
-        if not lost:
+        if won is not None:
             return [documents.used_first(f.token, f.use) if f.token.id in won else None for f in firsts]
         # The connection broke, say, or the primary stepped down. What the first try has claimed stays so,
         # and a second one claims the rest: drivers do the same for the commands that they can repeat.

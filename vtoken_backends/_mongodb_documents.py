@@ -15,6 +15,7 @@ Besides its own fields, the document of a token has:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -144,10 +145,30 @@ def page(match: Match, after: tuple[int, str] | None) -> Document:
     return {"$and": [condition(match), {"$or": [{"created_at": {"$lt": created_at}}, same_time]}]}
 
 
+def pending(token: StoredToken) -> Document:
+    """The document of a token that nobody sees yet."""
+    until = token.created_at + PENDING_FOR
+    return document(token, slot="", pending=True, is_active=False, ends_at=until)
+
+
 def active(token: StoredToken) -> Document:
     """The query of the active tokens of a token's subject and slug."""
     names = ("content_type", "object_id", "slug")
     return {"is_active": True, **{name: {"$eq": getattr(token, name)} for name in names}}
+
+
+def active_of(content_type: str, slug: str, object_ids: Sequence[str]) -> Document:
+    """The query of the active tokens of several objects."""
+    same = {"content_type": {"$eq": content_type}, "slug": {"$eq": slug}}
+    return {"is_active": True, **same, "object_id": {"$in": object_ids}}
+
+
+def active_of_any(subjects: Iterable[tuple[str, str, str]]) -> Document:
+    """The query of the active tokens of any subject: content type, slug, object id."""
+    groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for content_type, slug, object_id in subjects:
+        groups[content_type, slug].append(object_id)
+    return {"$or": [active_of(*group, object_ids) for group, object_ids in groups.items()]}
 
 
 def valid(at: int) -> Document:
@@ -241,9 +262,9 @@ def overlapping(newer: str, keep_until: int) -> list[Document]:
     return [{"$set": {"slot": "$_id", "newer": joined, **earlier}}]
 
 
-def activation(token: StoredToken) -> Document:
+def activation(is_active: bool, ends_at: int) -> Document:
     """The update that ends the pending state."""
-    return {"$set": {"is_active": token.is_active, "ends_at": token.ends_at}, "$unset": {"pending": ""}}
+    return {"$set": {"is_active": is_active, "ends_at": ends_at}, "$unset": {"pending": ""}}
 
 
 def sealing(rival: str, at: int) -> list[Document]:

@@ -39,14 +39,19 @@ class Lanes(Generic[_Op, _Answer]):
         alone: carries one operation.
         many: carries two or more, and returns an answer, or an exception, for each. A refusal that it
             raises for all of them has changed nothing.
+        reads: they leave nothing behind when they are cut short, so that one alone needs no task of its own.
     """
 
     def __init__(
         self,
         alone: Callable[[_Op], Awaitable[_Answer]],
         many: Callable[[Sequence[_Op]], Awaitable[Sequence[_Answer | BaseException]]],
+        *,
+        reads: bool = False,
     ) -> None:
         self._lanes = [_Lane(alone, many) for _ in range(_LANES)]
+        self._alone = alone
+        self._reads = reads
 
     async def submit(self, op: _Op) -> _Answer:
         """Have an operation carried, and return its answer.
@@ -55,7 +60,22 @@ class Lanes(Generic[_Op, _Answer]):
         the trip has ended.
         """
         lane = min(self._lanes, key=_load)
+        goes_directly = self._reads and not lane.load
         lane.load += 1
+        try:
+            return await (self._directly(op) if goes_directly else self._gathered(lane, op))
+        finally:
+            lane.load -= 1
+
+    async def _directly(self, op: _Op) -> _Answer:
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        cancellations = task.cancelling()
+        answer = await self._alone(op)
+        if task.cancelling() > cancellations:  # PyMongo swallows some
+            raise asyncio.CancelledError
+        return answer
+
+    async def _gathered(self, lane: _Lane[_Op, _Answer], op: _Op) -> _Answer:
         call = _Call(op)
         try:
             return cast("_Answer", await lane.gatherer.submit(call))
@@ -63,11 +83,9 @@ class Lanes(Generic[_Op, _Answer]):
             if call.trip is not None:
                 await outlast(call.trip)
             raise
-        finally:
-            lane.load -= 1
 
 
-_load = attrgetter("load")
+_load: Final = attrgetter("load")
 
 
 class _Lane(Generic[_Op, _Answer]):

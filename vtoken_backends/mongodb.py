@@ -12,15 +12,13 @@ the moment it is elected; "majority" can lag behind that after a fail-over and s
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple, Self, cast
 
-from pymongo import IndexModel, ReturnDocument, UpdateMany, UpdateOne
+from pymongo import IndexModel, ReturnDocument
 
 import vtoken_backends._mongodb_documents as documents
 from vtoken.backend import (
@@ -43,13 +41,12 @@ from vtoken.errors import (
 )
 from vtoken_backends._mongodb_changes import Changes, Take
 from vtoken_backends._mongodb_documents import Document
+from vtoken_backends._mongodb_inserts import ATTEMPTS, Inserts, Put, back_off
 from vtoken_backends._mongodb_lanes import Lanes
 from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_url
 from vtoken_backends.matching import matches
 
 _SCHEMA: Final = 1
-_ATTEMPTS: Final = 1000
-"""How often a lost race is run again; each time another one has won."""
 _OPTIONS: Final = ("database", "collection", "driver", "durable")
 
 
@@ -95,7 +92,9 @@ class MongoDBBackend:
     ) -> None:
         self._link = Link(client, url, database, collection, driver, durable)
         self._changes = Changes(self._link)
-        self._finds = Lanes(self._look, self._look_many)
+        inserts = Inserts(self._link)
+        self._inserts = Lanes(inserts.insert, inserts.insert_many)
+        self._finds = Lanes(self._look, self._look_many, reads=True)
         self._uses = Lanes(self._changes.use, self._changes.use_many)
 
     @classmethod
@@ -181,58 +180,7 @@ class MongoDBBackend:
 
     async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
         """As of the protocol."""
-        if mode is InsertMode.ADD:
-            return await settle(self._add(token, slot=token.id))
-        return await settle(self._replace(token, mode, keep_until))
-
-    async def _add(self, token: StoredToken, **more: object) -> InsertResult:
-        refused = await self._refused(lambda: self._link.tokens.insert_one(documents.document(token, **more)))
-        return InsertResult.KEY_TAKEN if refused else InsertResult.INSERTED
-
-    async def _replace(self, token: StoredToken, mode: InsertMode, keep_until: int) -> InsertResult:
-        only_if_none = mode is InsertMode.IF_NONE_VALID
-        if only_if_none and await self._has_valid(token):
-            return InsertResult.HAS_VALID
-        old = documents.active(token)
-        if await self._link.run(lambda: self._link.tokens.find_one(old, {"_id": 1}), writes=False) is None:
-            # Nobody is to be pushed out; should one come in between, the unique index says so.
-            refused = await self._refused(
-                lambda: self._link.tokens.insert_one(documents.document(token, slot=""))
-            )
-            if refused is None:
-                return InsertResult.INSERTED
-            if not refused.in_slot:
-                return InsertResult.KEY_TAKEN
-        overlap = not only_if_none and keep_until > token.created_at
-        until = token.created_at + documents.PENDING_FOR
-        added = await self._add(
-            token, slot="", pending=True, is_active=False, ends_at=until, has_older=overlap
-        )
-        if added is InsertResult.KEY_TAKEN:
-            return added
-        change: Any = documents.ending(token.created_at)
-        if overlap:
-            change = documents.overlapping(token.id, keep_until)
-        if only_if_none:
-            old |= documents.invalid(token.created_at)
-        mine = {"_id": token.id, "pending": True}
-        steps = [UpdateMany(old, change), UpdateOne(mine, documents.activation(token))]
-        for attempt in range(_ATTEMPTS):
-            if not await self._refused(lambda: self._link.tokens.bulk_write(steps)):
-                return InsertResult.INSERTED
-            if only_if_none and await self._has_valid(token):
-                await self._link.run(lambda: self._link.tokens.delete_one(mine))
-                return InsertResult.HAS_VALID
-            await _back_off(attempt)
-        raise BackendUnavailable("MongoDB: others took the slot again and again")
-
-    async def _has_valid(self, token: StoredToken) -> bool:
-        # An update that changes nothing: its write concern waits until what it found is durable.
-        query = documents.active(token) | documents.valid(token.created_at)
-        found = await self._link.run(
-            lambda: self._link.tokens.update_one(query, {"$max": {"uses": 0}}), writes=False
-        )
-        return bool(found.matched_count)
+        return await self._inserts.submit(Put(token, mode, keep_until))
 
     async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         """As of the protocol."""
@@ -349,22 +297,14 @@ class MongoDBBackend:
         """As of the protocol."""
         await settle(self._link.run(lambda: self._link.budgets.delete_one(documents.budget_id(budget))))
 
-    async def _refused(self, write: Callable[[], Awaitable[object]]) -> Duplicate | None:
-        """Write, and say which unique index refused it."""
-        try:
-            await self._link.run(write)
-        except Duplicate as duplicate:
-            return duplicate
-        return None
-
     async def _upsert(self, write: Callable[[], Awaitable[Any]]) -> Any:
         """Write once more where two upserts at once both began to insert."""
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 return await self._link.run(write)
             except Duplicate:
                 pass
-            await _back_off(attempt)
+            await back_off(attempt)
         raise BackendUnavailable("MongoDB: others were quicker again and again")
 
 
@@ -375,7 +315,3 @@ def _chosen(tokens: dict[bytes, StoredToken], look: _Look) -> list[StoredToken]:
 
 def _age(token: StoredToken) -> tuple[int, str]:
     return token.created_at, token.id
-
-
-async def _back_off(attempt: int) -> None:
-    await asyncio.sleep(random.uniform(0, min(0.05, 0.001 * 2 ** min(attempt, 6))))  # noqa: S311  # no secret
