@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import warnings
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -104,6 +108,47 @@ class TestOpeningAndClosing:
         await asyncio.gather(*[manager.open() for _ in range(5)])
         await asyncio.gather(*[manager.aclose() for _ in range(5)])
         assert world.backend.calls == ["open", "close"]
+
+    async def test_event_loops_may_open_and_close_at_once(self, world: World) -> None:
+        manager = TokenManager(world.backend)
+        opening, another = threading.Event(), threading.Event()
+
+        async def linger() -> None:
+            opening.set()
+            await asyncio.to_thread(another.wait, 60)
+
+        async def second() -> None:
+            await asyncio.to_thread(opening.wait, 60)
+            asyncio.get_running_loop().call_soon(another.set)  # once this loop waits for the first one
+            await manager.open()
+            await manager.stats()
+
+        world.backend.before["open"] = linger
+        await asyncio.gather(
+            asyncio.to_thread(asyncio.run, manager.open()), asyncio.to_thread(asyncio.run, second())
+        )
+        await manager.aclose()
+        assert world.backend.calls == ["open", "count", "close"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    def test_a_forked_child_opens_for_itself(self) -> None:
+        backend = Watched()
+        manager = TokenManager(backend)
+        asyncio.run(manager.open())
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12 warns of forking beside a thread
+            child = os.fork()
+        if child == 0:
+            status = 1
+            with suppress(BaseException):
+                asyncio.run(manager.open())
+                status = int(backend.calls != ["open", "open"])
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        asyncio.run(manager.aclose())
+        assert backend.calls == ["open", "close"]
 
     @pytest.mark.parametrize("first_closed", [0, 1])
     async def test_two_managers_may_share_a_backend(self, world: World, first_closed: int) -> None:

@@ -29,6 +29,7 @@ from vtoken.errors import (
     BackendClosed,
     BackendError,
     ConfigurationError,
+    CooldownActive,
     InvalidInput,
     InvalidToken,
     KeyGenerationError,
@@ -40,12 +41,15 @@ from vtoken.guess import Guess, make_guess
 from vtoken.hooks import EventName, Hooks, logger
 from vtoken.ids import IdSequence
 from vtoken.inputs import Unset, Wildcard
-from vtoken.issue import Order, make_order, new_key
+from vtoken.issue import Order, make_order, new_key, reveal_derived_key
 from vtoken.keys import Hidden, Keyring, use_id
 from vtoken.loaded import issued, loaded, refusal
 from vtoken.policy import Rules, Settings, TokenPolicy
 from vtoken.subject import ContentTypes
 from vtoken.token import IssuedToken, VerificationToken
+
+_WAIT_FOR_WINNER: Final = (0.0, 0.005, 0.02, 0.1)
+"""Seconds: how long ``get_active_or_create`` waits for a concurrent caller's token to appear."""
 
 
 def closed() -> BackendClosed:
@@ -144,6 +148,29 @@ class Lifecycle:
             raise
         await self._give_cooldown_back(charge)
         raise KeyGenerationError(f"{self.max_key_iterations} draws yielded only keys that are taken")
+
+    async def get_or_issue(self, order: Order) -> VerificationToken:
+        """The newest valid token of an order's object and slug, or a new one."""
+        subject = Match(content_type=order.content_type, object_id=order.object_id, slug=order.slug)
+        mode = InsertMode.IF_NONE_VALID
+        if order.rules.needs_context:
+            subject = subject._replace(context=order.context)
+        cooling: CooldownActive | None = None
+        for pause in _WAIT_FOR_WINNER:
+            if pause:
+                await anyio.sleep(pause)
+            found = await self.store.find(subject._replace(valid_at=self.now()), 1)
+            if found:
+                return loaded(found[0], reveal_derived_key(self.keyring, order.rules, found[0]))
+            try:
+                token = await self.issue(order, mode)
+            except CooldownActive as error:  # perhaps by a concurrent caller, whose token is about to appear
+                cooling, token = error, None
+            if token is not None:
+                return token
+            if order.rules.needs_context:  # what is valid is bound to another one: this takes its place
+                mode = InsertMode.REPLACE
+        raise cooling or BackendError("another caller's token appeared and vanished again, several times")
 
     async def _give_cooldown_back(self, charge: Charge | None) -> None:
         """Nothing was issued, so nothing cools down; what went wrong before matters more than this."""

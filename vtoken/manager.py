@@ -6,8 +6,10 @@ keeps nothing about any token, so any number of managers may work on one store.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
@@ -18,9 +20,7 @@ from vtoken.backend import InsertMode, Match, SetExtraData, TokenBackend, Use
 from vtoken.budgets import MAX_WINDOW_MS
 from vtoken.config import Configuration, create_backend
 from vtoken.errors import (
-    BackendError,
     ConfigurationError,
-    CooldownActive,
     InvalidToken,
     KeyGenerationError,
     TooManyAttempts,
@@ -28,7 +28,7 @@ from vtoken.errors import (
 from vtoken.guess import make_guess
 from vtoken.hooks import Hook, Hooks, LazyHook
 from vtoken.inputs import ANY, DEFAULT, Unset, Wildcard
-from vtoken.issue import drawn_key, reveal_derived_key
+from vtoken.issue import drawn_key
 from vtoken.keys import Hidden, KeyGenerator
 from vtoken.lifecycle import CLOSED, Lifecycle, checked_use_id, one_slug, slug_text
 from vtoken.loaded import loaded
@@ -39,8 +39,6 @@ from vtoken.sweeper import Sweeper
 from vtoken.token import IssuedToken, VerificationToken
 
 _PAGE = 100
-_WAIT_FOR_WINNER = (0.0, 0.005, 0.02, 0.1)
-"""Seconds: how long ``get_active_or_create`` waits for a concurrent caller's token to appear."""
 
 
 def utc_now() -> datetime:
@@ -86,7 +84,8 @@ class TokenManager:
         self.settings = settings or Settings()
         self.content_types = content_types or ContentTypes()
         self._life = Lifecycle(self.settings, policies, self.content_types, clock, Hooks(hooks, clock))
-        self._opening = anyio.Lock()
+        self._opening = threading.Lock()
+        self._pid = 0
 
     @classmethod
     def from_url(cls, url: str, **keywords: Any) -> Self:
@@ -116,22 +115,31 @@ class TokenManager:
         return cls.from_url(found.url, **(said | keywords))
 
     async def open(self) -> None:
-        """Open the backend, unless this manager has opened it already.
+        """Open the backend, unless this manager has opened it already, in this process.
 
         Raises:
             BackendError: the store cannot be used; the subclass and the message say why.
         """
-        async with self._opening:
-            if self._life.store is CLOSED:
+        async with self._one_at_a_time():
+            if self._life.store is CLOSED or self._pid != os.getpid():
                 await self.backend.open()
-                self._life.store = self.backend
+                self._life.store, self._pid = self.backend, os.getpid()
 
     async def aclose(self) -> None:
         """Close what this manager opened. May be called again, and before :meth:`open`."""
-        async with self._opening:
+        async with self._one_at_a_time():
             if self._life.store is not CLOSED:
                 self._life.store = CLOSED
                 await self.backend.close()
+
+    @asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncGenerator[None]:
+        while not self._opening.acquire(blocking=False):  # noqa: ASYNC110  # who waits may be in other loops
+            await anyio.sleep(0.005)
+        try:
+            yield
+        finally:
+            self._opening.release()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -208,28 +216,7 @@ class TokenManager:
         bound_to = Hidden(context)
         del context
         order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
-        subject = Match(content_type=order.content_type, object_id=order.object_id, slug=order.slug)
-        mode = InsertMode.IF_NONE_VALID
-        if order.rules.needs_context:
-            subject = subject._replace(context=order.context)
-        cooling: CooldownActive | None = None
-        for pause in _WAIT_FOR_WINNER:
-            if pause:
-                await anyio.sleep(pause)
-            found = await self._life.store.find(subject._replace(valid_at=self._life.now()), 1)
-            if found:
-                return loaded(found[0], reveal_derived_key(self._life.keyring, order.rules, found[0]))
-            try:
-                token = await self._life.issue(order, mode)
-            except CooldownActive as error:  # perhaps by a concurrent caller, whose token is about to appear
-                cooling, token = error, None
-            if token is not None:
-                return token
-            if (
-                order.rules.needs_context
-            ):  # what is valid is bound to another context: this one takes its place
-                mode = InsertMode.REPLACE
-        raise cooling or BackendError("another caller's token appeared and vanished again, several times")
+        return await self._life.get_or_issue(order)
 
     async def generate_key(
         self, generator: KeyGenerator | str | None = None, *args: Any, **kwargs: Any
