@@ -379,6 +379,7 @@ def test_import_a_dump(vtoken: Terminal, tmp_path: Path) -> None:
         ((*arguments[:-1], "Europe/Nowhere"), "--timezone: must be the name"),
         ((*arguments[:-1], "../UTC"), "--timezone: must be the name"),
         (("import", "dump.json", "--content-types", "auth.user=7"), "--content-types: must be"),
+        (("import", "."), "no pipe"),
         (("import", "missing.json"), "FILE cannot be read: No such file"),
     ):
         assert vtoken(*wrong) == 2

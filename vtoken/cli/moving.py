@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 from zoneinfo import ZoneInfo
 
 from cyclopts import Parameter
@@ -110,12 +111,13 @@ async def import_(
     )
 
 
-def _opened(file: Path) -> Any:
-    problem = None
+def _opened(file: Path) -> TextIO:
+    problem = "it is read twice, so it must be a file and no pipe"
     try:
-        return file.open(encoding="utf-8-sig")
+        if file.is_file() or not file.exists():
+            return file.open(encoding="utf-8-sig")
     except OSError as error:
-        problem = error.strerror
+        problem = error.strerror or type(error).__name__
     raise InvalidInput(f"FILE cannot be read: {problem}")
 
 
@@ -132,10 +134,6 @@ def _names(text: str | None) -> dict[int, str]:
 def _zone(name: str | None) -> ZoneInfo | None:
     if name is None:
         return None
-    try:
+    with suppress(OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
         return ZoneInfo(name)
-    except (OSError, ValueError):  # ZoneInfoNotFoundError is a KeyError
-        pass
-    except KeyError:
-        pass
     raise ConfigurationError("--timezone: must be the name of a time zone, e.g. UTC or Europe/Berlin")
