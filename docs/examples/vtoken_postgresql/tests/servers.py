@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,9 +21,9 @@ import pytest
 
 DECLARED_URL: Final = "VTOKEN_TEST_POSTGRESQL_URL"
 
-# PostgreSQL refuses to run as root: there it becomes an ordinary user. And it dies with the process that started
-# it, even by `kill -9`: PR_SET_PDEATHSIG (prctl(2)) outlives exec. SIGQUIT is PostgreSQL's immediate shutdown,
-# which leaves neither processes nor shared memory.
+# PostgreSQL refuses to run as root: there it becomes an ordinary user. And it dies with the process that
+# started it, even by `kill -9`: PR_SET_PDEATHSIG (prctl(2)) outlives exec. SIGQUIT is PostgreSQL's immediate
+# shutdown, which leaves neither processes nor shared memory.
 _START: Final = """
 import ctypes, os, pwd, signal, sys
 parent, user, *command = sys.argv[1:]
@@ -80,7 +80,7 @@ class PostgreSQL:
         return f"postgresql://vtoken@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        """Start it, again after :meth:`kill`, and wait until it answers.
+        """Start it, again after :meth:`stop`, and wait until it answers.
 
         Raises:
             RuntimeError: it ended at once, or did not answer.
@@ -115,7 +115,7 @@ class PostgreSQL:
             self._process.wait()
 
     @contextmanager
-    def running(self) -> Iterator[PostgreSQL]:
+    def running(self) -> Generator[PostgreSQL]:
         try:
             self.start()
             yield self
@@ -124,7 +124,7 @@ class PostgreSQL:
 
 
 @contextmanager
-def own_server() -> Iterator[PostgreSQL]:
+def own_server() -> Generator[PostgreSQL]:
     """A server of this test's own, to be killed. Without PostgreSQL here, skips; in CI, fails."""
     try:
         binary("initdb")
@@ -132,13 +132,15 @@ def own_server() -> Iterator[PostgreSQL]:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-    with tempfile.TemporaryDirectory(prefix="vtoken-postgresql-") as folder:
-        with PostgreSQL(Path(folder)).running() as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="vtoken-postgresql-") as folder,
+        PostgreSQL(Path(folder)).running() as server,
+    ):
+        yield server
 
 
 @contextmanager
-def any_server() -> Iterator[str]:
+def any_server() -> Generator[str]:
     """The URL of the declared server, or of one of our own."""
     if declared := os.environ.get(DECLARED_URL):
         yield declared

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from servers import fresh_store
-
 from vtoken.backend import TokenBackend
 from vtoken.testing import DurableBackendConformance
 from vtoken.testing.model import BackendModel
+
+from servers import fresh_store
 from vtoken_postgresql import PostgreSQLBackend
 
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, LiteralString, Self, cast
 
 from psycopg.rows import args_row
-
 from vtoken.backend import (
     Budget,
     Change,
@@ -25,13 +24,14 @@ from vtoken.backend import (
     Use,
 )
 from vtoken.errors import BackendError, ConfigurationError, CorruptStore
+
 from vtoken_postgresql import statements
 from vtoken_postgresql.link import Connection, Link
 from vtoken_postgresql.statements import Parameters
 
 
 class PostgreSQLBackend:
-    """A :class:`~vtoken.backend.TokenBackend` in a PostgreSQL database, for any number of processes and hosts.
+    """A :class:`~vtoken.backend.TokenBackend` in a PostgreSQL database, for any number of hosts.
 
     Needs asyncio and PostgreSQL 13. Operations are refused in another event loop or process than that
     of :meth:`open`. The tables are made in the first schema of the ``search_path``.
@@ -96,7 +96,9 @@ class PostgreSQLBackend:
     async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         created_at, last_id = after or (0, "")
         values = statements.of_match(match, limit=limit, after=created_at, after_id=last_id)
-        return await self._link.run(_tokens(statements.find(match, after=after is not None), values), writes=False)
+        return await self._link.run(
+            _tokens(statements.find(match, after=after is not None), values), writes=False
+        )
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         if isinstance(change, Use):

@@ -6,13 +6,13 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final, TypeVar
 
 import anyio
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
-
 from vtoken.errors import (
     BackendClosed,
     BackendError,
@@ -25,7 +25,7 @@ from vtoken.errors import (
 _T = TypeVar("_T")
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-_DEFAULTS: Final = {
+_DEFAULTS: Final[dict[str, Any]] = {
     "fallback_application_name": "vtoken",
     "target_session_attrs": "read-write",  # of several hosts the primary
     # A server that is gone without a word is given up after about ten seconds.
@@ -61,7 +61,7 @@ class Link:
     """
 
     def __init__(self, url: str, size: int) -> None:
-        self._options = {**_DEFAULTS, **_parsed(url), "client_encoding": "UTF8"}
+        self._options: dict[str, Any] = {**_DEFAULTS, **_parsed(url), "client_encoding": "UTF8"}
         if type(size) is not int or size < 1:
             raise ConfigurationError("pool_size is a number of connections, 1 or more")
         self._size = size
@@ -124,12 +124,11 @@ class Link:
     def _living_idle_one(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            try:
-                connection.pgconn.consume_input()  # the server's last words, if it hung up
-                connection.pgconn.consume_input()  # that it hung up
-            except psycopg.OperationalError:
-                continue
-            return connection
+            with DefaultSelector() as selector:
+                selector.register(connection.pgconn.socket, EVENT_READ)
+                if not selector.select(0):
+                    return connection
+            connection.pgconn.finish()  # unasked, a server says little but that it hangs up
         return None
 
     async def _connect(self) -> Connection:

@@ -1,9 +1,12 @@
 """The SQL, and what goes in and comes out: tokens, conditions and changes as columns and parameters.
 
-The statements count on READ COMMITTED. There, `FOR UPDATE` waits for the writer of a row and then looks at the
-row again, as it is now: what a statement has locked is what it changes. Rows are locked in the order of
-their ids, so that two statements don't wait for each other.
+The statements count on READ COMMITTED. There, ``FOR UPDATE`` waits for the writer of a row and then looks at
+the row again, as it is now: what a statement has locked is what it changes. Most lock rows in the order of
+their ids, so that they don't wait for each other; where two do after all, PostgreSQL ends one, which is run
+again.
 """
+
+# ruff: noqa: S608  # the SQL is put together from this module's own texts; values are always parameters
 
 from __future__ import annotations
 
@@ -80,8 +83,9 @@ _NEW: Final[LiteralString] = """
     %(max_uses)s, %(uses)s, %(used_at)s, %(use_ids)s::text[], %(lease_id)s, %(lease_until)s
 """
 
-# One lock for a content type, object id and slug, until the end of the transaction. It makes the next statement
-# see all that others did under it: the snapshot of a statement is taken when the statement begins.
+# One lock for a content type, object id and slug, until the end of the transaction. The statement after it
+# sees all that others did under it, because its snapshot is taken when it begins. Two names that share a lock
+# by accident wait for each other, no more.
 LOCK: Final = """
 SELECT pg_advisory_xact_lock(
     hashtextextended(concat_ws('/', %(content_type)s::text, %(object_id)s::text, %(slug)s::text), 0)
@@ -280,7 +284,7 @@ def to_token(*row: object) -> StoredToken:
 
 
 def find(match: Match, *, after: bool) -> LiteralString:
-    """Takes ``limit``, and ``created_at`` and ``after_id`` of the page before."""
+    """Takes ``limit``, and for a page after another ``after`` and ``after_id``."""
     page: LiteralString = " AND (created_at, id) < (%(after)s, %(after_id)s)" if after else ""
     return _FIND.format(match=_where(match) + page)
 
