@@ -53,6 +53,7 @@ class _Link(NamedTuple):
         return self.pid != os.getpid()
 
     async def close(self) -> None:
+        _open_links.discard(self)
         closing = asyncio.ensure_future(self._close())
         with anyio.CancelScope(shield=True):
             try:
@@ -79,6 +80,8 @@ class _Link(NamedTuple):
             await anyio.sleep(0.001)
 
 
+_open_links: set[_Link] = set()
+"""So that a backend is dropped before its connection: aiosqlite has a warning and a clean-up of its own."""
 _inherited: list[_Link] = []  # kept for ever: a forked child that closed them could break its parent's locks
 
 
@@ -156,6 +159,7 @@ class SQLiteBackend:
         link = self._link
         if link is None or link.is_inherited():
             return
+        _open_links.discard(link)
         if link.opener.worker_lives() and not sys.is_finalizing():
             # In a thread and loop of its own, because here there may be none or another's.
             with contextlib.suppress(RuntimeError):  # the interpreter is about to end
@@ -266,6 +270,7 @@ class SQLiteBackend:
         except BaseException:
             opener.abandon()
             raise
+        _open_links.add(link)
         return link
 
     async def _reconnect(self, dead: _Link) -> _Link:
@@ -332,13 +337,13 @@ class _Watch:
 
     The thread ends when it has an answer for an event loop that is closed by then. What other loops have in
     its queue is not carried out any more. What it carried out before has been answered, but the answer
-    may still be on its way: only who waits for a second longer waits in vain.
+    may still be on its way: only who still waits at the next look waits in vain.
     """
 
     def __init__(self, opener: Opener, task: asyncio.Task[Any]) -> None:
         self._opener = opener
         self._task = task
-        self.has_cancelled = False
+        self.cancellations = 0
         self._look_again(False)
 
     def stop(self) -> None:
@@ -346,12 +351,12 @@ class _Watch:
 
     def _look(self, had_ended: bool) -> None:
         if had_ended:
-            self.has_cancelled = self._task.cancel()
-        else:
-            self._look_again(not self._opener.worker_lives())
+            self._task.cancel()  # again and again: aiosqlite's close waits once more when it is cancelled
+            self.cancellations += 1
+        self._look_again(not self._opener.worker_lives())
 
     def _look_again(self, has_ended: bool) -> None:
-        self._timer = asyncio.get_running_loop().call_later(1, self._look, has_ended)
+        self._timer = asyncio.get_running_loop().call_later(0.2, self._look, has_ended)
 
 
 async def _while_it_works(opener: Opener, awaitable: Awaitable[_T]) -> _T:
@@ -362,7 +367,9 @@ async def _while_it_works(opener: Opener, awaitable: Awaitable[_T]) -> _T:
     try:
         return await awaitable
     except asyncio.CancelledError:
-        if not watch.has_cancelled or task.uncancel() > cancelling:
+        for _ in range(watch.cancellations):
+            task.uncancel()
+        if not watch.cancellations or task.cancelling() > cancelling:
             raise
     finally:
         watch.stop()

@@ -1,0 +1,163 @@
+"""SQLite and the life of loops and processes that end in the middle of something."""
+
+# pyright: reportPrivateUsage=false
+# What waits in the driver's queue can be seen from within only.
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vtoken import TokenManager
+from vtoken.backend import InsertMode, InsertResult, Match
+from vtoken_backends.sqlite import SQLiteBackend
+
+from .faults.sqlite_life import opens_and_closes
+from .sqlite_tools import make_store, opened, plain, python, token
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a test has its store."""
+    return tmp_path / "tokens.db"
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for another thread, for as long as only a failure takes."""
+    waiting = threading.Event()
+    for _ in range(60_000):
+        if is_so():
+            return
+        waiting.wait(0.001)
+    raise AssertionError("it never came to that")
+
+
+@contextlib.contextmanager
+def a_loop_that_ends_in_mid_operation(backend: SQLiteBackend, path: Path) -> Generator[None]:
+    """Another event loop has an operation on its way within the block, and is closed before it is answered."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(backend.open())
+    with plain(path) as database:
+        database.execute("BEGIN IMMEDIATE")
+
+        async def start() -> None:
+            loop.create_task(backend.insert(token(1), InsertMode.ADD))  # noqa: RUF006  # it is to be lost
+            await asyncio.sleep(0)
+
+        loop.run_until_complete(start())
+        yield
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        database.execute("ROLLBACK")
+
+
+def queued(backend: SQLiteBackend) -> int:
+    link = backend._link
+    assert link is not None
+    return link.connection._tx.qsize()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # aiosqlite's, of its thread
+def test_operations_of_another_loop_outlive_the_worker_thread(path: Path) -> None:
+    backend = SQLiteBackend(path)
+
+    async def other() -> list[object]:
+        async with opened(backend), asyncio.timeout(60):
+            results = [
+                await backend.insert(token(2, "2"), InsertMode.ADD),
+                await backend.insert(token(3, "3"), InsertMode.ADD),
+            ]
+        async with asyncio.timeout(60):
+            return [*results, len(await backend.find(Match(), 9))]
+
+    with ThreadPoolExecutor() as threads:
+        with a_loop_that_ends_in_mid_operation(backend, path):
+            answer = threads.submit(asyncio.run, other())
+            eventually(lambda: queued(backend) == 1)
+        assert answer.result(60) == [InsertResult.INSERTED, InsertResult.INSERTED, 3]
+    asyncio.run(backend.close())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # as above
+def test_a_close_in_another_loop_outlives_the_worker_thread(path: Path) -> None:
+    backend = SQLiteBackend(path)
+
+    async def close() -> None:
+        async with asyncio.timeout(60):
+            await backend.close()
+
+    before = set(threading.enumerate())
+    with ThreadPoolExecutor() as threads:
+        with a_loop_that_ends_in_mid_operation(backend, path):
+            closed = threads.submit(asyncio.run, close())
+            eventually(lambda: backend._link is None)
+        closed.result(60)
+    assert set(threading.enumerate()) == before
+
+
+async def test_a_cancelled_wait_stays_cancelled(path: Path) -> None:
+    """What wakes those who wait for a dead thread must not swallow a cancellation from outside."""
+    async with opened(SQLiteBackend(path)) as backend:
+        with plain(path) as database:
+            database.execute("BEGIN IMMEDIATE")
+            insert = asyncio.ensure_future(backend.insert(token(1), InsertMode.ADD))
+            await asyncio.sleep(0)
+            insert.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await insert
+            database.execute("ROLLBACK")
+
+
+BLOCKED = """
+import asyncio, sys
+sys.path[:0] = {path!r}
+from vtoken.backend import InsertMode
+from vtoken_backends.sqlite import SQLiteBackend
+from tests.sqlite_tools import token
+
+async def main():
+    backend = SQLiteBackend(sys.argv[1], busy_timeout=600_000)
+    await backend.open()
+    insert = asyncio.ensure_future(backend.insert(token(1), InsertMode.ADD))
+    await asyncio.sleep(0.1)
+    assert not insert.done()
+    print("end", flush=True)
+    if sys.argv[2] == "exit":
+        sys.exit()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["return", "exit"])
+def test_a_process_ends_that_waits_for_a_lock(path: Path, how: str) -> None:
+    asyncio.run(make_store(path))
+    with plain(path) as database:
+        database.execute("BEGIN IMMEDIATE")
+        process = python(BLOCKED, path, how)
+        output, errors = process.communicate(timeout=60)  # the lock is never given back
+        assert (output, process.returncode) == ("end\n", 0)
+        assert "was dropped without close()" in errors
+
+
+async def test_a_manager_that_is_dropped_unclosed_warns(path: Path) -> None:
+    manager = TokenManager(SQLiteBackend(path))
+    await manager.open()
+    with pytest.warns(ResourceWarning, match="was dropped without close"):
+        del manager
+        gc.collect()
+
+
+def test_opens_and_closes_leave_nothing() -> None:
+    opens_and_closes(long=False)
