@@ -65,6 +65,8 @@ _SCHEMA_1: Final = (
     """,
     "CREATE INDEX tokens_subject ON tokens (content_type, object_id, slug) WHERE is_active = 1",
     "CREATE INDEX tokens_ends ON tokens (ends_at)",
+    # For the order of a listing of the whole store, page by page; new rows go to its end.
+    "CREATE INDEX tokens_created ON tokens (created_at)",
     # A trigger and not a WHERE NOT EXISTS: with several rows in one statement SQLite evaluates
     # such a WHERE for all of them before it inserts the first.
     """
