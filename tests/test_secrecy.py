@@ -24,6 +24,7 @@ from vtoken import (
     BackendError,
     BackendUnavailable,
     CooldownActive,
+    CorruptStore,
     InvalidInput,
     InvalidToken,
     KeyGenerationError,
@@ -553,6 +554,24 @@ async def test_a_real_driver_error(tmp_path: Path, records: Records) -> None:
     canary.check_all()
     with suppress(BackendError):
         await canary.aclose()
+
+
+async def test_a_damaged_row(tmp_path: Path, records: Records) -> None:
+    canary = Canary(f"sqlite:///{tmp_path}/tokens.db", tmp_path, records)
+    manager = await canary.manager()
+    token = await canary.issue(manager, "link", KEY)
+    with closing(sqlite3.connect(tmp_path / "tokens.db")) as connection:
+        connection.execute("UPDATE tokens SET use_ids = 'no list'")
+        connection.commit()
+    calls: list[Callable[[TokenManager], Awaitable[object]]] = [
+        lambda m: m.get(token.id),
+        lambda m: m.verify(USER, "link", KEY),
+        lambda m: m.consume(USER, "link", KEY, consume_id="request"),
+    ]
+    for call in calls:
+        canary.check_error(await refused(CorruptStore, call(manager)))
+    canary.check_logs()
+    await canary.aclose()
 
 
 class TestTheSieve:

@@ -70,7 +70,13 @@ class Private(tuple[Any, ...]):
         return f"<{len(self)} values>"
 
 
-Rows = list[tuple[Any, ...]]
+class Rows(list[tuple[Any, ...]]):
+    """The rows that a statement returned. Digests are in them, so no repr shows what is in it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows>"
 
 
 class Operation(NamedTuple):
@@ -270,14 +276,14 @@ class _Trip:
             inserted = set(rows)
             for number, operation in zip(group, operations, strict=True):
                 name = operation.shared[_ID], operation.shared[_DIGEST]
-                self._answers[number] = [name] if name in inserted else []
+                self._answers[number] = Rows([name] if name in inserted else ())
                 inserted.discard(name)
             return
         used = {row[_DIGEST]: row for row in rows}
         left = []
         for number, operation in zip(group, operations, strict=True):
             if operation.shared.digest in used:
-                self._answers[number] = [used[operation.shared.digest]]
+                self._answers[number] = Rows([used[operation.shared.digest]])
             else:
                 left.append(number)
         if len(left) > 1 and not self._connection.in_transaction:
@@ -300,11 +306,10 @@ class _Trip:
                 self._answers[number] = own
 
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> Rows:
-        rows: Rows = self._connection.execute(sql, parameters).fetchall()
-        return rows
+        return Rows(self._connection.execute(sql, parameters).fetchall())
 
 
-_NOT_YET: Final[Rows] = []
+_NOT_YET: Final = Rows()
 _HOPELESS: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR}
 """A lock that was waited for in vain, and a disk that fails: for the next write just the same."""
 
@@ -340,7 +345,7 @@ def _found(by_digest: dict[bytes, tuple[Any, ...]], match: Match, limit: int) ->
     found = [by_digest[d] for d in match.digests or () if d in by_digest and _fits(by_digest[d], match)]
     if len(found) > 1:
         found.sort(key=lambda row: (row[_CREATED_AT], row[_ID]), reverse=True)
-    return found[:limit]
+    return Rows(found[:limit])
 
 
 def _fits(row: tuple[Any, ...], match: Match) -> bool:
