@@ -561,7 +561,7 @@ async def test_a_damaged_row(tmp_path: Path, records: Records) -> None:
     manager = await canary.manager()
     token = await canary.issue(manager, "link", KEY)
     with closing(sqlite3.connect(tmp_path / "tokens.db")) as connection:
-        connection.execute("UPDATE tokens SET use_ids = 'no list'")
+        connection.execute("UPDATE tokens SET use_ids = '5'")
         connection.commit()
     calls: list[Callable[[TokenManager], Awaitable[object]]] = [
         lambda m: m.get(token.id),
