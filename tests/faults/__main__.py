@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Final
 
 ROUNDS: Final = {
+    "histories-sqlite": "tests.faults.histories:on_sqlite",
+    "histories-mongodb": "tests.faults.histories:on_mongodb",
     "sqlite-crash": "tests.faults.sqlite_rounds:crash",
     "sqlite-errors": "tests.faults.sqlite_rounds:errors",
     "sqlite-power": "tests.faults.sqlite_rounds:power_loss",

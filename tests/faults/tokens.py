@@ -1,0 +1,150 @@
+"""The sequential specifications of one object's tokens of one purpose, and of its attempt budget.
+
+They are two objects, each of its own steps, so their histories are judged one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from tests.faults.linear import NEVER_RETURNED, Operation, is_linearizable
+
+
+class Tokens(NamedTuple):
+    active: str = ""
+    """The id of the active token, ``""`` for none; ``"?..."`` one whose issue was never acknowledged."""
+    lease: str = ""
+    """The operation that holds it."""
+    used: frozenset[tuple[str, str]] = frozenset()
+    """Token and the name of its use."""
+    gone: frozenset[str] = frozenset()
+    """All that were active before."""
+
+    def ended(self) -> Tokens:
+        return self._replace(active="", lease="", gone=self.gone | {self.active})
+
+    def after_use(self, name: str) -> Tokens:
+        return self.ended()._replace(used=self.used | {(self.active, name)})
+
+    def refusal(self, token: str) -> str:
+        """Why a key is refused, ``""`` if it is not."""
+        if token == self.active:
+            return "leased" if self.lease else ""
+        return "used" if any(token == used for used, _ in self.used) else "inactive"
+
+
+Result = tuple[str, ...]
+
+
+def is_sound(history: Sequence[Operation], cap: int | None, *, in_two_steps: bool = False) -> bool:
+    """Say whether a history of one object has an explanation.
+
+    Args:
+        history: all of it.
+        cap: how many wrong guesses are compared; None for no cap.
+        in_two_steps: the store may show that the old token has ended before the new one is active.
+    """
+    compared = [operation for operation in history if operation.result != ("capped",)]
+    if not is_linearizable(compared, OneToken(history, in_two_steps=in_two_steps)):
+        return False
+    if cap is None:
+        return len(compared) == len(history)
+    guesses = [operation for operation in history if operation.do in ("guess", "verify", "consume")]
+    return is_linearizable(guesses, AttemptBudget(history, cap))
+
+
+class OneToken:
+    """At most one token is active, and each is used once.
+
+    Args:
+        history: where the ids of acknowledged issues are looked up.
+        in_two_steps: as of :func:`is_sound`.
+    """
+
+    def __init__(self, history: Iterable[Operation], *, in_two_steps: bool) -> None:
+        self._issued = {o.result[1] for o in history if o.do == "issue" and o.result is not None}
+        self._in_two_steps = in_two_steps
+
+    def initial(self) -> Tokens:
+        return Tokens()
+
+    def moves(self, state: Tokens, operation: Operation, done: int) -> Iterator[tuple[Tokens, int, bool]]:
+        for after, progress, result in self._outcomes(state, operation, done):
+            if result is None or operation.result in (None, result):
+                yield after, progress, result is not None
+
+    def _outcomes(
+        self, state: Tokens, operation: Operation, done: int
+    ) -> Iterator[tuple[Tokens, int, Result | None]]:
+        """State, progress and, where the operation is done, its result."""
+        if operation.do in ("issue", "ensure"):
+            yield from self._issue(state, operation)
+        elif operation.do == "deactivate":
+            yield state.ended(), 0, (str(int(bool(state.active))),)
+        elif operation.do == "final":
+            for found in self._naming(state, operation.result[0] if operation.result else ""):
+                yield found, 0, (found.active,)
+        elif operation.do == "guess":
+            yield state, 0, ("unknown",)
+        elif operation.do == "consume" and (operation.token, operation.name) in state.used:
+            yield state, 0, ("ok",)
+        elif done:  # leased
+            is_ours = state.lease == operation.name
+            yield state.after_use(operation.name) if is_ours else state, 0, ("ok" if is_ours else "lost",)
+        elif refusal := state.refusal(operation.token):
+            yield state, 0, (refusal,)
+        elif operation.do == "redeem":
+            yield state._replace(lease=operation.name), 1, None
+        else:
+            yield state if operation.do == "verify" else state.after_use(operation.name), 0, ("ok",)
+
+    def _issue(self, state: Tokens, operation: Operation) -> Iterator[tuple[Tokens, int, Result | None]]:
+        named = operation.result[1] if operation.result else f"?{operation.name}"
+        if operation.do == "ensure" and state.active and not state.lease:
+            for found in self._naming(state, named) if operation.result else [state]:
+                yield found, 0, ("ok", found.active)
+            return
+        if state.active and self._in_two_steps:
+            yield state.ended(), 0, None
+        is_fresh = operation.do == "issue" or named not in self._issued
+        if is_fresh and named not in state.gone and named != state.active:
+            yield state.ended()._replace(active=named), 0, ("ok", named)
+
+    def _naming(self, state: Tokens, token: str) -> Iterator[Tokens]:
+        """The state itself, or, where nobody knows the active token, with its id told now."""
+        if state.active == token or not state.active.startswith("?"):
+            yield state
+        elif token and token not in self._issued | state.gone:
+            yield state._replace(active=token)
+
+
+class AttemptBudget:
+    """How many guesses were counted. A right key's is given back, the first success resets all.
+
+    Args:
+        history: where uses that were asked for twice are looked up.
+        cap: how many wrong guesses are compared.
+    """
+
+    def __init__(self, history: Iterable[Operation], cap: int) -> None:
+        self._uses = Counter(operation.name for operation in history if operation.do == "consume")
+        self._cap = cap
+
+    def initial(self) -> int:
+        return 0
+
+    def moves(self, state: int, operation: Operation, done: int) -> Iterator[tuple[int, int, bool]]:
+        result = operation.result[0] if operation.result else None
+        if not done and state >= self._cap:
+            if result in ("capped", None):
+                yield state, 0, True
+        elif not done and result != "capped":
+            yield state + 1, 1, result in ("unknown", "inactive")
+        elif done:
+            may_reset = operation.do == "consume" and result in ("ok", None)
+            if may_reset:
+                yield 0, 0, True
+            if not may_reset or self._uses[operation.name] > 1 or operation.end == NEVER_RETURNED:
+                yield max(0, state - 1), 0, True
