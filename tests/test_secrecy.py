@@ -122,7 +122,10 @@ def frames(tb: TracebackType | None) -> str:
     """The locals of all frames but the tests' own, as an error tracker records them."""
     summary = traceback.StackSummary.extract(traceback.walk_tb(tb), capture_locals=True)
     return "\n".join(
-        f"{f.filename}:{f.lineno} {f.locals}" for f in summary if not f.filename.startswith(TESTS)
+        f"{f.filename}:{f.lineno} {name} = {shown}"  # as it is: a repr of the repr would double backslashes
+        for f in summary
+        if not f.filename.startswith(TESTS)
+        for name, shown in (f.locals or {}).items()
     )
 
 
@@ -601,6 +604,12 @@ class TestTheSieve:
         exec(compile("def f(key):\n    raise ValueError('x')", "vtoken/planted.py", "exec"), scope)  # noqa: S102  # a frame that is not ours
         with pytest.raises(ValueError, match="x") as info:
             scope["f"](KEY)
+        with pytest.raises(AssertionError, match="frames"):
+            canary.check_error(info.value)
+        digest = bytes(range(32))
+        canary.sieve.add(digest)
+        with pytest.raises(ValueError, match="x") as info:
+            scope["f"]([digest])
         with pytest.raises(AssertionError, match="frames"):
             canary.check_error(info.value)
         outer = RuntimeError("outer")
