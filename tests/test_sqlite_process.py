@@ -41,7 +41,7 @@ def eventually(is_so: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def a_loop_that_ends_in_mid_operation(backend: SQLiteBackend, path: Path) -> Generator[None]:
-    """Another event loop has an operation on its way within the block, and is closed before it is answered."""
+    """Another event loop has an operation on its way in the block, and is closed before it is answered."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(backend.open())
     with plain(path) as database:
@@ -154,9 +154,9 @@ def test_a_process_ends_that_waits_for_a_lock(path: Path, how: str) -> None:
 async def test_a_manager_that_is_dropped_unclosed_warns(path: Path) -> None:
     manager = TokenManager(SQLiteBackend(path))
     await manager.open()
+    del manager
     with pytest.warns(ResourceWarning, match="was dropped without close"):
-        del manager
-        gc.collect()
+        gc.collect()  # a manager and its parts know each other
 
 
 def test_opens_and_closes_leave_nothing() -> None:

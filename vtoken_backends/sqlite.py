@@ -32,7 +32,14 @@ from vtoken.backend import (
     Spent,
     StoredToken,
 )
-from vtoken.errors import BackendClosed, ConfigurationError, CorruptStore, VTokenError
+from vtoken.errors import (
+    BackendClosed,
+    BackendUnavailable,
+    ConfigurationError,
+    CorruptStore,
+    OutcomeUnknown,
+    VTokenError,
+)
 from vtoken_backends import _sqlite_statements as statements
 from vtoken_backends._sqlite_batch import Answers, Batch, Operation, Rows
 from vtoken_backends._sqlite_file import Check, Opener, Options, Synchronous, as_backend_error
@@ -264,14 +271,17 @@ class SQLiteBackend:
         link = _Link(_daemonic_connection(opener), opener, os.getpid())
         try:
             await _translated(link.connection)
-        except VTokenError:
+        except VTokenError as error:
             await link.worker_end()
-            raise
+            failure = error
         except BaseException:
             opener.abandon()
             raise
-        _open_links.add(link)
-        return link
+        else:
+            _open_links.add(link)
+            return link
+        # Whatever a failed open has done, it is done again by the next one: nothing about it is unknown.
+        raise BackendUnavailable(*failure.args) if isinstance(failure, OutcomeUnknown) else failure
 
     async def _reconnect(self, dead: _Link) -> _Link:
         """A loop that is closed while a statement runs takes aiosqlite's worker thread with it. The statement
