@@ -192,7 +192,12 @@ class TestRedeem:
             pytest.fail("entered")
         assert not manager._blocks  # pyright: ignore[reportPrivateUsage]  # a leak shows nowhere else
 
-    def test_closing_in_the_block_gives_it_back(self, manager: SyncTokenManager) -> None:
+    def test_closing_in_the_block_gives_it_back(self, manager: SyncTokenManager, backend: Watched) -> None:
+        async def slow() -> None:
+            for _ in range(50):
+                await anyio.lowlevel.checkpoint()
+
+        backend.before["update"] = slow
         issued = manager.deactivate_and_create(USER, "reset")
         told = pytest.raises(BackendClosed, match="before the block was done")
         with told, manager.redeem(USER, "reset", issued.key):
