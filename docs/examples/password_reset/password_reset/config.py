@@ -41,6 +41,7 @@ class Config:
         """Read the environment, and make the data directory and the secret where there are none."""
         data = Path(environ.get("APP_DATA", "data")).resolve()
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (data / ".gitignore").write_text("*\n", encoding="ascii")  # it may lie in a repository
         found = Configuration.from_env(environ, default_url=f"sqlite:///{data.as_posix()}/tokens.db")
         settings = found.settings
         if settings.secret is None:  # codes need one

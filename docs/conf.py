@@ -1,0 +1,111 @@
+"""The documentation site: ``sphinx-build -W --keep-going -b html docs site``. Why Sphinx: decisions/0007."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the reference is that of this tree
+
+from vtoken import __version__  # noqa: E402  # after the path
+
+project = "vtoken"
+author = project_copyright = "The vtoken authors"
+version = release = __version__
+html_title = f"vtoken {__version__}"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["examples/*/*[!E].md", "examples/*/tests", "examples/*/.*", "examples/*/data"]
+html_theme = "furo"
+html_show_sourcelink = False
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 90
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
+
+nitpicky = True  # what a docstring refers to is there
+nitpick_ignore_regex = [
+    # Known, but described elsewhere: no other site is asked while this one is built.
+    ("py:.*", r"(?:typing|collections|contextlib|datetime|enum|logging|os|pathlib|types|uuid)\..*"),
+    ("py:.*", r"(?:aiohttp|anyio|fastapi|litestar|opentelemetry|prometheus_client|starlette)\..*"),
+    # Names that are imported for type checkers only, and so are not resolved.
+    ("py:.*", r"timedelta|HTTPConnection|InitPlugin|Middleware|web\..*|\w+Provider|CollectorRegistry"),
+    # Aliases and helpers that are shown as they are.
+    ("py:.*", r"InvalidStatus|Handler|vtoken\.inputs\.(?:Unset|Wildcard)|vtoken\.(?:sync|subject)\.[PT]"),
+]
+
+_PLACES = ("vtoken.", "vtoken.backend.", "vtoken.config.")
+_MOVED = {
+    "README.md": "/index.md",
+    "CHANGELOG.md": "/project/changelog.md",
+    "CONTRIBUTING.md": "/project/contributing.md",
+    "SECURITY.md": "/project/reporting.md",
+}
+_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)]*)?\)")
+_INCLUDE = re.compile(r"^```\{include\} ../../(?P<name>[A-Z]+\.md)\n```$", re.MULTILINE)
+
+
+def _site_links(_: Any, docname: str, source: list[str]) -> None:
+    """Let links that work in the repository work on the site: to files beside ``docs``, and to folders."""
+    folder = posixpath.dirname(docname)
+    included = _INCLUDE.search(source[0])
+    if included:  # a page of the repository's root
+        source[0], folder = (ROOT / included["name"]).read_text(encoding="utf-8"), ".."
+
+    def moved(found: re.Match[str]) -> str:
+        text, anchor = found["text"], found["anchor"] or ""
+        target = posixpath.normpath(posixpath.join(folder, found["target"])).removeprefix("../docs/")
+        if target.removeprefix("../") in _MOVED:
+            return f"[{text}]({_MOVED[target.removeprefix('../')]}{anchor})"
+        for page in ("index.md", "README.md"):
+            if (ROOT / "docs" / target / page).is_file():
+                return f"[{text}](/{target}/{page})"
+        if (ROOT / "docs" / target).is_file():
+            return f"[{text}](/{target}{anchor})"
+        if (ROOT / "docs" / target).exists():
+            return text  # code, which the site does not hold
+        return found[0]
+
+    source[0] = _LINK.sub(moved, source[0])
+
+
+def _plain_first_line(_: Any, what: str, *arguments: Any) -> None:
+    """Keep napoleon from taking "When it was made: ..." for a type and a description."""
+    lines: list[str] = arguments[-1]
+    if what in {"attribute", "data", "property"} and lines:
+        lines[:0] = ["..", ""]  # an empty comment: blank lines it skips
+
+
+def _elsewhere(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Find what a docstring names without its module, or by the module that defines it."""
+    if node.get("refdomain") != "py":
+        return None
+    target: str = node["reftarget"]
+    names = {target, *(target.split(".", 2)[2:] if target.startswith("vtoken.") else ())}
+    for name in (place + name for place in _PLACES for name in names):
+        found = env.domains["py"].resolve_xref(
+            env, node["refdoc"], app.builder, node["reftype"], name, node, contnode
+        )
+        if found is not None:
+            return found
+    return None
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register what is ours."""
+    app.connect("source-read", _site_links)
+    app.connect("autodoc-process-docstring", _plain_first_line, priority=100)
+    app.connect("missing-reference", _elsewhere)
+    return {"parallel_read_safe": True}
