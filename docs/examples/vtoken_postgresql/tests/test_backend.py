@@ -31,7 +31,7 @@ from vtoken import (
 from vtoken.backend import NEVER, Budget, InsertMode, InsertResult, Match, StoredToken, Use
 
 import servers
-from vtoken_postgresql import PostgreSQLBackend
+from vtoken_postgresql import PostgreSQLBackend, statements
 from vtoken_postgresql.link import Connection, Link
 
 T = TypeVar("T")
@@ -380,29 +380,34 @@ def test_what_was_acknowledged_survives_a_crash_of_the_server() -> None:
         asyncio.run(run())
 
 
-def test_a_use_beside_an_overlapping_issue_leaves_no_second_use(url: str) -> None:
-    """Either the new token has joined the overlap, and ends with it, or there was none to join."""
+@pytest.mark.parametrize("overlaps_already", [False, True])
+def test_a_use_beside_an_issue_ends_the_new_token_too(url: str, overlaps_already: bool) -> None:
+    """The issue has written and not yet committed when the use begins, which waits, and then sees it all."""
+    old, older, new = (a_token(n, created_at=NOW + n) for n in (2, 1, 3))
+    values = statements.of_token(new)
+    values.update(overlaps=True, keep_until=NOW + 1000, only_if_none_valid=False)
+    waits = f"{SESSIONS} AND wait_event_type = 'Lock'"
 
     async def run(backend: PostgreSQLBackend) -> None:
-        for number in range(1, 60, 2):
-            old, new = (a_token(n, object_id=str(number)) for n in (number, number + 1))
-            await backend.insert(old, InsertMode.ADD)
-            use = Use(NOW + 2)
-            results = await asyncio.gather(
-                backend.insert(later(new), InsertMode.REPLACE, NOW + 1000),
-                backend.update(Match(digests=(old.digest,), valid_at=NOW), use),
-            )
-            assert results[0] is InsertResult.INSERTED
-            assert results[1] is not None
-            found = {token.id: token for token in await backend.find(Match(object_id=str(number)), 9)}
-            overlapped = found[old.id].expires_at == NOW + 1000
-            assert found[new.id].is_active is not overlapped
+        await backend.insert(older, InsertMode.ADD)
+        mode = InsertMode.REPLACE if overlaps_already else InsertMode.ADD
+        await backend.insert(old, mode, NOW + 1000)
+        with psycopg.connect(url) as issue:
+            issue.execute(statements.LOCK, values)
+            assert issue.execute(statements.OVERLAP, values).fetchall() == [(True, True)]
+            use = asyncio.ensure_future(backend.update(Match(id=old.id, valid_at=NOW), Use(NOW + 9)))
+            while not await asyncio.to_thread(ask, url, waits, f"use{overlaps_already:d}"):
+                pass
+            issue.commit()
+        used = await use
+        assert used is not None
+        assert [(t.id, t.is_active, t.uses) for t in await backend.find(Match(), 9)] == [
+            (new.id, False, 0),
+            (old.id, False, 1),
+            (older.id, False, 0),
+        ]
 
-    asyncio.run(with_backend(url, run))
-
-
-def later(token: StoredToken) -> StoredToken:
-    return token._replace(created_at=NOW + 1)
+    asyncio.run(with_backend(named(url, f"use{overlaps_already:d}"), run))
 
 
 def test_windows_may_be_as_long_as_time_is(url: str) -> None:

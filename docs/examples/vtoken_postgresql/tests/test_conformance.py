@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psycopg
@@ -10,11 +11,13 @@ from vtoken.backend import TokenBackend
 from vtoken.testing import DurableBackendConformance
 from vtoken.testing.model import BackendModel
 
-from servers import fresh_store
+from servers import DECLARED_URL, fresh_store
 from vtoken_postgresql import PostgreSQLBackend
 
 
 class TestPostgreSQL(DurableBackendConformance):
+    _url = os.environ.get(DECLARED_URL, "")  # without pytest, by `vtoken conformance`: no fixture
+
     @pytest.fixture(autouse=True)
     def _server(self, server_url: str) -> None:
         self._url = server_url

@@ -96,17 +96,15 @@ class PostgreSQLBackend:
     async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
         created_at, last_id = after or (0, "")
         values = statements.of_match(match, limit=limit, after=created_at, after_id=last_id)
-        return await self._link.run(
-            _tokens(statements.find(match, after=after is not None), values), writes=False
-        )
+        operation = _tokens(statements.find(match, after=after is not None), values)
+        return await self._link.run(operation, writes=False)
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         if isinstance(change, Use):
             return await self._use(match, change)
         new = {f"new_{name}": value for name, value in change._asdict().items()}
-        changed = await self._link.run(
-            _tokens(statements.update(match, change), statements.of_match(match, **new))
-        )
+        operation = _tokens(statements.update(match, change), statements.of_match(match, **new))
+        changed = await self._link.run(operation)
         return changed[0] if changed else None
 
     async def _use(self, match: Match, use: Use) -> StoredToken | None:
