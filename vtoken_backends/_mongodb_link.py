@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from inspect import isawaitable
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import unquote, unquote_plus
@@ -18,6 +20,7 @@ from bson.errors import BSONError, InvalidBSON
 from pymongo import AsyncMongoClient, errors
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
+from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
 from vtoken.errors import (
@@ -82,6 +85,8 @@ class Link:
         self._database = None if database is None else _name("database", database, '/\\. "$*<>:|?\0')
         self.collection = _name("collection", collection, "$\0")
         self._client_class = None if url is None else _client_class(driver)
+        if url is not None:
+            _check_url(url)
         self._url = url
         self._client: Any = client
         self._write_concern = _WRITE_CONCERN if durable else _RELAXED
@@ -117,7 +122,7 @@ class Link:
                 await prepare()
             except BaseException:
                 self._opens = 0
-                await self._disconnect()
+                await outlast(asyncio.ensure_future(self._disconnect()))
                 raise
 
     async def close(self) -> None:
@@ -307,6 +312,22 @@ async def settle(step: Coroutine[Any, Any, _T]) -> _T:
         del cancelled  # no cycle
 
 
+async def cut_short(step: Coroutine[Any, Any, _T], undo: Callable[[], Coroutine[Any, Any, object]]) -> _T:
+    """Await a step that a cancellation ends at once. Where the step was done by then, it is undone."""
+    task = asyncio.ensure_future(step)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        while not task.done():
+            task.cancel()  # again and again, as PyMongo swallows some
+            with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
+                await asyncio.wait({task}, timeout=0.1)
+        if not task.cancelled() and task.exception() is None:
+            await outlast(asyncio.ensure_future(undo()))
+        raise
+    return task.result()
+
+
 async def outlast(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     """Wait until a future is done, whatever cancellation comes, and return the cancellation."""
     cancelled: asyncio.CancelledError | None = None
@@ -348,6 +369,32 @@ def _connect(client_class: Any, url: str) -> Any:
     raise ConfigurationError(
         "the driver does not understand the MongoDB URL; are user name and password percent-encoded?"
     )
+
+
+def _check_url(url: str) -> None:
+    """Refuse what the driver's own parser would refuse, as far as it needs no network and no files."""
+    scheme, _, rest = url.partition("://")
+    start, _, query = rest.partition("?")
+    parameters = [parameter for parameter in query.split("&") if not _LATER.match(parameter)]
+    problem = "are user name and password percent-encoded, and is the port a number up to 65535?"
+    for parameter in parameters:
+        if parameter and _parsed(f"mongodb://host/?{parameter}") is None and "@" not in query:
+            problem = f"it has no such parameter as {parameter.partition('=')[0]!r}, or not with that value"
+    found = _parsed(f"mongodb://{start}{'' if '/' in start else '/'}?{'&'.join(parameters)}")
+    ports = [port for _, port in found["nodelist"]] if found else []
+    if found is None or (scheme == "mongodb+srv" and ports != [None]):
+        raise ConfigurationError(f"the driver does not understand the MongoDB URL; {problem}")
+
+
+_LATER: Final = re.compile("srv|[^=]*File=", re.IGNORECASE)
+"""Parameters that are checked when the backend is opened: of names to be looked up, and of files."""
+
+
+def _parsed(url: str) -> Document | None:
+    try:
+        return parse_uri(url, default_port=cast("int", None))
+    except (errors.PyMongoError, ValueError, TypeError):
+        return None  # the driver's message may quote the URL
 
 
 def _name(what: str, name: object, forbidden: str) -> str:

@@ -13,7 +13,7 @@ the moment it is elected; "majority" can lag behind that after a fail-over and s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple, Self, cast
@@ -43,7 +43,7 @@ from vtoken_backends._mongodb_changes import Changes, Take
 from vtoken_backends._mongodb_documents import Document
 from vtoken_backends._mongodb_inserts import ATTEMPTS, Inserts, Put, back_off
 from vtoken_backends._mongodb_lanes import Lanes
-from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_url
+from vtoken_backends._mongodb_link import LONG, Duplicate, Link, cut_short, settle, split_url
 from vtoken_backends.matching import matches
 
 _SCHEMA: Final = 1
@@ -56,8 +56,10 @@ class _Look(NamedTuple):
     match: Match
     limit: int
 
-    def newest(self, tokens: Iterable[StoredToken]) -> list[StoredToken]:
-        return sorted(tokens, key=_age, reverse=True)[: self.limit]
+    def newest(self, tokens: list[StoredToken]) -> list[StoredToken]:
+        if len(tokens) > 1:
+            tokens.sort(key=_age, reverse=True)
+        return tokens[: self.limit]
 
 
 class MongoDBBackend:
@@ -123,8 +125,8 @@ class MongoDBBackend:
         return f"<MongoDBBackend {self._link!r}>"
 
     async def open(self) -> None:
-        """As of the protocol."""
-        await settle(self._link.open(self._prepare))
+        """As of the protocol. Cancelled, it ends at once."""
+        await cut_short(self._link.open(self._prepare), self._link.close)
 
     async def close(self) -> None:
         """As of the protocol. A client that was handed in stays open."""
@@ -199,7 +201,7 @@ class MongoDBBackend:
     async def _look(self, look: _Look) -> list[StoredToken]:
         async def find() -> list[StoredToken]:
             found = await self._link.find_all(documents.condition(look.match), len(look.match.digests or ()))
-            return look.newest(documents.state(document).token for document in found)
+            return look.newest([documents.state(document).token for document in found])
 
         return await self._link.run(find, writes=False)
 
@@ -309,8 +311,9 @@ class MongoDBBackend:
 
 
 def _chosen(tokens: dict[bytes, StoredToken], look: _Look) -> list[StoredToken]:
-    found = [tokens[digest] for digest in look.match.digests or () if digest in tokens]
-    return look.newest(token for token in found if matches(token, look.match))
+    match = look.match
+    found = [tokens[digest] for digest in dict.fromkeys(match.digests or ()) if digest in tokens]
+    return look.newest([token for token in found if matches(token, match)])
 
 
 def _age(token: StoredToken) -> tuple[int, str]:
