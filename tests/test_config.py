@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vtoken import (
     register_backend,
 )
 from vtoken.config import policies_from_mapping, redact_url
+from vtoken.sync import SyncTokenManager
 from vtoken_backends.memory import MemoryBackend
 
 SECRET = "first-secret-0123456789-0123456789"
@@ -127,6 +129,29 @@ def test_no_error_about_a_url_holds_its_password(url: str) -> None:
     else:
         assert url.startswith("mongodb://"), "only the database's driver can tell, when it is opened"
         assert "hunter2" not in repr(backend)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: create_backend("nosuch://user:hunter2@host/db"),
+        lambda: create_backend("memory://user:hunter2@host/db"),
+        lambda: TokenManager.from_url("sqlite://user:hunter2@host/db"),
+        lambda: SyncTokenManager.from_url("sqlite:///x.db?password=hunter2"),
+        lambda: Configuration.from_env({**MEMORY, "VTOKEN_SECRET": "hunter2"}),
+        lambda: Configuration.from_env({**MEMORY, "VTOKEN_SECRET": "hunter2" * 8, "VTOKEN_HOOK": "x"}),
+        lambda: Settings(secret="hunter2"),
+    ],
+)
+def test_no_frame_of_a_refusal_holds_a_password_or_secret(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    ours = [
+        frame for frame in frames if frame.f_code.co_filename.startswith(str(Path(config.__file__).parent))
+    ]
+    assert ours
+    assert not [frame for frame in ours if "hunter2" in f"{frame.f_locals}"]
 
 
 def test_a_class_is_taken_for_a_url() -> None:

@@ -28,7 +28,7 @@ from vtoken.hooks import Hook, LazyHook
 from vtoken.inputs import DEFAULT
 from vtoken.loading import MissingModule, import_object
 from vtoken.policy import Settings, TokenPolicy
-from vtoken.redact import redact_url
+from vtoken.redact import redact_url, without_locals
 
 __all__ = ["Configuration", "create_backend", "policies_from_mapping", "redact_url", "register_backend"]
 
@@ -59,6 +59,7 @@ def register_backend(scheme: str, path: str) -> None:
     _registered[scheme.lower()] = path
 
 
+@without_locals(ConfigurationError)
 def create_backend(url: str, **options: Any) -> TokenBackend:
     """Make a backend from its URL. It is not open yet.
 
@@ -160,6 +161,7 @@ class Configuration:
     hooks: tuple[Hook | LazyHook | str, ...] = ()
 
     @classmethod
+    @without_locals(ConfigurationError)
     def from_env(
         cls,
         environ: Mapping[str, str] = os.environ,

@@ -33,6 +33,7 @@ from vtoken.keys import Hidden, KeyGenerator
 from vtoken.lifecycle import CLOSED, Lifecycle, checked_use_id, one_slug, slug_text
 from vtoken.loaded import loaded
 from vtoken.policy import Settings, TokenPolicy, load_generator
+from vtoken.redact import without_locals
 from vtoken.stats import SlugStats, Stats
 from vtoken.subject import ContentTypes
 from vtoken.sweeper import Sweeper
@@ -88,6 +89,7 @@ class TokenManager:
         self._pid = 0
 
     @classmethod
+    @without_locals(ConfigurationError)
     def from_url(cls, url: str, **keywords: Any) -> Self:
         """A manager on the backend that a URL names, e.g. ``"sqlite:///tokens.db"``.
 

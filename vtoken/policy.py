@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import wraps
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 from vtoken.errors import ConfigurationError, InvalidInput
@@ -21,6 +20,7 @@ from vtoken.inputs import (
 )
 from vtoken.keys import ALPHANUMERIC, DIGITS, MIN_SECRET_BYTES, KeyGenerator, random_key
 from vtoken.loading import import_object
+from vtoken.redact import without_locals
 
 _T = TypeVar("_T")
 
@@ -36,26 +36,12 @@ _CODE_MINUTES: Final = 10
 _CODE_ATTEMPTS: Final = 100
 
 
-def _without_locals(cls: type[_T]) -> type[_T]:
-    """Raise what a dataclass's generated ``__init__`` raises from a frame that holds no argument: error
-    trackers record the locals of each frame, and one of them is the secret."""
-    generated: Callable[..., None] = cls.__init__
-
-    @wraps(generated)
-    def init(self: object, *args: object, **fields: object) -> None:
-        try:
-            generated(self, *args, **fields)
-            return
-        except Exception as error:
-            refused = error.with_traceback(None)
-        del args, fields
-        raise refused
-
-    cls.__init__ = init  # type: ignore[method-assign]  # the same signature, by wraps()
+def _hiding_its_secrets(cls: type[_T]) -> type[_T]:
+    cls.__init__ = without_locals(Exception)(cls.__init__)  # type: ignore[method-assign]  # of the same signature
     return cls
 
 
-@_without_locals
+@_hiding_its_secrets
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What holds for every slug unless its policy says otherwise.

@@ -32,8 +32,9 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, c
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from vtoken.errors import BackendClosed
+from vtoken.errors import BackendClosed, ConfigurationError
 from vtoken.manager import TokenManager
+from vtoken.redact import without_locals
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class SyncTokenManager:
         self._blocks: dict[_Block[Any], Future[None]] = {}
 
     @classmethod
+    @without_locals(ConfigurationError)
     def from_url(cls, url: str, **keywords: Any) -> Self:
         """As :meth:`TokenManager.from_url`."""
         return cls(TokenManager.from_url(url, **keywords))
