@@ -264,6 +264,14 @@ class TestAttempts:
         assert "spend" not in world.backend.calls
         assert await manager.consume(Subject("auth.user"), "reset", issued.key) == issued
 
+    async def test_a_success_by_content_type_resets_the_objects_budget(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("reset", max_attempts=1))
+        issued = await manager.deactivate_and_create(USER, "reset")
+        await refused(InvalidToken, manager.verify(USER, "reset", WRONG))
+        await refused(TooManyAttempts, manager.verify(USER, "reset", issued.key))
+        await manager.consume(Subject("auth.user"), "reset", issued.key)
+        assert await reason(manager.verify(USER, "reset", issued.key)) == "used"
+
     async def test_with_any_slug_nothing_capped_is_guessed(self, world: World) -> None:
         manager = await world.manager(CODE, TokenPolicy("capped", max_attempts=2))
         keys = [(await manager.deactivate_and_create(USER, slug)).key for slug in ("login", "capped", "free")]

@@ -288,7 +288,7 @@ class Lifecycle:
 
     async def settle(self, guess: Guess, stored: StoredToken) -> None:
         """What follows a use: the attempt budget starts afresh. The use stands, whatever fails here."""
-        budget = guess.budget()
+        budget = guess._replace(object_id=stored.object_id).budget()  # known by now, if it was not before
         try:
             if budget is not None:
                 await self.store.reset(budget)

@@ -115,7 +115,8 @@ class TokenPolicy:
             ``get_active_or_create`` can give it again; generator, length and alphabet don't matter then.
         max_attempts: how many wrong guesses a window holds, per object and slug, whether or not there is a
             token; None for no cap. At most 100 for codes, the most consecutive failures
-            that NIST SP 800-63B-4, section 3.2.2, allows.
+            that NIST SP 800-63B-4, section 3.2.2, allows. A link's key that comes with the object's class
+            in place of the object counts against no budget.
         attempt_window: from the first wrong guess, up to one day. An exhausted window doubles the next
             one, up to a day.
         cooldown: the least time between two tokens of an object; None for none.
