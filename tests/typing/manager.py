@@ -1,0 +1,153 @@
+"""The manager, as an application calls it."""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from typing import Any, assert_type
+
+from vtoken import (
+    ANY,
+    DEFAULT,
+    ContentTypes,
+    IssuedToken,
+    Settings,
+    SlugStats,
+    Stats,
+    Subject,
+    TokenBackend,
+    TokenEvent,
+    TokenManager,
+    TokenPolicy,
+    VerificationToken,
+    create_backend,
+)
+
+
+class User:
+    id = 7
+
+
+async def load_user(object_id: str) -> User | None:
+    return User() if object_id == "7" else None
+
+
+def hear(event: TokenEvent) -> None: ...
+
+
+async def hear_later(event: TokenEvent) -> None: ...
+
+
+def made(settings: Settings, policies: list[TokenPolicy], content_types: ContentTypes) -> None:
+    assert_type(create_backend("memory://"), TokenBackend)
+    assert_type(TokenManager.from_url("memory://"), TokenManager)
+    assert_type(TokenManager.from_env(policies=policies), TokenManager)
+    TokenManager(
+        create_backend("memory://"),
+        settings,
+        policies,
+        content_types,
+        hooks=[hear, hear_later, "a.path:hook"],
+    )
+    TokenManager("memory://")  # type: ignore[arg-type]  # a backend is no URL
+    TokenManager(create_backend("memory://"), hooks=[print, 7])  # type: ignore[list-item]
+    content_types.register(User, "auth.user", get_id=lambda user: user.id, load=load_user)
+    content_types.register(User, "auth.user", get_id=lambda user: user.name)  # type: ignore[attr-defined]
+
+
+class OwnManager(TokenManager):
+    pass
+
+
+async def opened() -> None:
+    async with OwnManager.from_url("memory://") as manager:
+        assert_type(manager, OwnManager)
+
+
+async def issued(manager: TokenManager, user: User) -> None:
+    token = await manager.deactivate_and_create(user, "password-reset")
+    assert_type(token, IssuedToken)
+    assert_type(token.key, str)
+    await manager.deactivate_and_create(user, None, {"any": ["JSON"]}, expiration_in_minutes=None)
+    await manager.deactivate_and_create(user, expiration_in_minutes=1.5)
+    await manager.deactivate_and_create(user, expiration_in_minutes=DEFAULT)
+    await manager.deactivate_and_create(user, expiration_in_minutes="60")  # type: ignore[arg-type]
+    await manager.deactivate_and_create(user, ANY)  # type: ignore[arg-type]  # a token has one purpose
+
+    found = await manager.get_active_or_create(user, "password-reset")
+    assert_type(found, VerificationToken)
+    assert_type(found.key, str | None)
+    mail(found.key)  # type: ignore[arg-type]  # it may be None: nobody mails "None"
+    if found.key is not None:
+        mail(found.key)
+    assert_type(await manager.generate_key(), str)
+
+
+def mail(key: str) -> None: ...
+
+
+async def checked(manager: TokenManager, user: User, field: str | None) -> None:
+    assert_type(await manager.verify(user, "password-reset", "key"), VerificationToken)
+    assert_type(await manager.exists_valid(user), bool)
+    await manager.exists_valid(user, ANY, ANY)
+    await manager.exists_valid(user, None, "key")
+    await manager.exists_valid(user, "password-reset", field)  # type: ignore[arg-type]  # a missing form field
+    await manager.verify(user, "password-reset", field)  # type: ignore[arg-type]
+    await manager.verify(user, ANY, "key")  # type: ignore[arg-type]
+    await manager.verify(user, "password-reset", ANY)  # type: ignore[arg-type]
+    await manager.verify(user, "password-reset")  # type: ignore[call-arg]
+    assert_type(manager.filter_active_tokens(user, ANY), AsyncIterator[VerificationToken])
+    async for token in manager.filter_active_tokens(user):
+        assert_type(token, VerificationToken)
+        assert_type(token.get_extra_data(), Any)
+        token.key = "key"  # type: ignore[misc]  # read only
+    assert_type(await manager.get("an id"), VerificationToken | None)
+
+
+async def used(manager: TokenManager, user: User) -> None:
+    assert_type(await manager.consume(User, "password-reset", "key"), VerificationToken)
+    await manager.consume(Subject("auth.user"), None, "key", consume_id="request-17", context="nonce")
+    await manager.consume(user, ANY, "key")  # type: ignore[arg-type]
+    await manager.consume(user, "password-reset", ANY)  # type: ignore[arg-type]
+    await manager.consume(user, "password-reset", None)  # type: ignore[arg-type]
+    await manager.consume(user, "password-reset", "key", "request-17")  # type: ignore[call-arg]  # by its name only
+
+    block = manager.redeem(user, "password-reset", "key", lease=timedelta(seconds=5))
+    assert_type(block, AbstractAsyncContextManager[VerificationToken])
+    async with block as token:
+        assert_type(token, VerificationToken)
+        assert_type(await manager.content_object(token), object | None)
+    await manager.redeem(user, "password-reset", "key")  # type: ignore[misc]  # it is no coroutine
+    manager.redeem(user, "password-reset", "key", lease=5)  # type: ignore[arg-type]  # of what?
+
+
+async def ended(manager: TokenManager, user: User, token: VerificationToken) -> None:
+    assert_type(await manager.deactivate(user), int)
+    await manager.deactivate(user, None)
+    await manager.deactivate(user, ANY, "key")
+    await manager.deactivate(user, ANY, None)  # type: ignore[arg-type]
+    assert_type(await manager.purge(keep=timedelta(hours=1)), int)
+    async with manager.sweeper():
+        pass
+    stats = await manager.stats()
+    assert_type(stats, Stats)
+    assert_type(stats.by_slug["password-reset"], SlugStats)
+    stats.total = 0  # type: ignore[misc]  # frozen
+    await manager.save(token)
+    await manager.save(token.id)  # type: ignore[arg-type]
+
+
+def policies() -> None:
+    assert_type(TokenPolicy.link("password-reset", cooldown=timedelta(minutes=1)), TokenPolicy)
+    assert_type(TokenPolicy.code("sms-login", digits=8), TokenPolicy)
+    TokenPolicy("log-in", cooldown=60)  # type: ignore[arg-type]  # of what?
+    TokenPolicy("log-in", context="maybe")  # type: ignore[arg-type]
+    TokenPolicy("log-in", 60)  # type: ignore[call-arg]  # by their names only
+    Settings(key_storage="encrypted")  # type: ignore[arg-type]
+    Settings(60)  # type: ignore[call-arg]
+    Settings().secret = None  # type: ignore[misc]  # frozen
+    Subject("auth.user", None)  # type: ignore[arg-type]
+    Subject("auth.user", 7)

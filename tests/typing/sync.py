@@ -1,0 +1,30 @@
+"""The manager for synchronous code: the same, without ``await``."""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import assert_type
+
+from vtoken import IssuedToken, Stats, Subject, VerificationToken
+from vtoken.sync import SyncTokenManager
+
+
+def used(user: Subject) -> None:
+    with SyncTokenManager.from_url("memory://") as manager:
+        assert_type(manager, SyncTokenManager)
+        token = manager.deactivate_and_create(user, "password-reset", expiration_in_minutes=5)
+        assert_type(token, IssuedToken)
+        assert_type(token.key, str)
+        assert_type(manager.get_active_or_create(user, "password-reset"), VerificationToken)
+        assert_type(manager.exists_valid(user), bool)
+        assert_type(manager.consume(user, "password-reset", token.key), VerificationToken)
+        manager.consume(user, "password-reset", None)  # type: ignore[arg-type]
+        manager.consume(user, "password-reset")  # type: ignore[call-arg]
+        block = manager.redeem(user, "password-reset", token.key)
+        assert_type(block, AbstractContextManager[VerificationToken])
+        assert_type(manager.filter_active_tokens(user), Iterator[VerificationToken])
+        assert_type(manager.deactivate(user), int)
+        assert_type(manager.stats(), Stats)
