@@ -274,9 +274,11 @@ class _Interrupted(Connection):
 
 
 class _Refused(_Interrupted):
+    code = sqlite3.SQLITE_FULL
+
     def end(self) -> None:
         error = sqlite3.OperationalError("database or disk is full")
-        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        error.sqlite_errorcode = self.code
         raise error
 
 
@@ -339,6 +341,20 @@ async def test_a_migration_that_fails_at_any_statement_changes_nothing(
     assert failures > len(SECOND) + 2
     async with opened(SQLiteBackend(path)) as backend:
         assert len(await stored(backend)) == 3
+
+
+async def test_nothing_about_an_open_that_fails_is_unknown(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it has done, the next one does it again."""
+    monkeypatch.setattr(_sqlite_file, "Connection", _Refused)
+    monkeypatch.setattr(_Refused, "code", sqlite3.SQLITE_IOERR_FSYNC)
+    monkeypatch.setattr(_Refused, "left", 12)
+    with pytest.raises(BackendUnavailable) as caught:
+        await SQLiteBackend(path).open()
+    assert caught.value.__context__ is None
+    async with opened(SQLiteBackend(path)) as backend:
+        assert await stored(backend) == set()
 
 
 async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
