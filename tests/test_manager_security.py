@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vtoken import (
+    CooldownActive,
     InvalidInput,
     InvalidToken,
     Settings,
@@ -551,6 +552,22 @@ class TestContext:
             assert not await manager.exists_valid(USER, "login", issued.key, context=wrong)
         assert await manager.verify(USER, "login", issued.key, context="cookie") == issued
         assert await manager.exists_valid(USER, "login", issued.key, context="cookie") is True
+
+    async def test_concurrent_callers_of_one_context_get_one_token(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("login", context="required"))
+        other = await manager.deactivate_and_create(USER, "login", context="browser A")
+        world.backend.after["find"] = world.backend.before["insert"] = lambda: asyncio.sleep(0)
+        calls = [manager.get_active_or_create(USER, "login", context="browser B") for _ in range(8)]
+        [token] = set(await asyncio.gather(*calls))
+        assert token != other
+        assert [stored.id for stored in await world.stored() if stored.is_active] == [token.id]
+
+    async def test_a_cooldown_leaves_the_token_of_another_context(self, world: World) -> None:
+        policy = TokenPolicy("login", context="required", cooldown=timedelta(minutes=1))
+        manager = await world.manager(policy)
+        other = await manager.deactivate_and_create(USER, "login", context="browser A")
+        await refused(CooldownActive, manager.get_active_or_create(USER, "login", context="browser B"))
+        assert await manager.verify(USER, "login", other.key, context="browser A") == other
 
     async def test_get_active_or_create_gives_no_token_of_another_context(self, world: World) -> None:
         manager = await world.manager(TokenPolicy("login", context="required", key_storage="derived"))

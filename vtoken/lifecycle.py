@@ -151,26 +151,37 @@ class Lifecycle:
 
     async def get_or_issue(self, order: Order) -> VerificationToken:
         """The newest valid token of an order's object and slug, or a new one."""
-        subject = Match(content_type=order.content_type, object_id=order.object_id, slug=order.slug)
-        mode = InsertMode.IF_NONE_VALID
+        wanted = Match(content_type=order.content_type, object_id=order.object_id, slug=order.slug)
         if order.rules.needs_context:
-            subject = subject._replace(context=order.context)
+            wanted = wanted._replace(context=order.context)
         cooling: CooldownActive | None = None
         for pause in _WAIT_FOR_WINNER:
             if pause:
                 await anyio.sleep(pause)
-            found = await self.store.find(subject._replace(valid_at=self.now()), 1)
+            found = await self.store.find(wanted._replace(valid_at=self.now()), 1)
             if found:
                 return loaded(found[0], reveal_derived_key(self.keyring, order.rules, found[0]))
             try:
-                token = await self.issue(order, mode)
+                token = await self.issue(order, InsertMode.IF_NONE_VALID)
             except CooldownActive as error:  # perhaps by a concurrent caller, whose token is about to appear
-                cooling, token = error, None
+                cooling = error
+                continue
             if token is not None:
                 return token
-            if order.rules.needs_context:  # what is valid is bound to another one: this takes its place
-                mode = InsertMode.REPLACE
+            if order.rules.needs_context:
+                await self._end_other_contexts(order)
         raise cooling or BackendError("another caller's token appeared and vanished again, several times")
+
+    async def _end_other_contexts(self, order: Order) -> None:
+        """What is valid and in an order's way is bound to another context: the new token takes its place."""
+        now = self.now()
+        valid = Match(
+            content_type=order.content_type, object_id=order.object_id, slug=order.slug, valid_at=now
+        )
+        found = await self.store.find(valid, 100)
+        others = valid._replace(digests=tuple(t.digest for t in found if t.context != order.context))
+        if others.digests:
+            await self.store.deactivate(others, now)
 
     async def _give_cooldown_back(self, charge: Charge | None) -> None:
         """Nothing was issued, so nothing cools down; what went wrong before matters more than this."""
