@@ -97,7 +97,7 @@ def test_a_secret_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     data = tmp_path / "data"
     environ = {"APP_DATA": str(data)}
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: Config.from_env(environ), range(4)))
+        found = list(threads.map(Config.from_env, [environ] * 4))
     assert len({config.secret for config in found}) == 1
     assert stat.S_IMODE((data / "secret").stat().st_mode) == 0o600
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
