@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -368,7 +367,7 @@ def test_what_was_acknowledged_survives_a_crash_of_the_server() -> None:
                 await manager.consume(USER, "reset", used.key)
                 replaced = await manager.deactivate_and_create(USER, "login")
                 kept = await manager.deactivate_and_create(USER, "login")
-                await asyncio.to_thread(server.stop, signal.SIGQUIT)
+                await asyncio.to_thread(server.crash)
                 with pytest.raises(BackendUnavailable):
                     await manager.stats()
                 await asyncio.to_thread(server.start)

@@ -39,6 +39,8 @@ class TestPostgreSQL(DurableBackendConformance):
 
 
 class TestPostgreSQLAgainstTheModel(BackendModel):
+    examples = 60
+
     @pytest.fixture(autouse=True)
     def _server(self, server_url: str) -> None:
         self._url = server_url
