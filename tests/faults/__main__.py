@@ -17,6 +17,7 @@ from typing import Final
 ROUNDS: Final = {
     "histories-sqlite": "tests.faults.histories:on_sqlite",
     "histories-mongodb": "tests.faults.histories:on_mongodb",
+    "cancellation": "tests.faults.cancellation:everywhere",
     "sqlite-crash": "tests.faults.sqlite_rounds:crash",
     "sqlite-errors": "tests.faults.sqlite_rounds:errors",
     "sqlite-power": "tests.faults.sqlite_rounds:power_loss",

@@ -94,8 +94,8 @@ def _steps(
             # How far a finished operation was matters no more.
             moved = (*progress[:n], 0 if is_finished else done, *progress[n + 1 :])
             step = _Place(waiting - {n} if is_finished else waiting, moved, after)
-            if not is_finished or after != state:
+            if not is_finished or after != state or progress[n]:
                 steps.append(step)
             elif operation.end != NEVER_RETURNED:
-                return [step]  # it changes nothing for the others, so no other order can do better
+                return [step]  # its result says that it changes nothing, so no other order can do better
     return steps
