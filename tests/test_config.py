@@ -154,6 +154,12 @@ def test_no_frame_of_a_refusal_holds_a_password_or_secret(make: Callable[[], obj
     assert not [frame for frame in ours if "hunter2" in f"{frame.f_locals}"]
 
 
+@pytest.mark.parametrize("url", ["memory:///name", "memory://name/x", "memory://name?x=1", "memory://name#x"])
+def test_a_memory_url_has_a_name_and_nothing_else(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="memory://name"):
+        create_backend(url)
+
+
 def test_a_class_is_taken_for_a_url() -> None:
     assert type(create_backend(f"{__name__}:PluginBackend")) is PluginBackend
 
