@@ -387,6 +387,7 @@ async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch
 def test_an_sqlite_with_the_wal_reset_bug_is_named(
     caplog: pytest.LogCaptureFixture, version: tuple[int, int, int], warned: bool
 ) -> None:
+    caplog.set_level(logging.WARNING, "vtoken_backends.sqlite")  # an example of the documentation silences it
     _sqlite_file._warn_of_wal_reset.cache_clear()
     for _ in range(2):
         _sqlite_file._warn_of_wal_reset(version)
@@ -398,6 +399,7 @@ def test_an_sqlite_with_the_wal_reset_bug_is_named(
 async def test_only_a_second_connection_is_warned_of_the_wal_reset_bug(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level(logging.WARNING, "vtoken_backends.sqlite")
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 45, 0))
     _sqlite_file._warn_of_wal_reset.cache_clear()
     async with opened(SQLiteBackend(path)):
