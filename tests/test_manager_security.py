@@ -14,6 +14,7 @@ from vtoken import (
     CooldownActive,
     InvalidInput,
     InvalidToken,
+    KeyGenerationError,
     Settings,
     Subject,
     TokenManager,
@@ -369,6 +370,15 @@ class TestRotation:
         new = await rotated.deactivate_and_create(USER, slug)
         assert await reason(old.verify(USER, slug, new.key)) == "unknown"
         assert await dropped.consume(USER, slug, new.key) == new
+
+    @pytest.mark.parametrize("older", [Settings(), old])
+    async def test_a_key_from_before_the_secret_is_taken(self, world: World, older: Settings) -> None:
+        before, after = await world.manager(settings=older), await world.manager(settings=self.rotated)
+        again: dict[str, Any] = {"key_generator_kwargs": {"generator": lambda: "the same key, drawn again"}}
+        issued = await before.deactivate_and_create(USER, "reset", **again)
+        await refused(KeyGenerationError, after.deactivate_and_create(OTHER, "reset", **again))
+        assert await after.consume(Subject("auth.user"), "reset", issued.key) == issued
+        assert await reason(after.consume(Subject("auth.user"), "reset", issued.key)) == "used"
 
     async def test_links_from_before_any_secret(self, world: World) -> None:
         before, after = await world.manager(settings=Settings()), await world.manager(settings=self.rotated)

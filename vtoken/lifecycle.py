@@ -41,8 +41,8 @@ from vtoken.guess import Guess, make_guess
 from vtoken.hooks import EventName, Hooks, logger
 from vtoken.ids import IdSequence
 from vtoken.inputs import Unset, Wildcard
-from vtoken.issue import Order, make_order, new_key, reveal_derived_key
-from vtoken.keys import Hidden, Keyring, use_id
+from vtoken.issue import NewKey, Order, make_order, new_key, reveal_derived_key
+from vtoken.keys import Hidden, Keyring, random_key, use_id
 from vtoken.loaded import issued, loaded, refusal
 from vtoken.policy import Rules, Settings, TokenPolicy
 from vtoken.subject import ContentTypes
@@ -98,7 +98,10 @@ class Lifecycle:
 
     def now(self) -> int:
         """The injected clock's time, in milliseconds."""
-        return inputs.milliseconds(self._clock())
+        now = inputs.milliseconds(self._clock())
+        if now < 0:  # what it would store, no backend would take for a token
+            raise ConfigurationError("the clock shows a time before 1970")
+        return now
 
     def require_open(self) -> None:
         """Raise :class:`BackendClosed` unless the manager is open, where the store is not asked."""
@@ -135,6 +138,8 @@ class Lifecycle:
                 if iteration:
                     drawn = new_key(self.keyring, order)
                     token = order.token(self._ids.next(now), now, drawn)
+                if await self._is_taken(order, drawn):
+                    continue
                 result = await self.store.insert(token, mode, now + order.rules.overlap)
                 if result is InsertResult.INSERTED:
                     if self.hooks:
@@ -148,6 +153,16 @@ class Lifecycle:
             raise
         await self._give_cooldown_back(charge)
         raise KeyGenerationError(f"{self.max_key_iterations} draws yielded only keys that are taken")
+
+    async def _is_taken(self, order: Order, drawn: NewKey) -> bool:
+        """Whether a token from before the current secret has the key: the store tells only equal digests.
+        The keys of our own generator are too many to meet one twice."""
+        if order.generator is random_key:
+            return False
+        subject = order.content_type, order.object_id
+        guess = make_guess(self.keyring, order.rules, subject, order.slug, drawn.key, Hidden(None))
+        older = Match(digests=guess.digests[1:])
+        return bool(older.digests) and bool(await self.store.find(older, 1))
 
     async def get_or_issue(self, order: Order) -> VerificationToken:
         """The newest valid token of an order's object and slug, or a new one."""
