@@ -14,7 +14,7 @@ import pytest
 from vtoken import Subject, TokenManager
 from vtoken_backends.sqlite import SQLiteBackend
 
-from .faults import sqlite_rounds
+from .faults import sqlite_life, sqlite_load, sqlite_rounds
 from .faults.sqlite_disk import Disk, Event
 from .faults.sqlite_notes import SLUG, TYPE, Step, fixed_clock, read_notes, violations
 
@@ -29,6 +29,12 @@ needs_shim = pytest.mark.skipif(
 )
 def test_what_was_acknowledged_outlives(fault: Callable[[bool], None]) -> None:
     fault(False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory, threads and descriptors are counted in /proc")
+@pytest.mark.parametrize("run", [sqlite_life.opens_and_closes, sqlite_load.load], ids=lambda f: f.__name__)
+def test_nothing_leaks(run: Callable[[bool], None]) -> None:
+    run(False)
 
 
 # What judges: planted violations are found

@@ -19,7 +19,6 @@ from vtoken import TokenManager
 from vtoken.backend import InsertMode, InsertResult, Match
 from vtoken_backends.sqlite import SQLiteBackend
 
-from .faults.sqlite_life import opens_and_closes
 from .sqlite_tools import make_store, opened, plain, python, token
 
 
@@ -157,7 +156,3 @@ async def test_a_manager_that_is_dropped_unclosed_warns(path: Path) -> None:
     del manager
     with pytest.warns(ResourceWarning, match="was dropped without close"):
         gc.collect()  # a manager and its parts know each other
-
-
-def test_opens_and_closes_leave_nothing() -> None:
-    opens_and_closes(long=False)
