@@ -113,6 +113,17 @@ async def test_a_spent_budget_tells_when_to_come_back(
 
 
 @apps
+@pytest.mark.parametrize("key", ["\0", "x" * 513], ids=["NUL", "too long"])
+async def test_a_key_that_can_be_none_is_answered_as_a_wrong_one(
+    app: Callable[..., Served], manager: TokenManager, key: str
+) -> None:
+    async with app(manager) as client:
+        answer = await client.get("/consume", params={"slug": "login", "key": key})
+    assert (answer.status_code, answer.json()) == (400, REFUSED)
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@apps
 async def test_a_cooldown_tells_when_to_come_back(app: Callable[..., Served], manager: TokenManager) -> None:
     async with app(manager) as client:
         assert (await client.get("/issue", params={"slug": "slow"})).status_code == 200

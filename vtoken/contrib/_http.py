@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager, nullcontext
 from datetime import timedelta
 from typing import Final, Literal, NamedTuple
 
-from vtoken.errors import CooldownActive, InvalidToken, TooManyAttempts
+from vtoken.errors import CooldownActive, InvalidInput, InvalidToken, TooManyAttempts
 from vtoken.manager import TokenManager
 
 InvalidStatus = Literal[400, 410]
 
-REFUSALS: Final = (InvalidToken, CooldownActive)
-"""The errors that are an answer; ``TooManyAttempts`` is an ``InvalidToken``."""
+REFUSALS: Final = (InvalidToken, InvalidInput, CooldownActive)
+"""The errors that are an answer; ``TooManyAttempts`` is an ``InvalidToken``. ``InvalidInput`` is one of them, as
+anybody can send a key that is too long or holds a NUL; it is answered as a wrong key is."""
 
 
 class Refusal(NamedTuple):
