@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ async def world() -> AsyncIterator[World]:
 def _mongodb_server(replica_set: str) -> Iterator[str]:
     declared = servers.declared_url()
     if declared is not None:
-        yield declared
+        with closing(servers.databases(declared)):
+            yield declared
         return
     try:
         server = servers.start_mongod(replica_set)
@@ -34,7 +36,7 @@ def _mongodb_server(replica_set: str) -> Iterator[str]:
         if servers.required():
             raise
         pytest.skip(str(error))
-    with server:
+    with server, closing(servers.databases(server.url)):
         yield server.url
 
 
@@ -52,9 +54,9 @@ def mongodb_replica_set() -> Iterator[str]:
 
 @pytest.fixture(params=["standalone", "replica_set"])
 def mongodb_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A URL with a database of this test's own, on each kind of server."""
+    """A URL with an empty database of this test's own, on each kind of server."""
     server_url: str = request.getfixturevalue(f"mongodb_{request.param}")
-    with servers.fresh_database(server_url) as url:
+    with servers.databases(server_url).one() as url:
         yield url
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,10 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 from pymongo import MongoClient
+from pymongo.database import Database
 from pymongo.errors import OperationFailure, PyMongoError
+
+from vtoken_backends._mongodb_documents import BUDGET_INDEXES, TOKEN_INDEXES
 
 DECLARED_URL: Final = "VTOKEN_TEST_MONGODB_URL"
 
@@ -118,6 +122,7 @@ class Mongod:
         command += ["--dbpath", str(self.dbpath), "--logpath", str(self.dbpath / "log"), "--logappend"]
         command += ["--quiet", "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
+        command += ["--setParameter", "enableTestCommands=1"]  # for fail points
         if self.replica_set:
             command += ["--replSet", self.replica_set, "--oplogSize", "64"]
         command += self._args
@@ -213,10 +218,71 @@ def with_database(url: str, name: str) -> str:
 
 @contextmanager
 def fresh_database(server_url: str) -> Generator[str]:
-    """A URL with a database of its own, which is dropped afterwards."""
-    name = f"vtoken_test_{uuid4().hex}"
+    """A URL with a new database of its own, which is dropped afterwards."""
+    name = _new_name()
     try:
         yield with_database(server_url, name)
     finally:
         with MongoClient[dict[str, Any]](server_url) as client:
             client.drop_database(name)
+
+
+class Databases:
+    """Empty databases of a server, to be used again: making the collections and indexes of one takes
+    longer than most tests.
+
+    Args:
+        server_url: names no database.
+    """
+
+    def __init__(self, server_url: str) -> None:
+        self._server_url = server_url
+        self._client: MongoClient[dict[str, Any]] = MongoClient(server_url)
+        self._free: list[str] = []
+
+    @contextmanager
+    def one(self) -> Generator[str]:
+        """A URL with a database in which no document is, though its collections and indexes may be there."""
+        name = self._free.pop() if self._free else _new_name()
+        try:
+            yield with_database(self._server_url, name)
+        finally:
+            database = self._client[name]
+            if _is_as_made(database):
+                for collection in _INDEXES:
+                    database[collection].delete_many({})
+                self._free.append(name)
+            else:
+                self._client.drop_database(name)
+
+    def close(self) -> None:
+        """Drop them."""
+        while self._free:
+            self._client.drop_database(self._free.pop())
+        self._client.close()
+
+
+@cache
+def databases(server_url: str) -> Databases:
+    """The databases of a server; who has started it closes them before it ends."""
+    return Databases(server_url)
+
+
+def _new_name() -> str:
+    return f"vtoken_test_{uuid4().hex}"
+
+
+_INDEXES: Final = {"vtoken": TOKEN_INDEXES, "vtoken.budgets": BUDGET_INDEXES, "vtoken.meta": ()}
+
+
+def _is_as_made(database: Database[dict[str, Any]]) -> bool:
+    """Whether a test has left the collections and indexes as the backend makes them."""
+    found = {c["name"]: c.get("options") for c in database.list_collections()}
+    if found != {name: {} for name in _INDEXES}:
+        return False
+    for name, expected in _INDEXES.items():
+        there = database[name].index_information()
+        indexes = [{**index, "key": dict(index["key"])} for n, index in there.items() if n != "_id_"]
+        if [{k: v for k, v in index.items() if k != "v"} for index in indexes] != list(expected):
+            return False
+    return True

@@ -14,7 +14,7 @@ from vtoken.testing import DurableBackendConformance
 from vtoken_backends.mongodb import MongoDBBackend
 
 from .mongodb_tools import DRIVER_LEAK
-from .servers import fresh_database
+from .servers import databases
 
 pytestmark = DRIVER_LEAK
 
@@ -27,12 +27,12 @@ class _MongoDB(DurableBackendConformance):
 
     @pytest.fixture(autouse=True)
     def _server(self, request: pytest.FixtureRequest) -> Generator[None]:
-        self._url: str = request.getfixturevalue(self.server)
-        with ExitStack() as self._databases:
+        self._databases = databases(request.getfixturevalue(self.server))
+        with ExitStack() as self._used:
             yield
 
     def new_store(self, directory: Path) -> str:
-        return self._databases.enter_context(fresh_database(self._url))
+        return self._used.enter_context(self._databases.one())
 
     def backend(self, store: str) -> TokenBackend:
         return MongoDBBackend.from_url(store, driver=self.driver)

@@ -7,7 +7,6 @@ import os
 import re
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from inspect import isawaitable
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import unquote, unquote_plus
@@ -91,6 +90,7 @@ class Link:
         self._client: Any = client
         self._write_concern = _WRITE_CONCERN if durable else _RELAXED
         self._opening = anyio.Lock()
+        self._connecting: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
         return f"{self._database or '(default)'}.{self.collection}"
@@ -105,7 +105,16 @@ class Link:
             )
 
     async def open(self, prepare: Callable[[], Awaitable[None]]) -> None:
-        """Connect and prepare the store, if this is the first of the open ones."""
+        """Connect and prepare the store, if this is the first of the open ones. Cancelled, it ends soon."""
+        opening = asyncio.ensure_future(self._open(prepare))
+        try:
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            await outlast(asyncio.ensure_future(self._abandon(opening)))
+            raise
+        opening.result()
+
+    async def _open(self, prepare: Callable[[], Awaitable[None]]) -> None:
         async with self._opening:
             if self._opens and not self._is_abandoned():
                 self._check_place()
@@ -117,6 +126,7 @@ class Link:
             if self._client_class is not None:
                 self._client = _connect(self._client_class, cast("str", self._url))
             self._opens = 1
+            self._connecting = asyncio.current_task()
             try:
                 self._choose_collections()
                 await prepare()
@@ -124,6 +134,21 @@ class Link:
                 self._opens = 0
                 await outlast(asyncio.ensure_future(self._disconnect()))
                 raise
+            finally:
+                self._connecting = None
+
+    async def _abandon(self, opening: asyncio.Future[None]) -> None:
+        """End an opening that nobody waits for any more."""
+        while not opening.done():
+            # With a server at hand it ends soon; PyMongo would leave the socket that it is just connecting.
+            if self._connecting is not opening or not self._has_server():
+                opening.cancel()  # again and again, as PyMongo swallows some
+            await asyncio.wait({opening}, timeout=0.1)
+        if not opening.cancelled() and opening.exception() is None:
+            await self.close()
+
+    def _has_server(self) -> bool:
+        return self._client is not None and bool(self._client.topology_description.has_writable_server())
 
     async def close(self) -> None:
         """Undo one :meth:`open`."""
@@ -310,22 +335,6 @@ async def settle(step: Coroutine[Any, Any, _T]) -> _T:
         raise cancelled
     finally:
         del cancelled  # no cycle
-
-
-async def cut_short(step: Coroutine[Any, Any, _T], undo: Callable[[], Coroutine[Any, Any, object]]) -> _T:
-    """Await a step that a cancellation ends at once. Where the step was done by then, it is undone."""
-    task = asyncio.ensure_future(step)
-    try:
-        await asyncio.wait({task})
-    except asyncio.CancelledError:
-        while not task.done():
-            task.cancel()  # again and again, as PyMongo swallows some
-            with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
-                await asyncio.wait({task}, timeout=0.1)
-        if not task.cancelled() and task.exception() is None:
-            await outlast(asyncio.ensure_future(undo()))
-        raise
-    return task.result()
 
 
 async def outlast(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:

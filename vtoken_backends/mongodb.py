@@ -43,7 +43,7 @@ from vtoken_backends._mongodb_changes import Changes, Take
 from vtoken_backends._mongodb_documents import Document
 from vtoken_backends._mongodb_inserts import ATTEMPTS, Inserts, Put, back_off
 from vtoken_backends._mongodb_lanes import Lanes
-from vtoken_backends._mongodb_link import LONG, Duplicate, Link, cut_short, settle, split_url
+from vtoken_backends._mongodb_link import LONG, Duplicate, Link, settle, split_url
 from vtoken_backends.matching import matches
 
 _SCHEMA: Final = 1
@@ -126,7 +126,7 @@ class MongoDBBackend:
 
     async def open(self) -> None:
         """As of the protocol. Cancelled, it ends at once."""
-        await cut_short(self._link.open(self._prepare), self._link.close)
+        await self._link.open(self._prepare)
 
     async def close(self) -> None:
         """As of the protocol. A client that was handed in stays open."""
