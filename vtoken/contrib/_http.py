@@ -14,8 +14,8 @@ from vtoken.manager import TokenManager
 InvalidStatus = Literal[400, 410]
 
 REFUSALS: Final = (InvalidToken, InvalidInput, CooldownActive)
-"""The errors that are an answer; ``TooManyAttempts`` is an ``InvalidToken``. ``InvalidInput`` is one of them, as
-anybody can send a key that is too long or holds a NUL; it is answered as a wrong key is."""
+"""The errors that are an answer; ``TooManyAttempts`` is an ``InvalidToken``. ``InvalidInput`` is one of them,
+as anybody can send a key that is too long or holds a NUL; it is answered as a wrong key is."""
 
 
 class Refusal(NamedTuple):
