@@ -51,11 +51,9 @@ def register_backend(scheme: str, path: str) -> None:
         ConfigurationError: the scheme is no URL scheme (RFC 3986, section 3.1), or the path has another form.
     """
     if not isinstance(scheme, str) or not _SCHEME.fullmatch(scheme):
-        raise ConfigurationError(f"{scheme!r} is no URL scheme")
+        raise ConfigurationError("a URL scheme is letters, digits, +, . and -, the first of them a letter")
     if not isinstance(path, str) or not _IMPORT_PATH.fullmatch(path):
-        raise ConfigurationError(
-            f"a backend's class is registered by its path, 'package.module:Class', not {path!r}"
-        )
+        raise ConfigurationError("a backend's class is registered by its path, 'package.module:Class'")
     _registered[scheme.lower()] = path
 
 

@@ -114,5 +114,5 @@ def _checked(hook: Hook | LazyHook | str) -> Hook | LazyHook:
         return hook
     found = import_object(hook) if isinstance(hook, str) else hook
     if not callable(found):
-        raise ConfigurationError(f"the hook {hook!r} is not callable")
+        raise ConfigurationError(f"a hook is a callable or its path, not {type(found).__name__}")
     return cast("Hook", found)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
-from vtoken.errors import InvalidInput
+from vtoken.errors import ConfigurationError, InvalidInput
+
+T = TypeVar("T")
 
 MAX_NAME_BYTES: Final = 255
 """Slugs and content types, UTF-8."""
@@ -162,6 +165,30 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
         raise InvalidInput(f"{name} must be an int from {least} to {2**31 - 1}")
     return value
+
+
+def check_kind(name: str, value: object, kind: Any) -> None:
+    """Say what a part of a configuration must be.
+
+    Raises:
+        ConfigurationError: it is no instance of ``kind``.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{name}: a {kind.__name__} is wanted, not {type(value).__name__}")
+
+
+def several(name: str, values: Iterable[T], kind: type = object) -> tuple[T, ...]:
+    """Return the parts of a configuration.
+
+    Raises:
+        ConfigurationError: it is not several, or one is no instance of ``kind``.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigurationError(f"{name}: several are wanted, e.g. a list, not {type(values).__name__}")
+    values = tuple(values)
+    for value in values:
+        check_kind(name, value, kind)
+    return values
 
 
 def dump_json(value: object) -> str:

@@ -87,11 +87,12 @@ def random_key(length: int = 32, allowed_chars: str = ALPHANUMERIC) -> str:
     """
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_KEY_BYTES:
         raise InvalidInput(f"a key's length must be an int from 1 to {MAX_KEY_BYTES}")
-    if not isinstance(allowed_chars, str) or not allowed_chars:
+    chars = str.__str__(allowed_chars) if isinstance(allowed_chars, str) else ""  # of an enum, its value
+    if not chars:
         raise InvalidInput("allowed_chars must be a str of at least one character")
-    if len(allowed_chars) > 256 or not allowed_chars.isascii():
-        return "".join(secrets.choice(allowed_chars) for _ in range(length))
-    table, rejected = _alphabet(allowed_chars)
+    if len(chars) > 256 or not chars.isascii():
+        return "".join(secrets.choice(chars) for _ in range(length))
+    table, rejected = _alphabet(chars)
     key = b""
     while len(key) < length:  # half as much again makes a second round rare
         key += os.urandom(length + length // 2 + 8).translate(table, rejected)

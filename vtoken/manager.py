@@ -82,8 +82,12 @@ class TokenManager:
                 "a backend is wanted: use create_backend(url), or TokenManager.from_url(url)"
             )
         self.backend = backend
-        self.settings = settings or Settings()
-        self.content_types = content_types or ContentTypes()
+        self.settings = Settings() if settings is None else settings
+        self.content_types = ContentTypes() if content_types is None else content_types
+        inputs.check_kind("settings", self.settings, Settings)
+        inputs.check_kind("content_types", self.content_types, ContentTypes)
+        inputs.check_kind("clock", clock, Callable)
+        policies, hooks = inputs.several("policies", policies, TokenPolicy), inputs.several("hooks", hooks)
         self._life = Lifecycle(self.settings, policies, self.content_types, clock, Hooks(hooks, clock))
         self._opening = threading.Lock()
         self._pid = 0

@@ -196,7 +196,8 @@ class TokenPolicy:
         else:
             problem = None if self.allow_weak else self._weakness()
         if problem:
-            raise ConfigurationError(f"the policy for {self.slug!r}: {problem}")
+            named = repr(self.slug) if self.slug is None or isinstance(self.slug, str) else "no text"
+            raise ConfigurationError(f"the policy for {named}: {problem}")
 
     def _check_ranges(self) -> None:
         if self.slug is not None:
@@ -322,5 +323,5 @@ def load_generator(generator: KeyGenerator | str) -> KeyGenerator:
     """
     found = import_object(generator) if isinstance(generator, str) else generator
     if not callable(found):
-        raise ConfigurationError(f"the key generator {generator!r} is not callable")
+        raise ConfigurationError(f"a key generator is a callable or its path, not {type(found).__name__}")
     return cast("KeyGenerator", found)

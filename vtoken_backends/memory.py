@@ -6,12 +6,13 @@ so it is safe from any number of tasks, threads and event loops, under asyncio a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from vtoken.backend import (
     Budget,
@@ -175,8 +176,10 @@ class MemoryBackend:
         Raises:
             ConfigurationError: there are options, a path or a query: it has none.
         """
-        parts = urlsplit(url)
-        if options or parts.path.strip("/") or parts.query or parts.fragment:
+        parts: SplitResult | None = None
+        with contextlib.suppress(ValueError):  # a bracket that is not closed
+            parts = urlsplit(url) if isinstance(url, str) else None
+        if parts is None or options or parts.path.strip("/") or parts.query or parts.fragment:
             raise ConfigurationError("memory:// takes a name and nothing else: memory://name")
         return cls(parts.netloc)
 

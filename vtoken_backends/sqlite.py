@@ -121,6 +121,8 @@ class SQLiteBackend:
         self._link: _Link | None = None  # first, as __del__ looks at it
         self._opens = 0
         self._opening = threading.Lock()
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(f"an SQLite backend needs a path, not {type(path).__name__}")
         name = os.fsdecode(path)
         if not name or name.startswith(":memory:"):
             raise ConfigurationError("an SQLite backend needs a file; for tokens in memory use memory://")
@@ -141,7 +143,7 @@ class SQLiteBackend:
         Raises:
             ConfigurationError: the URL or an option is not understood.
         """
-        rest = url.partition("://")[2]
+        rest = url.partition("://")[2] if isinstance(url, str) else ""
         location, _, query = rest.partition("?")
         if location in ("", "/", ":memory:", "/:memory:"):
             raise ConfigurationError(
