@@ -60,6 +60,14 @@ def mongodb_url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(params=["standalone", "replica_set"])
+def mongodb_new_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, for a test that looks at what is made in the database."""
+    server_url: str = request.getfixturevalue(f"mongodb_{request.param}")
+    with servers.fresh_database(server_url) as url:
+        yield url
+
+
 @pytest.fixture(params=["pymongo", "motor"])
 def mongodb_driver(request: pytest.FixtureRequest) -> str:
     """Each MongoDB driver by name."""

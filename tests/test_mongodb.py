@@ -10,6 +10,7 @@ import pytest
 from vtoken.backend import Budget, InsertResult, Lease, Match, SetExtraData, Use
 from vtoken_backends.mongodb import MongoDBBackend
 
+from . import servers
 from .mongodb_tools import (
     ADD,
     DRIVER_LEAK,
@@ -69,6 +70,15 @@ async def test_a_budget_holds_and_begins_once(mongodb_url: str, mongodb_driver: 
             budget = Budget("auth.user", "$spent", f"{number}.$x", "attempts")
             calls = [(one, two)[n % 2].spend(budget, NOW, 5, 1000, 8000) for n in range(20)]
             assert sum(spent.allowed for spent in await asyncio.gather(*calls)) == 5
+
+
+async def test_of_many_that_open_a_new_store_all_do(mongodb_replica_set: str, mongodb_driver: str) -> None:
+    with servers.fresh_database(mongodb_replica_set) as url:
+        backends = [MongoDBBackend.from_url(url, driver=mongodb_driver) for _ in range(6)]
+        await asyncio.gather(*(backend.open() for backend in backends))
+        for number, backend in enumerate(backends):
+            assert await backend.insert(token(number), ADD) is InsertResult.INSERTED
+        await asyncio.gather(*(backend.close() for backend in backends))
 
 
 # What is refused leaves the older token active.

@@ -112,11 +112,11 @@ def test_urls_name_database_and_collection(url: str, shown: str) -> None:
     assert repr(create_backend(url)) == f"<MongoDBBackend {shown}>"
 
 
-async def test_the_driver_never_sees_our_parameter(mongodb_url: str, mongodb_driver: str) -> None:
-    mark = "&" if "?" in mongodb_url else "?"
-    async with opened(f"{mongodb_url}{mark}collection=mine", mongodb_driver) as backend:  # no warning
+async def test_the_driver_never_sees_our_parameter(mongodb_new_url: str, mongodb_driver: str) -> None:
+    mark = "&" if "?" in mongodb_new_url else "?"
+    async with opened(f"{mongodb_new_url}{mark}collection=mine", mongodb_driver) as backend:  # no warning
         await backend.insert(token(1), ADD)
-    with documents(mongodb_url) as stored:
+    with documents(mongodb_new_url) as stored:
         names = stored.database.list_collection_names()
         assert sorted(names) == ["mine", "mine.budgets", "mine.meta"]
 
@@ -130,22 +130,33 @@ def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "said"),
     [
-        "mongodb://user:pa55word@",
-        "mongodb://user:pa55word@host:port",
-        "mongodb://user:pa55/word@host",
-        "mongodb://user:pa55word@host/?authMechanism=pa55word",
+        ("mongodb://user:pa55word@", "percent-encoded"),
+        ("mongodb://user:pa55word@host:port", "port"),
+        ("mongodb://user:pa55word@host:65536/app", "port"),
+        ("mongodb+srv://user:pa55word@host.example.com:27017/app", "port"),
+        ("mongodb://user:pa55/word@host", "percent-encoded"),
+        ("mongodb://user:pa55?word=1@host", "percent-encoded"),
+        ("mongodb://user:pa55word@host/?replicaset=a&replicaSt=a", "'replicaSt'"),
+        ("mongodb://user:pa55word@host/?wTimeoutMS=soon", "'wTimeoutMS'"),
+        ("mongodb://user:pa55word@host/?authMechanism=pa55word", "'authMechanism'"),
     ],
 )
-async def test_a_password_is_never_repeated(url: str, mongodb_driver: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        await _made_and_opened(url, mongodb_driver)
+def test_a_mistake_in_the_url_is_told_at_once_and_no_password(
+    url: str, said: str, mongodb_driver: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        MongoDBBackend.from_url(url, driver=mongodb_driver)
     assert "pa55" not in f"{caught.value!r} {caught.value.__context__!r} {caught.value.__cause__!r}"
 
 
-async def _made_and_opened(url: str, driver: str) -> None:
-    await MongoDBBackend.from_url(url, driver=driver).open()
+def test_from_url_looks_nothing_up() -> None:
+    for url in (
+        "mongodb+srv://nobody.invalid/?srvMaxHosts=3",
+        "mongodb://h/?tls=true&tlsCAFile=/there/is/none",
+    ):
+        assert repr(MongoDBBackend.from_url(url)) == "<MongoDBBackend (default).vtoken>"
 
 
 async def test_refused_credentials(mongodb_standalone: str, mongodb_driver: str) -> None:
@@ -163,6 +174,21 @@ async def test_no_server_is_told_soon(mongodb_driver: str) -> None:
         for _ in range(2):
             with pytest.raises(BackendUnavailable, match="no server answers"):
                 await backend.open()
+    with pytest.raises(BackendClosed):
+        await backend.find(Match(), 1)
+    await backend.close()
+
+
+async def test_a_cancelled_search_for_a_server_ends(mongodb_driver: str) -> None:
+    url = f"mongodb://127.0.0.1:{servers.free_port()}/?serverSelectionTimeoutMS=60000"
+    backend = MongoDBBackend.from_url(url, driver=mongodb_driver)
+    opening = [asyncio.ensure_future(backend.open()) for _ in range(3)]
+    await asyncio.sleep(0.05)  # so that the first one is on its way; none can have ended
+    for task in opening:
+        task.cancel()
+    done, _ = await asyncio.wait(opening, timeout=30)
+    assert len(done) == 3
+    assert all(task.cancelled() for task in opening)
     with pytest.raises(BackendClosed):
         await backend.find(Match(), 1)
     await backend.close()

@@ -74,12 +74,12 @@ async def test_a_missing_or_other_unique_index_is_refused(mongodb_url: str, spoi
     ],
 )
 async def test_a_collection_that_compares_or_forgets_is_refused(
-    mongodb_url: str, options: dict[str, Any], said: str
+    mongodb_new_url: str, options: dict[str, Any], said: str
 ) -> None:
-    with documents(mongodb_url) as stored:
+    with documents(mongodb_new_url) as stored:
         stored.database.create_collection("vtoken", **options)
         with pytest.raises(CorruptStore, match=said):
-            async with opened(mongodb_url):
+            async with opened(mongodb_new_url):
                 pass
         assert stored.database.list_collection_names() == ["vtoken"]
 
@@ -94,15 +94,15 @@ async def test_a_collection_that_compares_or_forgets_is_refused(
     ],
 )
 async def test_a_newer_or_foreign_store_is_refused_untouched(
-    mongodb_url: str, marker: dict[str, Any] | None, error: type[BackendError]
+    mongodb_new_url: str, marker: dict[str, Any] | None, error: type[BackendError]
 ) -> None:
-    with documents(mongodb_url) as stored:
+    with documents(mongodb_new_url) as stored:
         stored.insert_one({"_id": "theirs"})
         if marker is not None:
             stored.database["vtoken.meta"].insert_one({"_id": "schema", **marker})
         names = sorted(stored.database.list_collection_names())
         with pytest.raises(BackendError) as caught:
-            async with opened(mongodb_url):
+            async with opened(mongodb_new_url):
                 pass
         assert type(caught.value) is error
         assert sorted(stored.database.list_collection_names()) == names
