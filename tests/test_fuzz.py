@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.faults import fuzz_atheris
 from vtoken import (
     ANY,
     DEFAULT,
@@ -342,3 +343,10 @@ def test_a_maker(name: str, drawn: st.DataObject) -> None:
     arguments = [drawn.draw(strategy) for strategy in strategies]
     with contextlib.suppress(*REFUSED):
         make(*arguments)
+
+
+@pytest.mark.parametrize("name", fuzz_atheris.TARGETS)
+@thorough
+@given(written=st.binary(max_size=60) | st.lists(st.binary(min_size=3, max_size=12)).map(b"\xff".join))
+def test_a_target_of_the_coverage_guided_fuzzer(name: str, written: bytes) -> None:
+    fuzz_atheris.TARGETS[name](written)

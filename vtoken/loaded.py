@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from vtoken.backend import NEVER, StoredToken
-from vtoken.errors import Reason
+from vtoken.errors import CorruptStore, Reason
 from vtoken.inputs import from_milliseconds
 from vtoken.keys import Hidden
 from vtoken.token import IssuedToken, VerificationToken
@@ -50,7 +50,7 @@ def refusal(stored: StoredToken | None, now: int) -> Reason | None:
 
 def _fields(stored: StoredToken, key: str | None) -> _Fields:
     """The arguments of a token, in their order."""
-    at = from_milliseconds
+    at = _moment
     return (
         stored.id,
         at(stored.created_at),
@@ -66,3 +66,11 @@ def _fields(stored: StoredToken, key: str | None) -> _Fields:
         at(stored.used_at) if stored.used_at else None,
         at(stored.lease_until) if stored.lease_until else None,
     )
+
+
+def _moment(milliseconds: int) -> datetime:
+    try:
+        return from_milliseconds(milliseconds)
+    except OverflowError:
+        pass
+    raise CorruptStore("a stored token has a time past the year 9999")

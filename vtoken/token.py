@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 from vtoken import inputs
+from vtoken.errors import CorruptStore
 
 
 class VerificationToken:
@@ -121,8 +123,16 @@ class VerificationToken:
         self.extra_data = None if data is None else inputs.dump_json(data)
 
     def get_extra_data(self) -> Any:
-        """The value that ``extra_data`` holds, or None."""
-        return None if self.extra_data is None else json.loads(self.extra_data)
+        """The value that ``extra_data`` holds, or None.
+
+        Raises:
+            CorruptStore: it is no JSON text.
+        """
+        if self.extra_data is None:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(self.extra_data)
+        raise CorruptStore(f"the extra_data of the token {self.id} is no JSON text")
 
     def __eq__(self, other: object) -> bool:
         return self.id == other.id if isinstance(other, VerificationToken) else NotImplemented

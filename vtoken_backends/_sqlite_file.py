@@ -328,7 +328,13 @@ _UNAVAILABLE: Final = {
 }
 
 
-_NOT_AS_MADE: Final = ("SQLite: unsupported file format", "SQLite: no such table", "SQLite: no such column")
+_NOT_AS_MADE: Final = (
+    "SQLite: unsupported file format",
+    "SQLite: no such table",
+    "SQLite: no such column",
+    "SQLite: malformed JSON",
+    "SQLite: cannot store",
+)
 
 
 def as_backend_error(error: Exception) -> BackendError:
