@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from bson import ObjectId
@@ -70,7 +71,7 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
 }
 """What the fields are read as; those not named here are integers."""
 _NAMES: Final = tuple("_id" if name == "id" else name for name in StoredToken._fields)
-_INTEGERS: Final = [place for place, name in enumerate(StoredToken._fields) if name not in _TYPES]
+_VALUES: Final = itemgetter(*_NAMES)
 _USE_IDS: Final = StoredToken._fields.index("use_ids")
 
 
@@ -94,24 +95,32 @@ def state(found: Document) -> State:
     Raises:
         CorruptStore: a field is missing or of another type than it was stored with.
     """
-    values = [found.get(name, ...) for name in _NAMES]
-    damaged = _damaged(tuple(map(type, values)))
-    if damaged is not None:
+    newer = tuple(found.get("newer", ()))
+    return State(stored(found), newer, bool(found.get("has_older")), bool(found.get("saved")))
+
+
+def stored(found: Document) -> StoredToken:
+    """The token of a document. Raises: as of :func:`state`."""
+    try:
+        values = [*_VALUES(found)]
+    except KeyError:
+        values = [found.get(name, ...) for name in _NAMES]
+    damaged, long = _looked_over(tuple(map(type, values)))
+    if damaged:
         raise CorruptStore(f"the field {damaged!r} of a stored token is damaged")
-    for place in _INTEGERS:  # bson.Int64 may be what comes back
+    for place in long:
         values[place] = int(values[place])
     values[_USE_IDS] = tuple(values[_USE_IDS])
-    newer = tuple(found.get("newer", ()))
-    return State(StoredToken._make(values), newer, bool(found.get("has_older")), bool(found.get("saved")))
+    return StoredToken._make(values)
 
 
-@lru_cache(256)
-def _damaged(types: tuple[type, ...]) -> str | None:
-    """The first field of a token that came back with another type than it was stored with."""
+@lru_cache(256)  # there are few such tuples, and many tokens to be read
+def _looked_over(types: tuple[type, ...]) -> tuple[str, list[int]]:
+    """The first field that came back with another type than it was stored with, and the places of Int64."""
     for name, type_ in zip(StoredToken._fields, types, strict=True):
         if type_ not in _TYPES.get(name, (int, Int64)):
-            return name
-    return None
+            return name, []
+    return "", [place for place, type_ in enumerate(types) if type_ is Int64]
 
 
 def condition(match: Match) -> Document:

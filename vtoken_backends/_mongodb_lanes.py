@@ -63,8 +63,15 @@ class Lanes(Generic[_Op, _Answer]):
         lane = min(self._lanes, key=_load)
         goes_directly = self._reads and not lane.load
         lane.load += 1
+        call = _Call(op)
         try:
-            return await (self._directly(op) if goes_directly else self._gathered(lane, op))
+            if goes_directly:
+                return await self._directly(op)
+            return cast("_Answer", await lane.gatherer.submit(call))
+        except asyncio.CancelledError:
+            if call.trip is not None:
+                await outlast(call.trip)
+            raise
         finally:
             lane.load -= 1
 
@@ -75,15 +82,6 @@ class Lanes(Generic[_Op, _Answer]):
         if task.cancelling() > cancellations:  # PyMongo swallows some
             raise asyncio.CancelledError
         return answer
-
-    async def _gathered(self, lane: _Lane[_Op, _Answer], op: _Op) -> _Answer:
-        call = _Call(op)
-        try:
-            return cast("_Answer", await lane.gatherer.submit(call))
-        except asyncio.CancelledError:
-            if call.trip is not None:
-                await outlast(call.trip)
-            raise
 
 
 _load: Final = attrgetter("load")

@@ -193,15 +193,15 @@ class MongoDBBackend:
     async def _page(self, match: Match, limit: int, after: tuple[int, str] | None) -> list[StoredToken]:
         if match.id is not None and after is None:
             found = await self._link.find_all(documents.condition(match), 1)
-            return [documents.state(document).token for document in found]
+            return [documents.stored(document) for document in found]
         query = documents.page(match, after)
         cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
-        return [documents.state(found).token for found in await cursor.to_list(limit)]
+        return [documents.stored(found) for found in await cursor.to_list(limit)]
 
     async def _look(self, look: _Look) -> list[StoredToken]:
         async def find() -> list[StoredToken]:
             found = await self._link.find_all(documents.condition(look.match), len(look.match.digests or ()))
-            return look.newest([documents.state(document).token for document in found])
+            return look.newest([documents.stored(document) for document in found])
 
         return await self._link.run(find, writes=False)
 
@@ -209,7 +209,7 @@ class MongoDBBackend:
         async def find() -> list[list[StoredToken]]:
             digests = {digest for look in looks for digest in look.match.digests or ()}
             found = await self._link.find_all(documents.look_up(digests), len(digests))
-            tokens = {token.digest: token for token, *_ in map(documents.state, found)}
+            tokens = {token.digest: token for token in map(documents.stored, found)}
             return [_chosen(tokens, look) for look in looks]
 
         return await self._link.run(find, writes=False)
