@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import anyio
 
 from tests import servers
-from tests.faults.histories import MONGODB, SQLITE, mongodb
+from tests.faults.histories import MONGODB, ROOT, SQLITE, mongodb
 from vtoken import InvalidToken, IssuedToken, Subject, TokenManager, VerificationToken
 from vtoken.loading import import_object
 
@@ -285,7 +285,7 @@ def run(backend: str, url: str, count: int, seed: int) -> str:
         AssertionError: it failed, or it did not end.
     """
     command = [sys.executable, "-m", "tests.faults.cancellation", backend, url, str(count), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE + count, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE + count, cwd=ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout.strip()
 

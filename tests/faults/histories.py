@@ -23,6 +23,8 @@ from vtoken import Subject
 
 SQLITE: Final = "vtoken_backends.sqlite:SQLiteBackend"
 MONGODB: Final = "vtoken_backends.mongodb:MongoDBBackend"
+ROOT: Final = Path(__file__).parent.parent.parent
+"""From where ``tests`` can be imported."""
 PATIENCE: Final = 120
 """Seconds without a single answer after which a round fails."""
 
@@ -100,7 +102,7 @@ class Round:
         seed = str(self._dice.randrange(2**32))
         command = [sys.executable, "-m", module, self._backend, self._url, str(self._directory), name, seed]
         self._begun[name] = set()
-        return subprocess.Popen(command)
+        return subprocess.Popen(command, cwd=ROOT)
 
     def _follow(self, answers: int) -> None:
         """Read on until so many answers are there."""
