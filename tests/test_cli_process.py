@@ -98,8 +98,9 @@ def test_ctrl_c_is_status_130() -> None:
 
 
 _ANNOUNCED = """
-import io, sys
+import io, signal, sys
 from vtoken.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests with `&`
 class Announced(io.TextIOWrapper):
     @property
     def buffer(self):
