@@ -84,8 +84,14 @@ class TestIdentity:
 
     def test_repr_shows_what_is_public(self) -> None:
         shown = repr(token(IssuedToken, key="canary", slug="reset", extra_data='{"canary":1}'))
-        assert shown == f"<IssuedToken {'0' * 32} auth.user:42 slug='reset' active>"
+        assert shown == f"<IssuedToken {'0' * 32} 'auth.user:42' slug='reset' active>"
         assert "inactive" in repr(token(is_active=False))
+
+    def test_repr_is_one_line_whatever_the_object_is_called(self) -> None:
+        forged = "7\nINFO signed in: \x1b[1madmin\u2028"
+        shown = repr(token(object_id=forged, content_type="a\r\nb", slug="c\x85d"))
+        assert shown.isprintable()
+        assert len(shown.splitlines()) == 1
 
     @pytest.mark.parametrize("cls", [VerificationToken, IssuedToken])
     def test_pickles_keep_everything_but_the_key(self, cls: type[VerificationToken]) -> None:

@@ -48,7 +48,7 @@ class Order(NamedTuple):
     context: bytes
 
     def __repr__(self) -> str:
-        return f"<Order {self.content_type}:{self.object_id} slug={self.slug!r}>"
+        return f"<Order {self.content_type!r}:{self.object_id!r} slug={self.slug!r}>"
 
     def token(self, id: str, now: int, new: NewKey) -> StoredToken:  # noqa: A002  # the field's name
         """The record to be stored, under one of the keys that were tried."""

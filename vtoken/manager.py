@@ -406,6 +406,7 @@ class TokenManager:
             context: as in :meth:`consume`.
 
         Raises:
+            InvalidInput: by the call itself, not on entry; but for a lease that ends after the year 9999.
             InvalidToken, TooManyAttempts: on entry, as in :meth:`consume`.
             LeaseLost: on exit: the lease ended before the block did, or the token was deactivated meanwhile.
         """

@@ -143,7 +143,7 @@ class VerificationToken:
     def __repr__(self) -> str:
         state = "active" if self.is_active else "inactive"
         subject = f"{self.content_type}:{self.object_id}"
-        return f"<{type(self).__name__} {self.id} {subject} slug={self.slug!r} {state}>"
+        return f"<{type(self).__name__} {self.id} {subject!r} slug={self.slug!r} {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles leave the key behind: they outlive the moment in which it is needed."""
