@@ -49,8 +49,8 @@ DRIVERS = {
 }
 """What a backend may import beside the standard library and the protocol."""
 
-FROM_THE_CORE = {"backend", "errors", "token"}
-"""What a backend may know of the core."""
+FROM_THE_CORE = {"backend", "errors", "redact", "token"}
+"""What a backend may know of the core: the protocol, and how to keep a password out of a traceback."""
 
 MAX_LINES = 500
 

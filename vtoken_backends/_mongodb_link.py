@@ -30,6 +30,7 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
+from vtoken.redact import without_locals
 
 _T = TypeVar("_T")
 Document = dict[str, Any]
@@ -62,6 +63,10 @@ class Duplicate(BackendError):
 class Link:
     """A client, handed in or of our own making, and the collections. Arguments: as of the backend."""
 
+    _opens = 0
+    _database: str | None = None
+    collection = "(not made)"  # these here and not below, as `repr` and `del` may meet one that was refused
+
     def __init__(
         self,
         client: Any,
@@ -71,7 +76,6 @@ class Link:
         driver: str,
         durable: bool,
     ) -> None:
-        self._opens = 0
         if (client is None) == (url is None):
             raise ConfigurationError("give MongoDBBackend either a client or url=...")
         if client is not None and not _is_async_client(client):
@@ -79,6 +83,8 @@ class Link:
                 "client must be a pymongo.AsyncMongoClient or a motor.motor_asyncio.AsyncIOMotorClient,"
                 f" not {type(client).__name__}"
             )
+        if url is not None and not isinstance(url, str):
+            raise ConfigurationError(f"the URL must be text, not {type(url).__name__}")
         if not isinstance(durable, bool):
             raise ConfigurationError("durable must be True or False")
         self._database = None if database is None else _name("database", database, '/\\. "$*<>:|?\0')
@@ -369,15 +375,17 @@ def _client_class(driver: str) -> Any:
     raise ConfigurationError('the driver "motor" is not installed: pip install "vtoken[motor]"')
 
 
+@without_locals(Exception)
 def _connect(client_class: Any, url: str) -> Any:
     limits = {name: limit for name, limit in _LIMITS.items() if f"{name}=".lower() not in url.lower()}
+    problem = "are user name and password percent-encoded?"
     try:
         return client_class(url, **limits)
     except (errors.PyMongoError, ValueError, TypeError, UserWarning):
         pass  # the driver's message may quote the URL
-    raise ConfigurationError(
-        "the driver does not understand the MongoDB URL; are user name and password percent-encoded?"
-    )
+    except OSError as error:
+        problem = f"a file that it names cannot be read ({error.strerror})"
+    raise ConfigurationError(f"the driver does not understand the MongoDB URL; {problem}")
 
 
 def _check_url(url: str) -> None:

@@ -39,6 +39,7 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
+from vtoken.redact import without_locals
 from vtoken_backends._mongodb_changes import Changes, Take
 from vtoken_backends._mongodb_documents import Document
 from vtoken_backends._mongodb_inserts import ATTEMPTS, Inserts, Put, back_off
@@ -82,6 +83,7 @@ class MongoDBBackend:
         ConfigurationError: an argument is of the wrong kind, or the driver is not installed.
     """
 
+    @without_locals(ConfigurationError)
     def __init__(
         self,
         client: Any = None,
@@ -100,6 +102,7 @@ class MongoDBBackend:
         self._uses = Lanes(self._changes.use, self._changes.use_many)
 
     @classmethod
+    @without_locals(ConfigurationError)
     def from_url(cls, url: str, **options: object) -> Self:
         """``mongodb://[user:password@]host[:port][,...][/database][?collection=name]``, or ``mongodb+srv://``.
 
@@ -113,6 +116,8 @@ class MongoDBBackend:
         Raises:
             ConfigurationError: as of the protocol.
         """
+        if not isinstance(url, str):
+            raise ConfigurationError(f"the URL must be text, not {type(url).__name__}")
         for option in options:
             if option not in _OPTIONS:
                 near = difflib.get_close_matches(option, _OPTIONS, 1)
@@ -122,7 +127,7 @@ class MongoDBBackend:
         return cls(url=url, **cast("Document", named | options))
 
     def __repr__(self) -> str:
-        return f"<MongoDBBackend {self._link!r}>"
+        return f"<MongoDBBackend {getattr(self, '_link', '(not made)')!s}>"
 
     async def open(self) -> None:
         """As of the protocol. Cancelled, it ends at once."""
@@ -195,7 +200,8 @@ class MongoDBBackend:
             found = await self._link.find_all(documents.condition(match), 1)
             return [documents.stored(document) for document in found]
         query = documents.page(match, after)
-        cursor = self._link.tokens.find(query).sort(documents.NEWEST_FIRST).limit(limit)
+        cursor = self._link.tokens.find(query).hint(documents.page_index(match))
+        cursor = cursor.sort(documents.NEWEST_FIRST).limit(limit)
         return [documents.stored(found) for found in await cursor.to_list(limit)]
 
     async def _look(self, look: _Look) -> list[StoredToken]:

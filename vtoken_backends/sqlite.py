@@ -110,6 +110,9 @@ class SQLiteBackend:
         ConfigurationError: an argument is out of its range, or the path names no file.
     """
 
+    _link: _Link | None = None
+    _path = "(not made)"  # these two here and not below, as `repr` and `del` may meet one that was refused
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -118,7 +121,6 @@ class SQLiteBackend:
         busy_timeout: int = 30_000,
         check: Check = "auto",
     ) -> None:
-        self._link: _Link | None = None  # first, as __del__ looks at it
         self._opens = 0
         self._opening = threading.Lock()
         if not isinstance(path, str | os.PathLike):
@@ -134,7 +136,7 @@ class SQLiteBackend:
             raise ConfigurationError("busy_timeout is a number of milliseconds, 0 to 2147483647")
         self._path = os.path.abspath(name)
         self._options = Options(synchronous, busy_timeout, check)
-        self._gatherer = Gatherer(self._carry, by_caller=True)
+        self._gatherer = Gatherer(self._carry, trips=2, by_caller=True)
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
