@@ -23,9 +23,10 @@ from vtoken.backend import Match, StoredToken
 
 COLUMNS: Final = ", ".join(StoredToken._fields)
 _ROW: Final = f"({', '.join('?' * (len(StoredToken._fields) + 2))})"
-INSERT: Final = (
-    f"INSERT INTO tokens ({COLUMNS}, mode, overlap) VALUES {_ROW} ON CONFLICT DO NOTHING RETURNING id, digest"
-)
+TELLING: Final = " ON CONFLICT DO NOTHING RETURNING id, digest"
+INSERT: Final = f"INSERT INTO tokens ({COLUMNS}, mode, overlap) VALUES {_ROW}{TELLING}"
+IF_NONE_VALID: Final = 2
+_MODE: Final = len(StoredToken._fields)
 USE: Final = (
     "uses = uses + 1, used_at = {at}, lease_id = '', lease_until = 0,"
     " use_ids = iif({use_id} = '', use_ids, json_insert(use_ids, '$[#]', {use_id})),"
@@ -184,7 +185,7 @@ def _insert_sql(size: int) -> str:
     return (
         f"INSERT INTO tokens ({COLUMNS}, mode, overlap)"
         f" SELECT {columns} FROM (VALUES {', '.join([_ROW] * size)}) WHERE column1 IS NOT NULL"
-        " ON CONFLICT DO NOTHING RETURNING id, digest"
+        f"{TELLING}"
     )
 
 
@@ -266,6 +267,15 @@ class _Trip:
         operations = [self._operations[number] for number in group]
         many = operations[0].kind
         assert many is not None  # noqa: S101  # _is_shared has seen to it
+        if many is insert_many and all(operation.shared[_MODE] != IF_NONE_VALID for operation in operations):
+            # Without a word about each row the statement ends, and is durable, in one step: the event loop,
+            # busy with the callers of the batch before, gets no chance to hold it up.
+            with contextlib.suppress(sqlite3.IntegrityError):  # a key is taken, and nothing was inserted
+                sql, values = many(operations)
+                self._execute(sql.removesuffix(TELLING), values)
+                for number, operation in zip(group, operations, strict=True):
+                    self._answers[number] = Rows([(operation.shared[_ID], operation.shared[_DIGEST])])
+                return
         rows = self._execute(*many(operations))
         if many is find_many:
             by_digest = {row[_DIGEST]: row for row in rows}

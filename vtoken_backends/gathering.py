@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from vtoken.errors import BackendError
@@ -33,7 +33,7 @@ class _Queue(Generic[Op]):
 
     def __init__(self) -> None:
         self.waiting: deque[_Waiting[Op]] = deque()
-        self.driver: asyncio.Task[None] | None = None
+        self.drivers: set[asyncio.Task[None]] = set()  # each has a trip on its way
         self.lone = False  # a caller carries its own operation
         self.latest = 1  # how many the latest trip carried
         self.room = asyncio.Event()
@@ -47,6 +47,8 @@ class Gatherer(Generic[Op]):
             an answer for each; an answer that is an exception is raised to the caller it belongs to. What
             ``carry`` itself raises is raised to every caller of the batch.
         max_batch: operations in one batch, 1 or more.
+        trips: how many batches may be on their way at once, 1 or more. A further one sets off only when it is
+            full, so that few callers are not split into smaller batches; ``carry`` keeps them in order.
         by_caller: after a trip of one operation let the next caller carry its own, which saves a task and
             two rounds of the event loop. Only for a ``carry`` that goes on when it is cancelled, as a worker
             thread does.
@@ -57,10 +59,12 @@ class Gatherer(Generic[Op]):
         carry: Callable[[Sequence[Op]], Awaitable[Sequence[object]]],
         max_batch: int = MAX_BATCH,
         *,
+        trips: int = 1,
         by_caller: bool = False,
     ) -> None:
         self._carry = carry
         self._max_batch = max_batch
+        self._trips = trips
         self._by_caller = by_caller
         # A queue for each event loop: futures and tasks belong to one, the store serves them all.
         self._queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue[Op]] = WeakKeyDictionary()
@@ -75,16 +79,17 @@ class Gatherer(Generic[Op]):
         queue = self._queues.get(loop)
         if queue is None:
             queue = self._queues[loop] = _Queue()
-        is_idle = queue.driver is None and not queue.lone
-        if is_idle and self._by_caller and queue.latest == 1:
+        if self._by_caller and queue.latest == 1 and not queue.drivers and not queue.lone:
             return await self._carry_alone(queue, op)
         while len(queue.waiting) >= MAX_WAITING:
             queue.room.clear()
             await queue.room.wait()
         answer: asyncio.Future[object] = loop.create_future()
         queue.waiting.append(_Waiting(op, answer))
-        if queue.driver is None and not queue.lone:
-            queue.driver = loop.create_task(self._drive(queue))
+        if not queue.drivers and not queue.lone:
+            self._set_off(queue)
+        elif len(queue.waiting) >= self._max_batch and 0 < len(queue.drivers) < self._trips:
+            self._set_off(queue)
         return await answer
 
     async def _carry_alone(self, queue: _Queue[Op], op: Op) -> object:
@@ -94,24 +99,30 @@ class Gatherer(Generic[Op]):
         finally:
             queue.lone = False
             if queue.waiting:
-                queue.driver = asyncio.get_running_loop().create_task(self._drive(queue))
+                self._set_off(queue)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def _set_off(self, queue: _Queue[Op]) -> None:
+        driver = asyncio.get_running_loop().create_task(self._drive(queue))
+        queue.drivers.add(driver)
+
     async def _drive(self, queue: _Queue[Op]) -> None:
         batch: list[_Waiting[Op]] = []
         try:
-            while queue.waiting:
+            while queue.waiting and (len(queue.drivers) == 1 or len(queue.waiting) >= self._max_batch):
                 batch = self._next_batch(queue)
                 if batch:
                     _deliver(batch, await self._try([entry.op for entry in batch]))
         finally:
-            queue.driver = None
+            queue.drivers.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             # Cancelled with its event loop: nobody must wait for an answer that will not come.
-            for _, answer in (*batch, *queue.waiting):
+            left = () if queue.drivers else tuple(queue.waiting)
+            for _, answer in (*batch, *left):
                 answer.cancel()
-            queue.waiting.clear()
+            if left:
+                queue.waiting.clear()
 
     def _next_batch(self, queue: _Queue[Op]) -> list[_Waiting[Op]]:
         batch: list[_Waiting[Op]] = []
