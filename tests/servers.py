@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -118,6 +119,12 @@ class Mongod:
         Raises:
             RuntimeError: it ended at once, or did not answer within a minute.
         """
+        self.launch()
+        self.await_ready()
+        return self
+
+    def launch(self) -> None:
+        """Start it, and do not wait."""
         command = [str(self._binary), "--bind_ip", "127.0.0.1", "--port", str(self.port)]
         command += ["--dbpath", str(self.dbpath), "--logpath", str(self.dbpath / "log"), "--logappend"]
         command += ["--quiet", "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket"]
@@ -130,12 +137,14 @@ class Mongod:
             command = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *command]
         atexit.register(self.stop)
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def await_ready(self) -> None:
+        """Wait until it answers. Raises: as of :meth:`start`; then it is stopped."""
         try:
             self._await_ready()
         except BaseException:
             self.stop()
             raise
-        return self
 
     def _await_ready(self) -> None:
         with self.direct_client(serverSelectionTimeoutMS=250) as client:
@@ -188,6 +197,93 @@ class Mongod:
             except subprocess.TimeoutExpired:
                 self.kill()
         shutil.rmtree(self.dbpath, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class ReplicaSet:
+    """Three servers of one replica set; start it from a thread that outlives it. Leaving its ``with`` block
+    stops them.
+
+    Args:
+        election_timeout: milliseconds without a primary after which the others elect one.
+    """
+
+    def __init__(self, election_timeout: int = 1_500) -> None:
+        self._name = "vtoken"
+        self._election_timeout = election_timeout
+        self.members = [Mongod(self._name, initiate=False) for _ in range(3)]
+
+    @property
+    def url(self) -> str:
+        """Where it listens, for a driver; names no database."""
+        hosts = ",".join(f"127.0.0.1:{member.port}" for member in self.members)
+        return f"mongodb://{hosts}/?replicaSet={self._name}"
+
+    def start(self) -> Self:
+        """Start all, and wait until one is primary and the others follow it."""
+        try:
+            for member in self.members:
+                member.launch()
+            for member in self.members:
+                member.await_ready()
+            self._initiate()
+            self.await_members()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _initiate(self) -> None:
+        members = [{"_id": n, "host": f"127.0.0.1:{member.port}"} for n, member in enumerate(self.members)]
+        settings = {"electionTimeoutMillis": self._election_timeout, "heartbeatIntervalMillis": 300}
+        config = {"_id": self._name, "members": members, "settings": settings}
+        with self.members[0].direct_client() as client:
+            client.admin.command("replSetInitiate", config)
+
+    def await_members(self) -> None:
+        """Wait until there is a primary that the others follow.
+
+        Raises:
+            RuntimeError: not within a minute.
+        """
+        deadline = time.monotonic() + 60
+        while sorted(self._states()) != ["PRIMARY", "SECONDARY", "SECONDARY"]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the members of the replica set are {self._states()}")
+            time.sleep(0.05)
+
+    def _states(self) -> list[str]:
+        """What the members are, as the primary sees them; empty without a primary."""
+        try:
+            return [member["stateStr"] for member in self.status()["members"] if member["health"]]
+        except PyMongoError:
+            return []
+
+    def status(self) -> dict[str, Any]:
+        """``replSetGetStatus`` of the primary; waits up to a second for one."""
+        with MongoClient[dict[str, Any]](self.url, serverSelectionTimeoutMS=1_000) as client:
+            return client.admin.command("replSetGetStatus")
+
+    def primary(self) -> Mongod:
+        """The member that is primary now."""
+        with MongoClient[dict[str, Any]](self.url) as client:
+            client.admin.command("ping")
+            address = client.primary
+        assert address is not None
+        return next(member for member in self.members if member.port == address[1])
+
+    def stop(self) -> None:
+        """End all, and delete their files."""
+        for member in self.members:
+            member.kill()  # asked to end, each would wait for the others
+            member.stop()
 
     def __enter__(self) -> Self:
         return self

@@ -15,8 +15,8 @@ from vtoken import Subject, TokenManager
 from vtoken_backends.sqlite import SQLiteBackend
 
 from .faults import sqlite_life, sqlite_load, sqlite_rounds
+from .faults.notes import SLUG, TYPE, Step, fixed_clock, read_notes, violations
 from .faults.sqlite_disk import Disk, Event
-from .faults.sqlite_notes import SLUG, TYPE, Step, fixed_clock, read_notes, violations
 
 needs_shim = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler (cc)"
@@ -63,10 +63,14 @@ async def _store(path: Path) -> list[Step]:
     return steps
 
 
+def _checked(path: Path) -> SQLiteBackend:
+    return SQLiteBackend(path, check="always")
+
+
 async def test_a_store_that_keeps_to_its_notes_passes(tmp_path: Path) -> None:
     steps = await _store(tmp_path / "tokens.db")
     assert [step.what for step in steps] == ["issue", "issue", "use", "issue", "deactivate", "issue"]
-    assert await violations(tmp_path / "tokens.db", steps) == []
+    assert await violations(_checked(tmp_path / "tokens.db"), steps) == []
 
 
 REVIVE = "UPDATE tokens SET is_active = 1, uses = 0, use_ids = '[]', ends_at = expires_at"
@@ -92,7 +96,7 @@ async def test_a_planted_violation_is_found(tmp_path: Path, sql: str, expected: 
     place = 1 if number == "0" else int(number)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute(f"{sql}?", (steps[place].token,))
-    assert any(found.startswith(expected) for found in await violations(path, steps))
+    assert any(found.startswith(expected) for found in await violations(_checked(path), steps))
 
 
 def test_a_step_that_was_not_acknowledged_may_have_happened() -> None:

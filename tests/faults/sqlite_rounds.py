@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from vtoken_backends.sqlite import SQLiteBackend
+
+from .notes import read_notes, violations
 from .sqlite_disk import Disk, Event, read_record
-from .sqlite_notes import read_notes, violations
 
 _ROOT: Final = Path(__file__).parents[2]
 _CALLS: Final = "WTSUC"
@@ -57,7 +59,7 @@ class Bench:
             assert worker.returncode == -signal.SIGKILL, f"the fault did not fire: {worker.stderr}"
             notes = place / "notes"
             steps = read_notes(notes.read_bytes().splitlines(keepends=True) if notes.exists() else [])
-            found = asyncio.run(violations(place / "store" / "tokens.db", steps))
+            found = asyncio.run(violations(_left(place), steps))
             return found, sum(step.ended is not None for step in steps)
 
     def fail(self, at: int, error: int) -> list[str]:
@@ -74,7 +76,7 @@ class Bench:
             assert worker.returncode == 0, worker.stderr
             assert any(event.kind == "F" for event in read_record(record)), "the fault did not fire"
             steps = read_notes((place / "notes").read_bytes().splitlines(keepends=True))
-            return asyncio.run(violations(place / "store" / "tokens.db", steps))
+            return asyncio.run(violations(_left(place), steps))
 
     def lose_power(self, events: Sequence[Event], at: int, chance: random.Random) -> tuple[list[str], int]:
         """The violations after a power loss before event number ``at``, and how many calls it undid."""
@@ -86,7 +88,7 @@ class Bench:
             for name, content in files.items():
                 (place / "store" / Path(name).name).write_bytes(content)
             steps = read_notes(told.splitlines(keepends=True))
-            return asyncio.run(violations(place / "store" / "tokens.db", steps)), undone
+            return asyncio.run(violations(_left(place), steps)), undone
 
     @contextmanager
     def _place(self) -> Generator[Path]:
@@ -122,6 +124,11 @@ def bench() -> Generator[Bench]:
     where = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vtoken-faults-", dir=where) as directory:
         yield Bench(Path(directory).resolve())
+
+
+def _left(place: Path) -> SQLiteBackend:
+    """The store that a worker left behind."""
+    return SQLiteBackend(place / "store" / "tokens.db", check="always")
 
 
 def crash(long: bool) -> None:

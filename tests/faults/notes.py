@@ -1,18 +1,18 @@
-"""What a worker noted, and whether the store that it left behind keeps to it."""
+"""What was noted of each step, and whether the store that it left behind keeps to it."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 from vtoken import InvalidToken, Subject, TokenManager, VerificationToken
+from vtoken.backend import TokenBackend
 from vtoken.errors import BackendError
-from vtoken_backends.sqlite import SQLiteBackend
 
 TYPE: Final = "auth.user"
 SLUG: Final = "reset"
@@ -26,7 +26,7 @@ def fixed_clock() -> datetime:
 
 @dataclass
 class Step:
-    """One step of a worker; ``ended`` is None where it was not acknowledged."""
+    """One step; ``ended`` is None where it was not acknowledged, ``refused`` tells that its token was."""
 
     number: int
     what: str
@@ -35,13 +35,18 @@ class Step:
     key: str
     started: int
     ended: int | None = None
+    refused: bool = False
+
+    def is_use_of(self, issue: Step) -> bool:
+        """Is this step about the token of that one?"""
+        return self.what == "use" and self.token == issue.token
 
     def may_end(self, issue: Step) -> bool:
         """Can this step have ended the token of that one?"""
-        if self is issue or self.subject != issue.subject:
+        if self is issue or self.refused or self.subject != issue.subject:
             return False
         if self.what == "use":
-            return self.token == issue.token
+            return self.is_use_of(issue)
         in_time = self.ended is None or self.ended > issue.started
         return self.what in ("issue", "deactivate") and in_time
 
@@ -64,8 +69,13 @@ def read_notes(lines: Iterable[bytes]) -> list[Step]:
                 note["n"], note["what"], note["subject"], note["token"], note["key"], place
             )
             continue
+        if "unknown" in note:
+            continue
         if "failed" in note:
             del steps[note["failed"]]
+            continue
+        if "refused" in note:
+            steps[note["refused"]].refused = True
             continue
         step = steps[note["done"]]
         if step.ended is None:
@@ -74,10 +84,10 @@ def read_notes(lines: Iterable[bytes]) -> list[Step]:
     return list(steps.values())
 
 
-async def violations(store: Path, steps: Sequence[Step]) -> list[str]:
+async def violations(store: TokenBackend, steps: Sequence[Step]) -> list[str]:
     """Open the store with the library, and compare it with what was noted. Uses up what can be used."""
     try:
-        async with TokenManager(SQLiteBackend(store, check="always"), clock=fixed_clock) as manager:
+        async with TokenManager(store, clock=fixed_clock) as manager:
             return await _Check(manager, steps).run()
     except BackendError as error:
         return [f"broken: {error!r}"]
@@ -86,12 +96,14 @@ async def violations(store: Path, steps: Sequence[Step]) -> list[str]:
 class _Check:
     def __init__(self, manager: TokenManager, steps: Sequence[Step]) -> None:
         self._manager = manager
-        self._steps = steps
+        self._steps: dict[str, list[Step]] = {}
+        for step in steps:
+            self._steps.setdefault(step.subject, []).append(step)
 
     async def run(self) -> list[str]:
-        subjects = {step.subject for step in self._steps}
-        issues = [step for step in self._steps if step.what == "issue" and step.ended is not None]
-        of_subjects = await asyncio.gather(*(self._subject(subject) for subject in subjects))
+        steps = itertools.chain.from_iterable(self._steps.values())
+        issues = [step for step in steps if step.what == "issue" and step.ended is not None]
+        of_subjects = await asyncio.gather(*map(self._subject, self._steps))
         of_tokens = await asyncio.gather(*(self._token(issue) for issue in issues))
         return [found for found in (*of_subjects, *of_tokens) if found]
 
@@ -100,13 +112,18 @@ class _Check:
         return f"two active: {len(active)} of {subject}" if len(active) > 1 else None
 
     async def _token(self, issue: Step) -> str | None:
+        steps = self._steps[issue.subject]
         token = await self._manager.get(issue.token)
         if token is None:
             return f"lost: the token of step {issue.number}"
-        ended_by = [step for step in self._steps if step.must_end(issue)]
+        if sum(step.is_use_of(issue) and step.ended is not None for step in steps) > 1:
+            return f"used twice: the token of step {issue.number}"
+        ended_by = [step for step in steps if step.must_end(issue)]
         if ended_by and token.is_active:
             return f"undone: {ended_by[0].what} of step {ended_by[0].number}"
-        ends = [step for step in self._steps if step.may_end(issue)]
+        ends = [step for step in steps if step.may_end(issue)]
+        if not ends and any(step.is_use_of(issue) and step.refused for step in steps):
+            return f"refused: the token of step {issue.number}, which nobody had ended"
         if not ends and not token.is_active:
             return f"ended by nobody: the token of step {issue.number}"
         if not self._data_fits(token, issue):
@@ -114,21 +131,25 @@ class _Check:
         return await self._use(issue, ends)
 
     def _data_fits(self, token: VerificationToken, issue: Step) -> bool:
-        saves = [step for step in self._steps if step.what == "save" and step.token == issue.token]
+        of_subject = self._steps[issue.subject]
+        saves = [step for step in of_subject if step.what == "save" and step.token == issue.token]
         acknowledged = [step.number for step in saves if step.ended is not None]
         possible = {(acknowledged or [issue.number])[-1]}
         possible |= {step.number for step in saves if step.ended is None}
         return token.get_extra_data() in [{"n": number} for number in possible]
 
     async def _use(self, issue: Step, ends: Sequence[Step]) -> str | None:
-        """A token that nobody but one use can have ended gives to that use the same answer again, and to no
-        other; one that nobody ended can be used, once."""
+        """A token that nobody but its uses can have ended gives to one of them the same answer again, to the
+        one that was acknowledged if there is such a one, and to no other; one that nobody ended can be used,
+        once."""
         if any(step.what != "use" for step in ends):
             return None
-        consume_id = str(ends[0].number) if ends else "new"
-        if not await self._consumed(issue, consume_id):
-            return f"lost: the use {consume_id} of the token of step {issue.number}"
-        if await self._consumed(issue, "other"):
+        acknowledged = [str(step.number) for step in ends if step.ended is not None]
+        consume_ids = [str(step.number) for step in ends] or ["new"]
+        winners = [each for each in (*consume_ids, "other") if await self._consumed(issue, each)]
+        if not set(acknowledged) <= set(winners) or not set(winners) & set(consume_ids):
+            return f"lost: a use of the token of step {issue.number}"
+        if len(winners) > 1:
             return f"used twice: the token of step {issue.number}"
         return None
 
