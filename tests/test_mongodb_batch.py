@@ -344,6 +344,8 @@ async def test_no_command_examines_more_than_it_is_about(mongodb_url: str) -> No
             assert [len(found) for found in await asyncio.gather(*lookups)] == [1] * 20
             subject = Match(content_type="auth.user", object_id="3", slug="reset", active=True)
             assert len(await backend.find(subject, 10)) == 1
+            newest = await backend.find(Match(), 10)
+            assert len(await backend.find(Match(), 10, (newest[-1].created_at, newest[-1].id))) == 10
             assert len(await backend.find(Match(id=of(203).id), 10)) == 1
             assert await backend.update(valid(203), Lease("a lease", LATER)) is not None
             assert await backend.update(Match(id=of(203).id, lease_id="a lease"), Use(LATER)) is not None
@@ -364,3 +366,17 @@ async def test_no_command_examines_more_than_it_is_about(mongodb_url: str) -> No
         assert plans.wasteful == []
         assert set(plans.seen) == {"find", "update", "delete", "findAndModify"}
         assert min(plans.seen.values()) > 0
+
+
+async def test_an_object_is_never_looked_for_among_the_newest_of_all(mongodb_url: str) -> None:
+    newest = Match(content_type="auth.user", object_id="newest", slug="reset", active=True)
+    with documents(mongodb_url) as stored:
+        async with opened(mongodb_url) as backend:
+            await insert(backend, *(of(n) for n in range(300)))
+            await insert(backend, *(of(400 + n, object_id="newest") for n in range(20)), mode=ADD)
+            stored.database.command("profile", 2)
+            # For this one it would be quicker; and then the server would look for others in the same way.
+            assert len(await backend.find(newest, 1, (LATER, "f"))) == 1
+            stored.database.command("profile", 0)
+        [found] = stored.database["system.profile"].find({"op": "query", "ns": stored.full_name})
+        assert found["planSummary"] == "IXSCAN { content_type: 1, object_id: 1, slug: 1, slot: 1 }"

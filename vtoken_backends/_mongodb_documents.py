@@ -42,16 +42,18 @@ Document = dict[str, Any]
 
 SHOWN: Final = {"pending": {"$exists": False}}
 NEWEST_FIRST: Final = [("created_at", -1), ("_id", -1)]
+SLOT: Final = ("content_type", "object_id", "slug", "slot")
 TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     # First, so that of two duplicates in one insert the server reports the digest.
     {"key": {"digest": 1}, "unique": True},
     {
         # Also finds the active tokens of a subject.
-        "key": {"content_type": 1, "object_id": 1, "slug": 1, "slot": 1},
+        "key": dict.fromkeys(SLOT, 1),
         "unique": True,
         "partialFilterExpression": {"is_active": True},
     },
     {"key": {"ends_at": 1}},
+    {"key": dict(NEWEST_FIRST)},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"until": 1}},)
 PENDING_FOR: Final = 3_600_000
@@ -152,6 +154,18 @@ def page(match: Match, after: tuple[int, str] | None) -> Document:
     created_at, id_ = after
     same_time = {"created_at": created_at, "_id": {"$lt": id_}}
     return {"$and": [condition(match), {"$or": [{"created_at": {"$lt": created_at}}, same_time]}]}
+
+
+def page_index(match: Match) -> list[tuple[str, int]] | None:
+    """The index by which a page is found, None for the server's choice. Left to itself, the server goes by
+    what served the last match of the same form: the newest tokens of all, to find the only one of an object."""
+    if match.id is not None:
+        return [("_id", 1)]
+    if match.digests is not None:
+        return [("digest", 1)]
+    if match.object_id is None or not (match.active or match.valid_at is not None):
+        return None
+    return [(name, 1) for name in SLOT]
 
 
 def pending(token: StoredToken) -> Document:
