@@ -25,7 +25,7 @@ from vtoken import (
     TooManyAttempts,
 )
 
-from .core_tools import CODE, MS, OTHER, START, USER, WRONG, World, reason, redeem, refused
+from .core_tools import CODE, MS, OTHER, START, USER, WRONG, World, reason, redeem, refused, wrong_codes
 
 MINUTE = timedelta(minutes=1)
 LEASE = timedelta(seconds=60)
@@ -236,6 +236,37 @@ class TestConsumeId:
         del when["update"]
         assert await manager.consume(USER, "a", issued.key, consume_id="id") == issued
         assert (await world.stored())[0].uses == 1
+
+    async def test_an_old_key_buys_no_guesses_at_a_new_code(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.code("login", max_attempts=3))
+        old = await manager.deactivate_and_create(USER, "login")
+        await manager.consume(USER, "login", old.key, consume_id="id")
+        new = await manager.deactivate_and_create(USER, "login")
+        guesses = [code for code in wrong_codes(new.key, 4) if code != old.key]
+        for guess in guesses[:2]:
+            await refused(InvalidToken, manager.verify(USER, "login", guess))
+            assert await manager.consume(USER, "login", old.key, consume_id="id") == old
+        await refused(InvalidToken, manager.verify(USER, "login", guesses[2]))
+        await refused(TooManyAttempts, manager.consume(USER, "login", new.key))
+
+    async def test_after_a_call_that_died_before_the_reset_its_window_goes_on(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("a", max_attempts=3, attempt_window=timedelta(hours=1)))
+        issued = await manager.deactivate_and_create(USER, "a")
+        await refused(InvalidToken, manager.verify(USER, "a", WRONG))
+
+        async def dies() -> None:
+            raise asyncio.CancelledError
+
+        world.backend.before["reset"] = dies
+        with pytest.raises(asyncio.CancelledError):
+            await manager.consume(USER, "a", issued.key, consume_id="id")
+        del world.backend.before["reset"]
+        # The wrong guess and the charge of the call that died; the call itself gets its answer all the same.
+        assert await manager.consume(USER, "a", issued.key, consume_id="id") == issued
+        await refused(InvalidToken, manager.verify(USER, "a", WRONG))
+        await refused(TooManyAttempts, manager.verify(USER, "a", WRONG))
+        world.clock.advance(timedelta(hours=1))
+        assert await manager.consume(USER, "a", issued.key, consume_id="id") == issued
 
 
 @pytest.mark.parametrize("name", ["reset", "update"])

@@ -195,6 +195,46 @@ class TestFloors:
     def test_at_a_floor_is_well(self, make: Any) -> None:
         assert make().slug == "s"
 
+    @pytest.mark.parametrize(
+        ("given", "settings"),
+        [
+            (TokenPolicy.link("s"), Settings(default_key_length=4)),
+            (TokenPolicy("s"), Settings(default_key_length=21)),
+            (TokenPolicy("s", key_length=22), Settings(default_key_chars="ab")),
+            (TokenPolicy.link("s", key_generator=random_key, key_length=21), Settings()),
+            (TokenPolicy.link("s", key_generator="vtoken.keys:random_key", key_length=21), Settings()),
+            (
+                TokenPolicy("s", kind="code", expiration=10, max_attempts=5),
+                replace(SECRETS, default_key_length=5, default_key_chars="0123456789"),
+            ),
+        ],
+        ids=["link", "plain", "alphabet", "generator", "path of the generator", "code"],
+    )
+    def test_the_settings_key_passes_below_no_floor(self, given: TokenPolicy, settings: Settings) -> None:
+        with pytest.raises(ConfigurationError, match="'s', with these settings"):
+            TokenManager(MemoryBackend(), settings, [given])
+        TokenManager(MemoryBackend(), settings, [replace(given, allow_weak="end-to-end tests")])
+
+    @pytest.mark.parametrize(
+        ("given", "settings"),
+        [
+            (TokenPolicy.link("s", key_length=22), Settings(default_key_length=4)),
+            (TokenPolicy.link("s", key_storage="derived"), replace(SECRETS, default_key_length=4)),
+            (TokenPolicy.link("s", key_generator=fixed_key), Settings(default_key_length=4)),
+            (TokenPolicy.link("s"), Settings(default_key_length=4, default_key_generator=fixed_key)),
+            (TokenPolicy.code("s"), replace(SECRETS, default_key_length=4)),
+        ],
+        ids=["length", "derived", "generator", "the settings' generator", "code"],
+    )
+    def test_a_weak_settings_key_that_the_policy_does_not_take_is_well(
+        self, given: TokenPolicy, settings: Settings
+    ) -> None:
+        TokenManager(MemoryBackend(), settings, [given])
+
+    async def test_without_a_policy_the_settings_alone_say_what_a_key_is(self) -> None:
+        async with TokenManager(MemoryBackend(), Settings(default_key_length=4)) as manager:
+            assert len((await manager.deactivate_and_create(USER, "s")).key) == 4
+
     @pytest.mark.parametrize("reason", ["", "  ", 1, True])
     def test_weakness_needs_a_reason(self, reason: Any) -> None:
         with pytest.raises(ConfigurationError, match="why"):

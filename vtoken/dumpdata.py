@@ -24,7 +24,7 @@ from vtoken.backend import NEVER, StoredToken
 from vtoken.errors import InvalidInput
 from vtoken.ids import IdSequence
 from vtoken.keys import Digest, Hidden, Keyring, normalise_code
-from vtoken.policy import Rules, Settings, TokenPolicy
+from vtoken.policy import NO_POLICY, Rules, Settings, TokenPolicy
 
 CONTENT_TYPES: Final = "contenttypes.contenttype"
 _FIELDS: Final = frozenset(
@@ -68,7 +68,7 @@ class DumpReader:
     ) -> None:
         self._keyring = Keyring(settings.secret, settings.previous_secrets)
         self._rules = {policy.slug or "": Rules.of(policy, settings) for policy in policies}
-        self._default_rules = Rules.of(TokenPolicy(None), settings)
+        self._default_rules = Rules.of(NO_POLICY, settings)
         self._given = dict(content_types or {})
         self._timezone = timezone
         self._now = now

@@ -42,9 +42,9 @@ from vtoken.hooks import EventName, Hooks, logger
 from vtoken.ids import IdSequence
 from vtoken.inputs import Unset, Wildcard
 from vtoken.issue import NewKey, Order, make_order, new_key, reveal_derived_key
-from vtoken.keys import Hidden, Keyring, random_key, use_id
+from vtoken.keys import NOTHING, Hidden, Keyring, random_key, use_id
 from vtoken.loaded import issued, loaded, refusal
-from vtoken.policy import Rules, Settings, TokenPolicy
+from vtoken.policy import NO_POLICY, Rules, Settings, TokenPolicy
 from vtoken.subject import ContentTypes
 from vtoken.token import IssuedToken, VerificationToken
 
@@ -86,7 +86,7 @@ class Lifecycle:
         self.hooks = hooks
         self.keyring = Keyring(settings.secret, settings.previous_secrets)
         self.max_key_iterations = settings.max_key_iterations
-        self.default_rules = Rules.of(TokenPolicy(None), settings)
+        self.default_rules = Rules.of(NO_POLICY, settings)
         self._rules: dict[str, Rules] = {}
         for policy in policies:
             slug = slug_text(policy.slug)
@@ -160,7 +160,7 @@ class Lifecycle:
         if order.generator is random_key:
             return False
         subject = order.content_type, order.object_id
-        guess = make_guess(self.keyring, order.rules, subject, order.slug, drawn.key, Hidden(None))
+        guess = make_guess(self.keyring, order.rules, subject, order.slug, drawn.key, NOTHING)
         older = Match(digests=guess.digests[1:])
         return bool(older.digests) and bool(await self.store.find(older, 1))
 
@@ -208,8 +208,8 @@ class Lifecycle:
     async def check(self, guess: Guess) -> StoredToken:
         """Find the valid token that a guess fits, and charge a wrong guess to the budget."""
         now = self.now()
-        charge = await self.charge(guess, now)
-        stored = await self._look_up(guess)
+        charge = await self.charge(guess, now) if guess.is_charged else None
+        stored = self._fitting(guess, await self.store.find(guess.match(), len(guess.digests)))
         reason = refusal(stored, now)
         if stored is None or reason is not None:
             await self._refuse(guess, stored, reason or "unknown", charge)
@@ -222,7 +222,8 @@ class Lifecycle:
         return stored
 
     async def charge(self, guess: Guess, now: int) -> Charge | None:
-        """Count an attempt, in a committed write, before anything is compared."""
+        """Count an attempt, in a committed write, before anything is compared. Guesses that are not
+        ``is_charged`` need not come by."""
         self.require_open()
         if not guess.digests:  # a typing error: refused before the store is asked
             await self.hooks.tell("failed", guess, reason="unknown")
@@ -237,8 +238,7 @@ class Lifecycle:
         await self.hooks.tell("capped", guess)
         raise capped
 
-    async def _look_up(self, guess: Guess) -> StoredToken | None:
-        found = await self.store.find(guess.match(), len(guess.digests))
+    def _fitting(self, guess: Guess, found: Iterable[StoredToken]) -> StoredToken | None:
         for stored in found:
             if guess.slug is None and self.rules_of(stored.slug).is_guarded:
                 continue  # a slug with a cap or a context is asked for by its name
@@ -264,7 +264,7 @@ class Lifecycle:
         now = self.now()
         if now + lease >= NEVER:
             raise InvalidInput("the lease ends after the year 9999")
-        charge = await self.charge(guess, now)
+        charge = await self.charge(guess, now) if guess.is_charged else None
         try:
             stored, _ = await self.take(guess, now, Lease(lease_id, now + lease), charge)
         except InvalidToken:
@@ -302,8 +302,9 @@ class Lifecycle:
             taken = await self.store.update(guess.match(valid_at=now), change)
             if taken is not None:
                 return taken, True
-            stored = await self._look_up(guess)
+            stored = self._fitting(guess, await self.store.find(guess.match(), len(guess.digests)))
             if stored is not None and isinstance(change, Use) and change.use_id in stored.use_ids:
+                # Nothing is reset: an old key and its consume_id would buy guesses at a new code for ever.
                 await refund(self.store, charge)
                 return stored, False
             reason = refusal(stored, now)
@@ -314,7 +315,7 @@ class Lifecycle:
 
     async def settle(self, guess: Guess, stored: StoredToken) -> None:
         """What follows a use: the attempt budget starts afresh. The use stands, whatever fails here."""
-        budget = guess._replace(object_id=stored.object_id).budget()  # known by now, if it was not before
+        budget = guess.budget(stored.object_id)  # known by now, if it was not before
         try:
             if budget is not None:
                 await self.store.reset(budget)
@@ -336,7 +337,7 @@ class Lifecycle:
     async def active(self, obj: object, slug: str | Wildcard | None, key: Hidden | None) -> Match:
         """The active tokens that ``deactivate`` and ``filter_active_tokens`` are about."""
         if key is not None:
-            guess = self.guess(obj, slug, key, Hidden(None))
+            guess = self.guess(obj, slug, key, NOTHING)
             if guess.rules.max_attempts is not None:
                 raise InvalidInput("the policy caps attempts: use verify() or consume(), which count them")
             match = guess.match()._replace(active=True, context=None)

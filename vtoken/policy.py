@@ -50,7 +50,8 @@ class Settings:
         default_expiration: lifetime in minutes, greater than 0, or None for never. One day by default.
         default_key_generator: a callable, or its import path. Ours is called with ``length`` and
             ``allowed_chars``, another one with what ``key_generator_kwargs`` holds.
-        default_key_length: characters, 1 to 512. 32 of the default alphabet are 190 bits.
+        default_key_length: characters, 1 to 512. 32 of the default alphabet are 190 bits; less than 128
+            bits only slugs without a policy take.
         default_key_chars: the alphabet.
         max_key_iterations: how often a generator is called before ``KeyGenerationError``, 1 or more.
         secret: at least 32 bytes, e.g. from ``secrets.token_urlsafe(32)``. Needed for codes and derived keys;
@@ -137,7 +138,8 @@ class TokenPolicy:
           3.1.3.2), has a cap, and needs ``Settings.secret``.
 
     Raises:
-        ConfigurationError: a value is out of range or below its floor.
+        ConfigurationError: a value is out of range or below its floor; where it is the settings', the
+            manager raises it.
     """
 
     slug: str | None
@@ -194,7 +196,9 @@ class TokenPolicy:
         except InvalidInput as error:
             problem: str | None = str(error)
         else:
-            problem = None if self.allow_weak else self._weakness()
+            ours = self.key_generator is None and self.key_storage != "derived"
+            length = 32 if self.key_length is None else self.key_length
+            problem = self._weakness(ours, length, ALPHANUMERIC if self.key_chars is None else self.key_chars)
         if problem:
             named = repr(self.slug) if self.slug is None or isinstance(self.slug, str) else "no text"
             raise ConfigurationError(f"the policy for {named}: {problem}")
@@ -232,10 +236,11 @@ class TokenPolicy:
         ):
             raise InvalidInput("allow_weak must say why, e.g. allow_weak='end-to-end tests'")
 
-    def _weakness(self) -> str | None:
-        drawn_by_us = self.key_generator is None and self.key_storage != "derived"
-        length = 32 if self.key_length is None else self.key_length
-        values = len(set(ALPHANUMERIC if self.key_chars is None else self.key_chars))
+    def _weakness(self, drawn_by_us: bool, length: int, chars: str) -> str | None:
+        """Which floor the policy breaks, if any, with keys of this length and alphabet."""
+        if self.allow_weak:
+            return None
+        values = len(set(chars))
         if self.kind == "link":
             if drawn_by_us and length * math.log2(values) < _LINK_BITS:
                 return (
@@ -250,6 +255,10 @@ class TokenPolicy:
         if self.max_attempts is None or self.max_attempts > _CODE_ATTEMPTS:
             return f"a code needs max_attempts of at most {_CODE_ATTEMPTS} (NIST SP 800-63B-4, section 3.2.2)"
         return None
+
+
+NO_POLICY: Final = TokenPolicy(None, allow_weak="without a policy the settings alone say what a key is")
+"""What holds for a slug that no policy names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +289,8 @@ class Rules:
         """Resolve a policy.
 
         Raises:
-            ConfigurationError: it needs a secret and there is none, or a generator cannot be imported.
+            ConfigurationError: it needs a secret and there is none, a generator cannot be imported, or the
+                settings' key is below the policy's floor.
         """
         storage = policy.key_storage or settings.key_storage
         is_code = policy.kind == "code"
@@ -297,6 +307,9 @@ class Rules:
         length = settings.default_key_length if policy.key_length is None else policy.key_length
         chars = settings.default_key_chars if policy.key_chars is None else policy.key_chars
         ours = generator is random_key
+        problem = policy._weakness(ours and storage != "derived", length, chars)
+        if problem:
+            raise ConfigurationError(f"the policy for {policy.slug!r}, with these settings: {problem}")
         minutes = settings.default_expiration if isinstance(policy.expiration, Unset) else policy.expiration
         return cls(
             expiration=check_minutes("expiration", minutes),
