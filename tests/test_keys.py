@@ -201,11 +201,11 @@ class TestRotation:
 
     def test_old_ones_are_looked_for_too(self) -> None:
         keyring = Keyring(SECRET, [OLD_SECRET])
-        wanted = keyring.links("key").values
+        wanted = keyring.links("key")
         assert wanted == tuple(
             k.link("key").value for k in (Keyring(SECRET), Keyring(OLD_SECRET), Keyring(None))
         )
-        codes = keyring.codes("u", "1", "s", "1").values
+        codes = keyring.codes("u", "1", "s", "1")
         assert codes == tuple(
             k.code("u", "1", "s", "1").value for k in (Keyring(SECRET), Keyring(OLD_SECRET))
         )
@@ -213,7 +213,7 @@ class TestRotation:
     def test_a_code_from_before_any_secret_is_not(self) -> None:
         assert (
             Keyring(None).code("u", "1", "s", "1").value
-            not in Keyring(SECRET).codes("u", "1", "s", "1").values
+            not in Keyring(SECRET).codes("u", "1", "s", "1")
         )
 
     def test_secrets_have_ids_that_tell_nothing(self) -> None:

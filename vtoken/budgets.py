@@ -30,10 +30,10 @@ async def charge_attempt(store: TokenBackend, guess: Guess, now: int) -> Charge 
     Raises:
         TooManyAttempts: the budget is spent.
     """
-    budget, limit, window = guess.budget(), guess.rules.max_attempts, guess.rules.attempt_window
-    if budget is None or limit is None:
+    budget, rules = guess.budget(guess.object_id), guess.rules
+    if budget is None or rules.max_attempts is None:
         return None
-    spent = await store.spend(budget, now, limit, window, MAX_WINDOW_MS)
+    spent = await store.spend(budget, now, rules.max_attempts, rules.attempt_window, MAX_WINDOW_MS)
     if not spent.allowed:
         raise TooManyAttempts(_seconds(spent.until - now))
     return Charge(budget, spent.until)

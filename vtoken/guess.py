@@ -7,7 +7,7 @@ from typing import NamedTuple
 from vtoken.backend import Budget, Match
 from vtoken.errors import InvalidInput
 from vtoken.inputs import MAX_KEY_BYTES, text_problem
-from vtoken.keys import Digests, Hidden, Keyring, context_digest, has_checksum, normalise_code
+from vtoken.keys import NOTHING, Digests, Hidden, Keyring, context_digest, has_checksum, normalise_code
 from vtoken.policy import Rules
 
 
@@ -19,7 +19,7 @@ class Guess(NamedTuple):
     slug: str | None
     """``""`` without one, None for any."""
     rules: Rules
-    digests: tuple[bytes, ...]
+    digests: Digests
     """Empty where the key cannot be one of ours: its checksum is wrong."""
     context: bytes | None
 
@@ -33,11 +33,16 @@ class Guess(NamedTuple):
             None, self.digests, self.content_type, self.object_id, self.slug, False, valid_at, self.context
         )
 
-    def budget(self) -> Budget | None:
+    @property
+    def is_charged(self) -> bool:
+        """Whether there is more to do than to ask the store: a cap, or a key that cannot be one of ours."""
+        return self.rules.max_attempts is not None or not self.digests
+
+    def budget(self, object_id: str | None) -> Budget | None:
         """The attempt budget that this guess is charged to, if the policy has a cap."""
-        if self.rules.max_attempts is None or self.object_id is None or self.slug is None:
+        if self.rules.max_attempts is None or object_id is None or self.slug is None:
             return None
-        return Budget(self.content_type, self.object_id, self.slug, "attempts")
+        return Budget(self.content_type, object_id, self.slug, "attempts")
 
 
 def make_guess(
@@ -58,7 +63,7 @@ def make_guess(
     problem = text_problem(key.reveal(), MAX_KEY_BYTES, may_be_empty=True)
     if problem is not None:
         raise InvalidInput(f"key {problem}")
-    if context.reveal() is not None:
+    if context is not NOTHING and context.reveal() is not None:
         problem = text_problem(context.reveal(), MAX_KEY_BYTES, may_be_empty=True)
         if problem is not None:
             raise InvalidInput(f"context {problem}")
@@ -67,7 +72,7 @@ def make_guess(
         raise InvalidInput("a code is checked for one object: pass the object, not its class")
     digests = _digests(keyring, rules, content_type, object_id, slug, key)
     bound_to = _bound_to(context) if rules.needs_context else None
-    return Guess(content_type, object_id, slug, rules, digests.values, bound_to)
+    return Guess(content_type, object_id, slug, rules, digests, bound_to)
 
 
 def _bound_to(context: Hidden) -> bytes:

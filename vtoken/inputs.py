@@ -63,6 +63,8 @@ def text_problem(value: object, limit: int, *, may_be_empty: bool = False) -> st
 
     A separate step from raising, so that a caller can first drop a secret from its frame.
     """
+    if type(value) is str and value.isascii() and 0 < len(value) <= limit and "\0" not in value:
+        return None
     if not isinstance(value, str):
         return f"must be a str, not {type(value).__name__}"
     value = str.__str__(value)  # what a subclass says about itself may differ from what it holds
@@ -100,6 +102,8 @@ def check_object_id(value: object) -> str:
     Raises:
         InvalidInput: not a ``str``, ``int`` or ``UUID``, or not 1 to 512 bytes of UTF-8.
     """
+    if type(value) is str:
+        return check_text("object_id", value, MAX_OBJECT_ID_BYTES)
     if isinstance(value, bool) or not isinstance(value, str | int | UUID):
         raise InvalidInput(f"object_id must be a str, int or UUID, not {type(value).__name__}")
     if isinstance(value, int):
@@ -118,11 +122,16 @@ def milliseconds(moment: datetime) -> int:
     Raises:
         InvalidInput: not a ``datetime``, or a naive one.
     """
-    if not isinstance(moment, datetime) or moment.tzinfo is None or moment.utcoffset() is None:
-        raise InvalidInput("a point in time must be an aware datetime, e.g. datetime.now(UTC)")
+    if type(moment) is not datetime or moment.tzinfo is not UTC:
+        _check_aware(moment)
     since = moment - EPOCH
     # Twice as fast as dividing by a timedelta, on the way of every request (tests/benchmarks, memory).
     return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
+
+
+def _check_aware(moment: object) -> None:
+    if not isinstance(moment, datetime) or moment.tzinfo is None or moment.utcoffset() is None:
+        raise InvalidInput("a point in time must be an aware datetime, e.g. datetime.now(UTC)")
 
 
 def from_milliseconds(moment: int) -> datetime:

@@ -169,7 +169,7 @@ def reveal_derived_key(keyring: Keyring, rules: Rules, stored: StoredToken) -> s
     if derived is None:
         return None
     key = _framed(rules, derived)
-    return key if stored.digest in keyring.links(key).values else None
+    return key if stored.digest in keyring.links(key) else None
 
 
 def _frame_length(rules: Rules) -> int:

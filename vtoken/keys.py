@@ -21,7 +21,7 @@ import string
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from vtoken.errors import InvalidInput
 from vtoken.inputs import MAX_KEY_BYTES
@@ -41,7 +41,7 @@ class Hidden:
     __slots__ = ("_key",)
 
     def __init__(self, key: object) -> None:
-        self._key = key
+        self._key: Any = key
 
     def reveal(self) -> object:
         """The key itself."""
@@ -49,19 +49,23 @@ class Hidden:
 
     def text(self) -> str:
         """The key, once it was checked to be one, as a plain ``str``: of an enum, its value."""
-        return str.__str__(cast("str", self._key))
+        return str.__str__(self._key)
 
     def __repr__(self) -> str:
         return "<hidden>"
 
 
-class Digests(NamedTuple):
+class Digests(tuple[bytes, ...]):
     """The digests under which a presented key may be stored, the current secret's first."""
 
-    values: tuple[bytes, ...]
+    __slots__ = ()
 
     def __repr__(self) -> str:
         return "<digests>"
+
+
+NOTHING: Final = Hidden(None)
+"""No key, or no context."""
 
 
 class Digest(NamedTuple):

@@ -29,7 +29,7 @@ from vtoken.guess import make_guess
 from vtoken.hooks import Hook, Hooks, LazyHook
 from vtoken.inputs import ANY, DEFAULT, Unset, Wildcard
 from vtoken.issue import drawn_key
-from vtoken.keys import Hidden, KeyGenerator
+from vtoken.keys import NOTHING, Hidden, KeyGenerator
 from vtoken.lifecycle import CLOSED, Lifecycle, checked_use_id, one_slug, slug_text
 from vtoken.loaded import loaded
 from vtoken.policy import Settings, TokenPolicy, load_generator
@@ -192,7 +192,7 @@ class TokenManager:
             KeyGenerationError: the generator yielded only keys that are taken.
             ConfigurationError: the object's class is not registered.
         """
-        bound_to = Hidden(context)
+        bound_to = Hidden(context) if context is not None else NOTHING
         del context
         order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
         mode = InsertMode.REPLACE if deactivate_old_tokens else InsertMode.ADD
@@ -219,7 +219,7 @@ class TokenManager:
 
         Raises: as in :meth:`deactivate_and_create`.
         """
-        bound_to = Hidden(context)
+        bound_to = Hidden(context) if context is not None else NOTHING
         del context
         order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
         return await self._life.get_or_issue(order)
@@ -243,7 +243,7 @@ class TokenManager:
         kwargs = {**(rules.generator_kwargs if generator is None and not args else {}), **kwargs}
         for _ in range(self.settings.max_key_iterations):
             key = drawn_key(draw(*args, **kwargs))
-            guess = make_guess(self._life.keyring, rules, ("", None), None, key, Hidden(None))
+            guess = make_guess(self._life.keyring, rules, ("", None), None, key, NOTHING)
             if not await self._life.store.find(Match(digests=guess.digests), 1):
                 return key.text()
         raise KeyGenerationError(f"{self.settings.max_key_iterations} draws yielded only keys that are taken")
@@ -271,7 +271,7 @@ class TokenManager:
                 in :meth:`verify`.
             InvalidInput: ``key=None``, so that a missing form field can't pass as "any".
         """
-        presented, bound_to = Hidden(key), Hidden(context)
+        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
         del context
         if key is ANY:
             content_type, object_id = self.content_types.resolve(obj)
@@ -297,7 +297,7 @@ class TokenManager:
 
         Raises: as in :meth:`consume`.
         """
-        presented, bound_to = Hidden(key), Hidden(context)
+        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
         del key, context
         return loaded(await self._life.check(self._life.guess(obj, one_slug(slug), presented, bound_to)))
 
@@ -372,12 +372,12 @@ class TokenManager:
             TooManyAttempts: the policy's attempt budget is spent; nothing was compared.
             OutcomeUnknown: the connection broke; the use may have been counted.
         """
-        presented, bound_to = Hidden(key), Hidden(context)
+        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
         del key, context
         guess = self._life.guess(obj, one_slug(slug), presented, bound_to)
         use = "" if consume_id is None else checked_use_id(consume_id)
         now = self._life.now()
-        charge = await self._life.charge(guess, now)
+        charge = await self._life.charge(guess, now) if guess.is_charged else None
         stored, is_new = await self._life.take(guess, now, Use(now, use), charge)
         if is_new:
             await self._life.settle(guess, stored)
@@ -410,7 +410,7 @@ class TokenManager:
             InvalidToken, TooManyAttempts: on entry, as in :meth:`consume`.
             LeaseLost: on exit: the lease ended before the block did, or the token was deactivated meanwhile.
         """
-        presented, bound_to = Hidden(key), Hidden(context)
+        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
         del key, context
         guess = self._life.guess(obj, one_slug(slug), presented, bound_to)
         return self._life.redeem(guess, inputs.check_duration("lease", lease))

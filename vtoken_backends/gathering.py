@@ -86,9 +86,7 @@ class Gatherer(Generic[Op]):
             await queue.room.wait()
         answer: asyncio.Future[object] = loop.create_future()
         queue.waiting.append(_Waiting(op, answer))
-        if not queue.drivers and not queue.lone:
-            self._set_off(queue)
-        elif len(queue.waiting) >= self._max_batch and 0 < len(queue.drivers) < self._trips:
+        if self._may_set_off(queue):
             self._set_off(queue)
         return await answer
 
@@ -103,6 +101,11 @@ class Gatherer(Generic[Op]):
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _may_set_off(self, queue: _Queue[Op]) -> bool:
+        if not queue.drivers:
+            return not queue.lone
+        return len(queue.drivers) < self._trips and len(queue.waiting) >= self._max_batch
 
     def _set_off(self, queue: _Queue[Op]) -> None:
         driver = asyncio.get_running_loop().create_task(self._drive(queue))

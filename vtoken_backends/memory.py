@@ -331,6 +331,9 @@ def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
 
 
 def _matching(store: _Store, match: Match) -> list[StoredToken]:
+    if match.digests is not None and len(match.digests) == 1:
+        token = store.by_digest.get(match.digests[0])
+        return [token] if token is not None and matches(token, match) else []
     return [token for token in _candidates(store, match) if matches(token, match)]
 
 
@@ -350,8 +353,13 @@ def _changed(token: StoredToken, change: Change) -> StoredToken | None:
             if use_id and use_id in token.use_ids:
                 return None
             use_ids = (*token.use_ids, use_id) if use_id else token.use_ids
-            used = StoredToken._make((*token[:_USES], token.uses + 1, at, use_ids, "", 0))
-            return _ended(used, at) if used.uses >= used.max_uses else used
+            uses, after = token.uses + 1, (at, use_ids, "", 0)
+            if uses < token.max_uses:
+                return StoredToken._make((*token[:_USES], uses, *after))
+            ends_at = min(token.ends_at, at - 1)
+            return StoredToken._make(
+                (*token[:_ENDS_AT], ends_at, False, *token[_ENDS_AT + 2 : _USES], uses, *after)
+            )
         case Lease(lease_id, until):
             return token._replace(lease_id=lease_id, lease_until=until)
         case Release():
