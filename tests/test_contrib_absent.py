@@ -1,7 +1,8 @@
-"""Without their packages: every module can be imported, and says what to install when it is used."""
+"""Without optional packages: every module can be imported, and says what to install when it is used."""
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
+import vtoken
+import vtoken.contrib
+
 PACKAGES = ["aiohttp", "fastapi", "litestar", "opentelemetry", "prometheus_client", "starlette"]
+DRIVERS = ["aiosqlite", "bson", "motor", "pymongo"]
+OTHERS = ["attrs", "cyclopts", "hypothesis", "pydantic", "pytest", "rich"]
+MODULES = [
+    found.name
+    for package in (vtoken, vtoken.contrib)
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if found.name != "vtoken.cli"  # whose only door, vtoken.__main__, says what it needs
+]
 USES = {
     "aiohttp": ["cleanup_ctx(manager)", "error_middleware()"],
     "fastapi": ["lifespan(manager)", "exception_handlers()"],
@@ -25,7 +37,7 @@ from datetime import UTC, datetime
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {PACKAGES}:
+        if name.partition(".")[0] in {PACKAGES + DRIVERS + OTHERS}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -53,6 +65,63 @@ except ConfigurationError as error:
     said = run(BLOCKED + code)
     assert f'pip install "vtoken[{module}]"' in said
     assert "not installed" in said
+
+
+def test_every_module_can_be_imported() -> None:
+    assert run(f"{BLOCKED}\nimport {', '.join(MODULES)}") == ""
+
+
+def test_every_integration_is_named_above() -> None:
+    needs_nothing = {"logging"}
+    integrations = {found.name for found in pkgutil.iter_modules(vtoken.contrib.__path__)}
+    assert USES.keys() | needs_nothing == {name for name in integrations if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlite:///tokens.db", "aiosqlite"),
+        ("mongodb://host/db", 'pip install "vtoken[mongodb]"'),
+        ("mongodb+srv://host.example.org/db", 'pip install "vtoken[mongodb]"'),
+    ],
+)
+def test_a_missing_driver_is_named(url: str, said: str) -> None:
+    code = f"""
+from vtoken import create_backend
+try:
+    create_backend({url!r})
+except ConfigurationError as error:
+    print(error)
+"""
+    assert said in run(BLOCKED + code)
+
+
+def test_a_missing_motor_is_named() -> None:
+    code = """
+import sys
+sys.modules["motor"] = None
+from vtoken import ConfigurationError, create_backend
+try:
+    create_backend("mongodb://host/db", driver="motor")
+except ConfigurationError as error:
+    print(error)
+"""
+    assert 'pip install "vtoken[motor]"' in run(code)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["stats", "--json"]])
+def test_the_command_line_says_what_to_install(arguments: list[str]) -> None:
+    code = f"""
+import runpy
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_module("vtoken", run_name="__main__", alter_sys=True)
+except SystemExit as ended:
+    print(ended.code)
+"""
+    done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+    assert "vtoken[cli]" in done.stderr
 
 
 def test_logging_and_the_core_need_nothing() -> None:

@@ -23,6 +23,11 @@ ROUNDS: Final = {
     "sqlite-power": "tests.faults.sqlite_rounds:power_loss",
     "sqlite-life": "tests.faults.sqlite_life:opens_and_closes",
     "sqlite-load": "tests.faults.sqlite_load:load",
+    "copy": "tests.faults.copy_round:there_and_back",
+    "mongodb-crash": "tests.faults.mongodb_rounds:crash",
+    "mongodb-failover": "tests.faults.mongodb_rounds:failover",
+    "mongodb-rollback": "tests.faults.mongodb_rounds:rollback",
+    "mongodb-lost-reply": "tests.faults.mongodb_replies:lost",
 }
 """For each round a function ``(long: bool) -> None``: prints its figures, raises on a violation."""
 

@@ -1,0 +1,35 @@
+"""``vtoken copy SRC DST --json`` in a process of its own, which tells what it has done in lines.
+
+Where a terminal has a bar, it prints a line with the tokens done, in the end twice as many as there are, and
+the most memory that it has had so far, in KiB.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from vtoken.cli import moving, run
+
+STATUS: Final = Path("/proc/self/status")
+
+
+@contextmanager
+def _lines(_what: str, _total: int | None = None) -> Generator[Callable[[int], None]]:
+    yield lambda done: print(done, _most_memory(), flush=True)
+
+
+def _most_memory() -> int:
+    """Of this program, not of what had been this process before it was started, as ``getrusage`` has it."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever who started us makes of it
+    moving.progress = _lines
+    sys.exit(run(["copy", *sys.argv[1:], "--json"]))
