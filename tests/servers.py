@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -38,6 +39,8 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent is gone")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+_STARTER: Final = ThreadPoolExecutor(1, "mongod")
+"""What the kernel takes for the parent is the thread: so it is one that lives as long as the process."""
 _ALREADY_INITIALIZED: Final = 23
 
 
@@ -81,7 +84,7 @@ def free_port() -> int:
 
 
 class Mongod:
-    """One mongod process; start it from a thread that outlives it. Leaving its ``with`` block stops it.
+    """One mongod process. Leaving its ``with`` block stops it.
 
     Args:
         replica_set: name of the replica set it belongs to; ``""``: a standalone server.
@@ -136,7 +139,9 @@ class Mongod:
         if sys.platform == "linux":
             command = [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *command]
         atexit.register(self.stop)
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._process = _STARTER.submit(
+            subprocess.Popen[bytes], command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ).result()
 
     def await_ready(self) -> None:
         """Wait until it answers. Raises: as of :meth:`start`; then it is stopped."""
@@ -208,8 +213,7 @@ class Mongod:
 
 
 class ReplicaSet:
-    """Three servers of one replica set; start it from a thread that outlives it. Leaving its ``with`` block
-    stops them.
+    """Three servers of one replica set. Leaving its ``with`` block stops them.
 
     Args:
         election_timeout: milliseconds without a primary after which the others elect one.

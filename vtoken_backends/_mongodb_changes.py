@@ -150,7 +150,7 @@ class Changes:
         return answers
 
     async def _candidates(self, takes: Sequence[Take]) -> list[State | None]:
-        """For each use the token that it is for."""
+        """For each use the token that it is for, or was for."""
         digests = {digest for take in takes for digest in take.match.digests or ()}
         found = await self._link.find_all(documents.look_up(digests), len(digests))
         states = {state.token.digest: state for state in map(documents.state, found)}
@@ -209,7 +209,9 @@ def _candidate(states: dict[bytes, State], take: Take) -> State | None:
     match, use = take
     fitting = (states[digest] for digest in match.digests or () if digest in states)
     for state in fitting:
-        if matches(state.token, match) and not (use.use_id and use.use_id in state.token.use_ids):
+        # A use that was counted before is answered for good by a write that waits: this look may have seen
+        # what a fail-over undoes.
+        if matches(state.token, match) or (use.use_id and use.use_id in state.token.use_ids):
             return state
     return None
 

@@ -15,8 +15,10 @@ from vtoken.backend import (
     StoredToken,
     Use,
 )
+from vtoken.errors import BackendUnavailable, OutcomeUnknown
 from vtoken_backends._sqlite_batch import Operation, Private
 from vtoken_backends.memory import MemoryBackend
+from vtoken_backends.mongodb import MongoDBBackend
 from vtoken_backends.sqlite import SQLiteBackend
 
 
@@ -83,3 +85,25 @@ class LeavesATask(MemoryBackend):
     async def open(self) -> None:
         await super().open()
         self._going_on = asyncio.ensure_future(asyncio.Event().wait())
+
+
+class DeniesTheUnknown(MongoDBBackend):
+    """Says that a write whose answer was lost did not happen."""
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        try:
+            return await super().update(match, change)
+        except OutcomeUnknown:
+            pass
+        raise BackendUnavailable("planted")
+
+
+class ClaimsTheUnknown(MongoDBBackend):
+    """Says that a write whose answer was lost was done."""
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        try:
+            return await super().update(match, change)
+        except OutcomeUnknown:
+            pass
+        return (await self.find(match._replace(valid_at=None), 1))[0]

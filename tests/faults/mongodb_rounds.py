@@ -1,0 +1,184 @@
+"""Killed servers, and fail-overs with and without writes that were not replicated, under a MongoDB store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tests.servers import Mongod, ReplicaSet, start_mongod, with_database
+
+from .mongodb_load import DRIVERS, Impatient, Load
+
+_SLOW_JOURNAL: Final = ("--journalCommitInterval", "500")
+"""Milliseconds (the default is 100): so that a write that does not wait for the journal is sure to be lost."""
+_CHANCE: Final = random.Random(2030)  # noqa: S311  # moments
+
+
+class Figures:
+    """What a round did, and what it found.
+
+    Args:
+        title: what its fault is.
+        load: who was struck by it.
+    """
+
+    def __init__(self, title: str, load: Load) -> None:
+        self._title, self._load = title, load
+        self.fired = 0
+        self.more = ""
+        self.violations: list[str] = []
+
+    async def check(self) -> None:
+        """Hold the store to the notes of the actors."""
+        self.violations += await self._load.violations()
+
+    def __str__(self) -> str:
+        load = self._load
+        head = f"{self.fired} {self._title}, {load.under_way} steps under way{self.more}"
+        return f"{head}: {len(self.violations)} violations\n{load}"
+
+    def report(self) -> None:
+        """Print them. Raises: AssertionError: there is a violation, or the fault never fired."""
+        print(self, flush=True)
+        assert self._load.under_way >= self.fired > 0, "nothing was under way"
+        assert not self.violations, self.violations[:5]
+
+    def report_planted(self, bug: str) -> None:
+        """Print what a planted bug led to. Raises: AssertionError: it was not found."""
+        kinds = sorted({violation.partition(":")[0] for violation in self.violations})
+        print(
+            f"planted bug ({bug}): {self.fired} {self._title}: {len(self.violations)} violations: {kinds}",
+            flush=True,
+        )
+        assert self.violations, "the planted bug was not found"
+
+
+def crash(long: bool) -> None:
+    """SIGKILL for a standalone server under load, and the same files served again."""
+    with start_mongod(args=_SLOW_JOURNAL) as server:
+        asyncio.run(kill_servers(server, 20 if long else 2)).report()
+        asyncio.run(kill_servers(server, 2, durable=False)).report_planted("durable=False")
+
+
+def failover(long: bool) -> None:
+    """SIGKILL for the primary of a replica set under load."""
+    with ReplicaSet() as replica_set:
+        replica_set.start()
+        asyncio.run(kill_primaries(replica_set, 20 if long else 1)).report()
+        asyncio.run(kill_primaries(replica_set, 2, durable=False)).report_planted("durable=False")
+
+
+def rollback(long: bool) -> None:
+    """Writes that no secondary gets, and then SIGKILL for the primary."""
+    with ReplicaSet() as replica_set:
+        replica_set.start()
+        asyncio.run(lose_writes(replica_set, 5 if long else 1)).report()
+        asyncio.run(lose_writes(replica_set, 1, durable=False)).report_planted("durable=False")
+
+
+async def kill_servers(server: Mongod, kills: int, **options: Any) -> Figures:
+    """Kill a standalone server so many times."""
+
+    async def fault() -> None:
+        load.struck()
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.start)
+        figures.fired += 1
+
+    async with Load(with_database(server.url, _name(options)), **options) as load:
+        figures = Figures("kills of a standalone server", load)
+        for _ in range(kills):
+            await load.strike(_CHANCE.randrange(20, 60), fault)
+            await figures.check()
+    return figures
+
+
+async def kill_primaries(replica_set: ReplicaSet, kills: int, **options: Any) -> Figures:
+    """Kill a primary so many times; each time it comes back as a secondary."""
+
+    async def fault() -> None:
+        primary = await asyncio.to_thread(replica_set.primary)
+        killed.append(primary)
+        load.struck()
+        await asyncio.to_thread(primary.kill)
+
+    killed: list[Mongod] = []
+    async with Load(with_database(replica_set.url, _name(options)), **options) as load:
+        figures = Figures("kills of a primary", load)
+        first = replica_set.status()["term"]
+        for _ in range(kills):
+            await load.strike(_CHANCE.randrange(20, 60), fault)
+            await figures.check()
+            figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
+            await _rejoin(replica_set, killed[-1])
+        figures.more = f", {replica_set.status()['term'] - first} elections"
+    return figures
+
+
+async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Figures:
+    """So many times let the primary alone have the latest writes, and kill it."""
+    alone = answered = 0
+
+    async def fault() -> None:
+        nonlocal alone, answered
+        primary = await asyncio.to_thread(replica_set.primary)
+        killed.append(primary)
+        impatient = [Impatient(load, driver) for driver in DRIVERS]
+        for each in impatient:
+            await each.issue()
+        others = [member for member in replica_set.members if member is not primary]
+        await asyncio.to_thread(_replicate, others, False)
+        for each in impatient:
+            each.use()
+        alone += await asyncio.to_thread(_unreplicated, primary)
+        for each in impatient:
+            answered += await each.use_again()
+        load.struck()
+        await asyncio.to_thread(primary.kill)
+        await asyncio.to_thread(_replicate, others, True)
+        for each in impatient:
+            await each.end()
+
+    killed: list[Mongod] = []
+    async with Load(with_database(replica_set.url, _name(options)), **options) as load:
+        figures = Figures("fail-overs without the latest writes", load)
+        for _ in range(times):
+            await load.strike(_CHANCE.randrange(20, 60), fault)
+            await figures.check()
+            figures.violations += [f"acknowledged: {answered} uses that the primary alone had"] * bool(answered)
+            figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
+            await _rejoin(replica_set, killed[-1])
+        figures.more = f", {alone} writes that the primary alone had"
+    return figures
+
+
+def _name(options: dict[str, Any]) -> str:
+    return "_".join(["faults", *options])
+
+
+async def _rejoin(replica_set: ReplicaSet, member: Mongod) -> None:
+    await asyncio.to_thread(member.start)
+    await asyncio.to_thread(replica_set.await_members)
+
+
+def _replicate(members: Sequence[Mongod], on: bool) -> None:
+    """Let secondaries take over what the primary writes, or not. They go on to talk with it."""
+    for member in members:
+        with member.direct_client() as client:
+            point = {"configureFailPoint": "stopReplProducer", "mode": "off" if on else "alwaysOn"}
+            client.admin.command(point)
+
+
+def _unreplicated(primary: Mongod) -> int:
+    """How many writes are on the primary alone, once there are some and no more are coming, or many."""
+    counts = [0]
+    with primary.direct_client() as client:
+        while not counts[-1] or (len(set(counts[-5:])) > 1 and counts[-1] < 200):
+            committed = client.admin.command("replSetGetStatus")["optimes"]["lastCommittedOpTime"]["ts"]
+            later = {"ts": {"$gt": committed}, "op": {"$in": ["i", "u"]}}
+            counts.append(client["local"]["oplog.rs"].count_documents(later))
+            time.sleep(0.05)
+    return counts[-1]
