@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self, TypeVar
@@ -19,6 +19,7 @@ from vtoken import (
     TokenEvent,
     TokenManager,
     TokenPolicy,
+    VerificationToken,
 )
 from vtoken.backend import (
     Budget,
@@ -43,6 +44,7 @@ USER: Final = Subject("auth.user", 42)
 OTHER: Final = Subject("auth.user", 43)
 START: Final = datetime(2100, 1, 1, tzinfo=UTC)
 MS: Final = timedelta(milliseconds=1)
+MINUTE: Final = timedelta(minutes=1)
 CODE: Final = TokenPolicy.code("login")
 WRONG: Final = "no such key"
 
@@ -165,6 +167,11 @@ async def refused(kind: type[E], call: Awaitable[object]) -> E:
 async def reason(call: Awaitable[object]) -> str:
     """Await a call that must be refused, and say why it was."""
     return (await refused(InvalidToken, call)).reason
+
+
+async def listed(tokens: AsyncIterator[VerificationToken]) -> list[VerificationToken]:
+    """What an iterator of tokens yields."""
+    return [token async for token in tokens]
 
 
 async def redeem(manager: TokenManager, slug: str | None, key: str, **keywords: Any) -> str:
