@@ -42,7 +42,7 @@ class TestDeactivate:
             ({"slug": "A"}, set[object]()),
             ({"slug": "never"}, set[object]()),
         ],
-        ids=str,
+        ids=["left out", "any", "one", "none", "another case", "never seen"],
     )
     async def test_any_slug_one_or_none(
         self, world: World, arguments: dict[str, Any], gone: set[str | None]

@@ -1,11 +1,10 @@
-"""The manager for synchronous code: from threads, over forks, interrupted, closed and forgotten."""
+"""The manager for synchronous code: from threads, interrupted, and closed."""
 
 from __future__ import annotations
 
 import gc
 import inspect
 import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -405,91 +404,6 @@ class TestInterrupted:
         manager.close()
         manager.open()
         assert manager.consume(USER, "reset", issued.key) == issued
-
-
-SCRIPT = """
-import os, sys, warnings
-from vtoken import BackendClosed, Subject, TokenManager
-from vtoken.sync import SyncTokenManager
-
-warnings.simplefilter("default")
-manager = SyncTokenManager.from_url(sys.argv[1])
-user = Subject("auth.user", 1)
-"""
-
-FORK = """
-manager.open()
-issued = manager.deactivate_and_create(user, "reset")
-if os.fork() == 0:
-    for call in (manager.stats, manager.open, lambda: manager.redeem(user, "reset", issued.key).__enter__()):
-        try:
-            call()
-        except BackendClosed as error:
-            print("child:", error)
-    with SyncTokenManager.from_url(sys.argv[1]) as own:
-        print("child's own:", own.consume(user, "reset", issued.key) == issued)
-    manager.close()
-    sys.exit(5)
-print("status:", os.waitstatus_to_exitcode(os.wait()[1]))
-print("parent:", manager.stats().used)
-manager.close()
-"""
-
-FORK_IN_A_BLOCK = """
-manager.open()
-issued = manager.deactivate_and_create(user, "reset")
-try:
-    with manager.redeem(user, "reset", issued.key):
-        child = os.fork()
-except BackendClosed as error:
-    print("child:", error)
-    sys.exit(5)
-print("status:", os.waitstatus_to_exitcode(os.wait()[1]))
-print("parent:", manager.stats().used)
-manager.close()
-"""
-
-FORGOTTEN = """
-manager.open()
-print(manager.deactivate_and_create(user, "reset").slug)
-"""
-
-
-def run_script(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; one that hangs fails."""
-    url = f"sqlite:///{tmp_path}/tokens.db"
-    return subprocess.run(
-        [sys.executable, "-u", "-c", SCRIPT + code, url],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-class TestForked:
-    def test_the_child_is_told_and_ends_and_the_parent_goes_on(self, tmp_path: Path) -> None:
-        done = run_script(tmp_path, FORK)
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        assert [line for line in lines if "before a fork" in line] == lines[:3]
-        assert lines[3:] == ["child's own: True", "status: 5", "parent: 1"]
-        assert "ResourceWarning" not in done.stderr
-
-    def test_a_child_that_leaves_the_block_uses_nothing(self, tmp_path: Path) -> None:
-        done = run_script(tmp_path, FORK_IN_A_BLOCK)
-        assert done.returncode == 0, done.stderr
-        child, *parent = done.stdout.splitlines()
-        assert "forked" in child
-        assert parent == ["status: 5", "parent: 1"]
-
-
-def test_a_forgotten_one_warns_and_lets_the_process_end(tmp_path: Path) -> None:
-    done = run_script(tmp_path, FORGOTTEN)
-    assert (done.returncode, done.stdout) == (0, "reset\n"), done.stderr
-    assert done.stderr.count("a SyncTokenManager was not closed") == 1
-    assert "Traceback" not in done.stderr
 
 
 class TestSecrets:
