@@ -180,6 +180,18 @@ def test_long_work_shows_how_fast_it_is(vtoken: Terminal, monkeypatch: pytest.Mo
     assert "copying" not in vtoken.out
 
 
+def test_a_purge_shows_how_many_are_gone(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        vtoken.json("issue", f"user:{number}")
+        vtoken.json("deactivate", f"user:{number}")
+    shown = _Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    assert vtoken("purge", "--yes", "--batch-size", "2") == 0
+    assert "purging" in shown.getvalue()
+    assert re.search(r"m5\b", shown.getvalue())  # after the code of its colour
+
+
 def test_without_a_terminal_it_is_quiet(vtoken: Terminal) -> None:
     vtoken.json("issue", "user:1")
     assert vtoken("copy", "sqlite:///vtoken.db", "memory://") == 0

@@ -94,6 +94,18 @@ def test_it_purges_what_has_ended_longer_ago_than_keep(runner: str) -> None:
     run(runner, test)
 
 
+async def test_a_purge_tells_how_far_it_is(world: World) -> None:
+    manager = await world.manager()
+    for number in range(5):
+        await manager.deactivate_and_create(USER, str(number), expiration_in_minutes=1)
+    world.clock.advance(timedelta(hours=1))
+    told: list[int] = []
+    assert await manager.purge(2, progress=told.append) == 5
+    assert told == [2, 4, 5]
+    assert await manager.purge(progress=told.append) == 0
+    assert told == [2, 4, 5, 0]
+
+
 @both
 def test_the_first_purge_comes_after_a_part_of_the_period(runner: str) -> None:
     firsts: list[float] = []

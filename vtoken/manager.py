@@ -17,7 +17,6 @@ import anyio
 
 from vtoken import inputs
 from vtoken.backend import InsertMode, Match, SetExtraData, TokenBackend, Use
-from vtoken.budgets import MAX_WINDOW_MS
 from vtoken.config import Configuration, create_backend
 from vtoken.errors import (
     ConfigurationError,
@@ -36,7 +35,7 @@ from vtoken.policy import Settings, TokenPolicy, load_generator
 from vtoken.redact import without_locals
 from vtoken.stats import SlugStats, Stats
 from vtoken.subject import ContentTypes
-from vtoken.sweeper import Sweeper
+from vtoken.sweeper import Sweeper, purge_in_steps
 from vtoken.token import IssuedToken, VerificationToken
 
 _PAGE = 100
@@ -448,7 +447,12 @@ class TokenManager:
         if await self._life.store.update(match, SetExtraData(text)) is None:
             raise InvalidToken("unknown")
 
-    async def purge(self, batch_size: int = 1000, keep: timedelta = timedelta(0)) -> int:
+    async def purge(
+        self,
+        batch_size: int = 1000,
+        keep: timedelta = timedelta(0),
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
         """Delete the tokens that were inactive or expired when it began; leased tokens stay.
 
         Used tokens that are kept for a while (``keep``) let a second use be told from a guess.
@@ -456,6 +460,7 @@ class TokenManager:
         Args:
             batch_size: how many tokens are deleted in one step, beside which live traffic goes on.
             keep: tokens that ended no longer ago than this stay, 0 or more.
+            progress: is told after each step how many were deleted so far.
 
         Returns:
             How many were deleted.
@@ -463,12 +468,7 @@ class TokenManager:
         limit = inputs.check_count("batch_size", batch_size)
         now = self._life.now()
         before = now - inputs.check_duration("keep", keep, least=timedelta(0))
-        total = 0
-        while True:
-            deleted = await self._life.store.purge(before, now, limit, now - MAX_WINDOW_MS)
-            total += deleted
-            if deleted < limit:
-                break
+        total = await purge_in_steps(self._life.store, before, now, limit, progress)
         if total:
             await self._life.hooks.tell("purged", Match(), count=total)
         return total

@@ -1,4 +1,4 @@
-"""Purging periodically in the background, while a block of the application runs."""
+"""Purging: once, in steps, and periodically in the background while a block of the application runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,33 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vtoken import inputs
+from vtoken.backend import TokenBackend
+from vtoken.budgets import MAX_WINDOW_MS
 from vtoken.errors import BackendError
 
 logger = logging.getLogger("vtoken")
 
 _JITTER = 0.1
 """By how much of ``every`` a pause is longer or shorter than it."""
+
+
+async def purge_in_steps(
+    store: TokenBackend, before: int, now: int, limit: int, progress: Callable[[int], object] | None
+) -> int:
+    """Purge until nothing is left to be purged, and return how many tokens were deleted.
+
+    Args:
+        store: open. For ``before``, ``now`` and ``limit`` see :meth:`TokenBackend.purge`.
+        progress: is told after each step how many were deleted so far.
+    """
+    total = 0
+    while True:
+        deleted = await store.purge(before, now, limit, now - MAX_WINDOW_MS)
+        total += deleted
+        if progress is not None:
+            progress(total)
+        if deleted < limit:
+            return total
 
 
 class Sweeper:

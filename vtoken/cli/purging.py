@@ -64,8 +64,8 @@ def purge(
 
 async def _once(store: Store, batch_size: int, keep: timedelta) -> Result:
     async with store.manager() as manager:
-        with progress("purging"):
-            count = await manager.purge(batch_size, keep)
+        with progress("purging") as bar:
+            count = await manager.purge(batch_size, keep, bar)
     return _purged(count)
 
 
