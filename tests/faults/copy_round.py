@@ -32,7 +32,7 @@ _GROWTH: Final = 1.25
 
 
 class _Run(NamedTuple):
-    """What one process came to. Memory: its peak in MiB at a quarter and a half of its course, and at its end."""
+    """What one process came to. Memory: its peak in MiB at a quarter, a half and the end of its course."""
 
     done: int
     status: int

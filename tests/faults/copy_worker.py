@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
 from vtoken.cli import moving, run
 
@@ -31,5 +32,5 @@ def _most_memory() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever who started us makes of it
-    moving.progress = _lines
-    sys.exit(run(["copy", *sys.argv[1:], "--json"]))
+    with patch.object(moving, "progress", _lines):
+        sys.exit(run(["copy", *sys.argv[1:], "--json"]))
