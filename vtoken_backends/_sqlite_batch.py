@@ -1,9 +1,10 @@
 """Many operations in one trip to SQLite.
 
 Each operation is a statement of its own, and gets the rows that this statement alone would have
-returned. Where several are of one kind, one statement with many rows does the work of all: beside
-a busy event loop each further statement costs a wait for the interpreter lock, up to its switch interval
-of 5 ms (``sys.setswitchinterval``). What cannot be told from the shared statement is asked again, alone.
+returned. Where several are of one kind, one statement with many rows does the work of all, row by row,
+and all that is to be said about them comes back as the JSON of one row: beside a busy event loop each further
+step of SQLite, a row of an answer is one, costs a wait for the interpreter lock, up to its switch interval of
+5 ms (``sys.setswitchinterval``). What cannot be told from the shared statement is asked again, alone.
 
 All of this runs in one go on aiosqlite's worker thread.
 """
@@ -13,6 +14,7 @@ All of this runs in one go on aiosqlite's worker thread.
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -60,6 +62,44 @@ USE: Final = (
         "lease_until",
     )
 )
+
+
+_ASKED: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_AS_JSON: Final = "json_array({})".format(
+    ", ".join(f"hex({name})" if name in ("digest", "context") else name for name in StoredToken._fields)
+)
+FOR_A_CONNECTION: Final = (
+    # Uses are inserted into a view, because an INSERT works row by row, where an UPDATE reads all of its rows
+    # before it writes the first. It is also the only statement that ends, and is durable, before anybody
+    # has read its answers: RETURNING commits after the last row was fetched.
+    "CREATE TEMP TABLE answers (place INTEGER PRIMARY KEY, used TEXT)",
+    """
+    CREATE TEMP VIEW uses AS SELECT NULL AS place, NULL AS digest, NULL AS content_type, NULL AS object_id,
+        NULL AS slug, NULL AS context, NULL AS valid_at, NULL AS at, NULL AS use_id
+    """,
+    f"""
+    CREATE TEMP TRIGGER use_token INSTEAD OF INSERT ON uses WHEN NEW.place IS NOT NULL
+    BEGIN
+        UPDATE tokens SET {USE.format(at="NEW.at", use_id="NEW.use_id")}
+        WHERE digest = NEW.digest
+            AND (NEW.content_type IS NULL OR content_type = NEW.content_type)
+            AND (NEW.slug IS NULL OR slug = NEW.slug)
+            AND (NEW.object_id IS NULL OR object_id = NEW.object_id)
+            AND (NEW.context IS NULL OR context = NEW.context)
+            AND is_active = 1 AND expires_at >= NEW.valid_at AND lease_until <= NEW.valid_at
+            AND (NEW.use_id = '' OR NOT EXISTS (SELECT 1 FROM json_each(use_ids) WHERE value = NEW.use_id));
+        INSERT OR REPLACE INTO answers VALUES (
+            NEW.place,
+            iif(
+                changes() = 1,
+                (SELECT json_array(NEW.place, {_AS_JSON}) FROM tokens WHERE digest = NEW.digest),
+                NULL
+            )
+        );
+    END
+    """,
+)
+"""What a connection keeps in memory for itself alone."""
 
 
 class Private(tuple[Any, ...]):
@@ -157,14 +197,14 @@ def insert_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
 
 
 def use_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
-    """A token that stands in an overlap is left out: its siblings may be in the same statement."""
+    """Row by row, with the triggers after each: of two that could meet only the first finds its token."""
     size = _padded(len(operations))
     values: list[Any] = []
-    for operation in operations:
+    for place, operation in enumerate(operations):
         digest, match, at, use_id = operation.shared
-        values += (digest, match.content_type, match.object_id, match.slug, match.context)
+        values += (place, digest, match.content_type, match.object_id, match.slug, match.context)
         values += (match.valid_at, at, use_id)
-    values += [None] * ((size - len(operations)) * 8)
+    values += [None] * ((size - len(operations)) * _ASKED.count("?"))
     return _use_sql(size), values
 
 
@@ -172,6 +212,9 @@ def find_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
     """All tokens with any of the digests; which operation they belong to is told afterwards."""
     digests = [digest for operation in operations for digest in operation.shared.match.digests]
     return _find_sql(_padded(len(digests))), digests + [None] * (_padded(len(digests)) - len(digests))
+
+
+_ANSWERS: Final = "SELECT '[' || ifnull(group_concat(used), '') || ']' FROM answers WHERE place < ?"
 
 
 def _padded(count: int) -> int:
@@ -191,22 +234,19 @@ def _insert_sql(size: int) -> str:
 
 @cache
 def _use_sql(size: int) -> str:
-    return (
-        "WITH asked (asked_digest, asked_type, asked_object, asked_slug, asked_context, valid_at, at,"
-        f" asked_use) AS (VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?)'] * size)})"
-        f" UPDATE tokens SET {USE.format(at='at', use_id='asked_use')} FROM asked"
-        " WHERE digest = asked_digest AND content_type = asked_type AND slug = asked_slug"
-        " AND (asked_object IS NULL OR object_id = asked_object)"
-        " AND (asked_context IS NULL OR context = asked_context)"
-        " AND is_active = 1 AND expires_at >= valid_at AND lease_until <= valid_at AND overlap = 0"
-        " AND (asked_use = '' OR use_ids = '[]')"
-        f" RETURNING {COLUMNS}"
-    )
+    return f"INSERT INTO uses VALUES {', '.join([_ASKED] * size)}"
 
 
 @cache
 def _find_sql(size: int) -> str:
-    return f"SELECT {COLUMNS} FROM tokens WHERE digest IN ({', '.join('?' * size)})"
+    return f"SELECT json_group_array({_AS_JSON}) FROM tokens WHERE digest IN ({', '.join('?' * size)})"
+
+
+def _from_json(values: list[Any]) -> tuple[Any, ...]:
+    """A row that came as JSON, as SQLite itself would have returned it."""
+    values[_DIGEST] = bytes.fromhex(values[_DIGEST])
+    values[_CONTEXT] = bytes.fromhex(values[_CONTEXT])
+    return tuple(values)
 
 
 class _Trip:
@@ -276,26 +316,29 @@ class _Trip:
                 for number, operation in zip(group, operations, strict=True):
                     self._answers[number] = Rows([(operation.shared[_ID], operation.shared[_DIGEST])])
                 return
-        rows = self._execute(*many(operations))
         if many is find_many:
+            rows = map(_from_json, self._json(*many(operations)))
             by_digest = {row[_DIGEST]: row for row in rows}
             for number, operation in zip(group, operations, strict=True):
                 self._answers[number] = _found(by_digest, *operation.shared)
             return
         if many is insert_many:
-            inserted = set(rows)
+            inserted = set(self._execute(*many(operations)))
             for number, operation in zip(group, operations, strict=True):
                 name = operation.shared[_ID], operation.shared[_DIGEST]
                 self._answers[number] = Rows([name] if name in inserted else ())
                 inserted.discard(name)
             return
-        used = {row[_DIGEST]: row for row in rows}
+        self._execute(*many(operations))
+        used = dict(self._json(_ANSWERS, (len(operations),)))
         left = []
-        for number, operation in zip(group, operations, strict=True):
-            if operation.shared.digest in used:
-                self._answers[number] = Rows([used[operation.shared.digest]])
-            else:
+        for place, (number, operation) in enumerate(zip(group, operations, strict=True)):
+            if place in used:
+                self._answers[number] = Rows([_from_json(used[place])])
+            elif len(operation.shared.match.digests) > 1:  # it may be there under an older secret
                 left.append(number)
+            else:
+                self._answers[number] = Rows()
         if len(left) > 1 and not self._connection.in_transaction:
             self._in_one_transaction([left[:1], *([number] for number in left[1:])])
         else:
@@ -315,6 +358,10 @@ class _Trip:
             except Exception as own:
                 self._answers[number] = own
 
+    def _json(self, sql: str, parameters: Sequence[Any]) -> Any:
+        [(text,)] = self._execute(sql, parameters)
+        return json.loads(text)
+
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> Rows:
         return Rows(self._connection.execute(sql, parameters).fetchall())
 
@@ -328,9 +375,7 @@ def _in_order(operations: Sequence[Operation]) -> list[list[int]]:
     """Groups of one kind each, by their places, so that operations on one subject keep their order."""
     kind = operations[0].kind
     if all(operation.kind is kind for operation in operations):
-        subjects = [subject for operation in operations for subject in operation.subjects]
-        if kind is not use_many or len(set(subjects)) == len(subjects):
-            return [list(range(len(operations)))]
+        return [list(range(len(operations)))]
     last: dict[Hashable, tuple[int, object]] = {}
     levels: defaultdict[int, defaultdict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, operation in enumerate(operations):
@@ -338,9 +383,7 @@ def _in_order(operations: Sequence[Operation]) -> list[list[int]]:
         for subject in operation.subjects:
             seen = last.get(subject)
             if seen is not None:
-                # Of one subject's uses only one fits into a statement: it reads before it writes.
-                together = seen[1] is kind and kind is not use_many
-                level = max(level, seen[0] + (not together))
+                level = max(level, seen[0] + (seen[1] is not kind))
         for subject in operation.subjects:
             last[subject] = level, kind
         levels[level][kind].append(number)

@@ -24,7 +24,7 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
-from vtoken_backends._sqlite_batch import Connection
+from vtoken_backends._sqlite_batch import FOR_A_CONNECTION, Connection
 
 logger = logging.getLogger("vtoken_backends.sqlite")
 logger.addHandler(logging.NullHandler())  # heard where an application listens to logs, and nowhere else
@@ -238,6 +238,7 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         # KiB, and only as far as the file fills it. SQLite's own 2 MiB cost a third of all operations at
         # 400,000 tokens; four times as much gained no more, nor did other page sizes or mmap.
         "cache_size = -65536",
+        "temp_store = MEMORY",
     ):
         database.execute(f"PRAGMA {setting}").fetchall()
     version = _checked_version(database, path)
@@ -246,6 +247,8 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         _migrate(database)
         _checked_version(database, path)
     _use_wal(database, path, options.busy_timeout)
+    for statement in FOR_A_CONNECTION:
+        database.execute(statement)
 
 
 def _checked_version(database: sqlite3.Connection, path: str) -> int:
