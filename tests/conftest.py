@@ -14,6 +14,9 @@ import pytest
 from . import servers
 from .cli_tools import Terminal
 from .core_tools import World
+from .sockets import pytest_collection_modifyitems, pytest_runtest_teardown
+
+__all__ = ["pytest_collection_modifyitems", "pytest_runtest_teardown"]  # pytest takes its hooks from here
 
 
 @pytest.fixture

@@ -1,0 +1,50 @@
+"""Who may leak a socket: the tests that name MongoDB, and none into the next test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+LEAKING = """
+import gc, socket
+
+class Leak:
+    def __init__(self):
+        self.socket, self.cycle = socket.socket(), self
+
+def test_first_mongodb():
+    Leak()
+
+def test_second_mongodb():
+    Leak()
+
+def test_after_it():
+    gc.collect()
+
+def test_of_ours():
+    Leak()
+    gc.collect()
+
+def test_after_that():
+    gc.collect()
+"""
+
+
+def test_a_leaked_socket_fails_its_own_test_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "test_leaks.py").write_text(LEAKING)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.sockets", "-p", "no:cacheprovider", "-q", "-rA"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    told = [
+        line.split() for line in done.stdout.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR"))
+    ]
+    assert {(name.partition("::")[2], outcome) for outcome, name, *_ in told} == {
+        ("test_first_mongodb", "PASSED"),
+        ("test_second_mongodb", "PASSED"),
+        ("test_after_it", "PASSED"),
+        ("test_of_ours", "FAILED"),
+        ("test_after_that", "PASSED"),
+    }, done.stdout
