@@ -1,8 +1,8 @@
-"""A leaked socket fails the test that runs when it is found; but for PyMongo's own, which no test leaves to the next.
+"""A leaked socket fails the test that runs when it is found; but for PyMongo's own, which no later test finds.
 
-PyMongo leaves a socket to the garbage collector where a connection is cancelled while it is made. So the tests
-that have "mongodb" in their names (by which ``-k "not mongodb"`` goes too) may leak sockets, and after the last of
-them in a row the garbage is collected.
+PyMongo leaves a socket to the garbage collector where a connection is cancelled while it is made. So the
+tests that have "mongodb" in their names (``-k "not mongodb"`` goes by it too) may leak sockets, and after the
+last of them in a row the garbage is collected.
 """
 
 from __future__ import annotations

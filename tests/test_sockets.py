@@ -38,9 +38,8 @@ def test_a_leaked_socket_fails_its_own_test_and_no_other(tmp_path: Path) -> None
     command = [sys.executable, "-m", "pytest", "-p", "tests.sockets", "-p", "no:cacheprovider", "-q", "-rA"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    told = [
-        line.split() for line in done.stdout.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR"))
-    ]
+    outcomes = ("PASSED", "FAILED", "ERROR")
+    told = [line.split() for line in done.stdout.splitlines() if line.startswith(outcomes)]
     assert {(name.partition("::")[2], outcome) for outcome, name, *_ in told} == {
         ("test_first_mongodb", "PASSED"),
         ("test_second_mongodb", "PASSED"),
