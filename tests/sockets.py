@@ -1,4 +1,4 @@
-"""A leaked socket fails the test that runs when it is found; but for PyMongo's own, which no later test finds.
+"""A leaked socket fails the test that runs when it is found; but for PyMongo's, which no later test finds.
 
 PyMongo leaves a socket to the garbage collector where a connection is cancelled while it is made. So the
 tests that have "mongodb" in their names (``-k "not mongodb"`` goes by it too) may leak sockets, and after the

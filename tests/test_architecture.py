@@ -7,9 +7,11 @@ import inspect
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,38 @@ def repository_files() -> list[Path]:
         if path.is_file()
         and not any(fnmatch(name, pattern) for name in path.relative_to(ROOT).parts for pattern in ignored)
     ]
+
+
+IGNORE = re.compile(
+    r"(?:type|pyright): ignore(?:\[[^\]]*\])?|noqa(?::\s*[A-Z]+\d+(?:,\s*[A-Z]+\d+)*)?|pragma: no cover"
+)
+"""What silences a tool in a comment."""
+
+
+def unreasoned(source: bytes) -> list[int]:
+    """The lines whose comment silences a tool and does not say why."""
+    comments = (t for t in tokenize.tokenize(BytesIO(source).readline) if t.type == tokenize.COMMENT)
+    silencing = ((t.start[0], t.string) for t in comments if IGNORE.search(t.string))
+    return [line for line, text in silencing if not re.search("[A-Za-z]{2}", IGNORE.sub("", text))]
+
+
+def test_every_ignore_has_its_reason_beside_it() -> None:
+    sources = {path: path.read_bytes() for path in repository_files() if path.suffix in {".py", ".pyi"}}
+    assert len(sources) > 100
+    found = {str(path.relative_to(ROOT)): unreasoned(source) for path, source in sources.items()}
+    assert not {path: lines for path, lines in found.items() if lines}
+
+
+def test_an_ignore_without_a_reason_is_found() -> None:
+    bare = [
+        "# type: ignore[arg-type]",
+        "# noqa: S101, PT018",
+        "# noqa",
+        "# pyright: ignore[reportX]  # noqa: S1",
+    ]
+    assert unreasoned("\n".join(f"x = 1  {comment}" for comment in bare).encode()) == [1, 2, 3, 4]
+    assert unreasoned("\n".join(f"x = 1  {comment}  # on purpose" for comment in bare).encode()) == []
+    assert unreasoned(b'x = "# type: ignore"') == []
 
 
 def test_no_file_names_a_path_of_a_machine_or_a_registry() -> None:

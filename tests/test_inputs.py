@@ -247,7 +247,7 @@ class TestTimes:
     def test_milliseconds_come_back(self, value: int) -> None:
         assert inputs.milliseconds(inputs.from_milliseconds(value)) == value
 
-    @pytest.mark.parametrize("moment", [datetime(2026, 1, 1), 0, None, "2026-01-01", 1.5])  # noqa: DTZ001, RUF100
+    @pytest.mark.parametrize("moment", [datetime(2026, 1, 1), 0, None, "2026-01-01", 1.5])
     def test_naive_times_and_other_types_are_refused(self, moment: object) -> None:
         with pytest.raises(InvalidInput):
             inputs.milliseconds(moment)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose

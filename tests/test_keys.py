@@ -170,7 +170,7 @@ class TestDigests:
     def test_equal_digests_mean_equal_scopes(self, one: tuple[str, ...], other: tuple[str, ...]) -> None:
         keyring = Keyring(SECRET)
         assert (keyring.code(*one) == keyring.code(*other)) is (one == other)
-        messages = [keys._code_message(*scope) for scope in (one, other)]  # pyright: ignore[reportPrivateUsage]
+        messages = [keys._code_message(*scope) for scope in (one, other)]  # pyright: ignore[reportPrivateUsage]  # what is digested is looked at itself
         assert (messages[0] == messages[1]) is (one == other)
 
     @unhurried

@@ -214,7 +214,7 @@ class TestOpeningAndClosing:
         assert utc_now().utcoffset() == timedelta(0)
 
     async def test_a_naive_clock_is_refused(self) -> None:
-        async with TokenManager(MemoryBackend(), clock=lambda: datetime(2100, 1, 1)) as manager:  # noqa: DTZ001, RUF100
+        async with TokenManager(MemoryBackend(), clock=lambda: datetime(2100, 1, 1)) as manager:
             await refused(InvalidInput, manager.deactivate_and_create(USER))
 
     def test_repr_names_the_backend(self) -> None:

@@ -102,9 +102,9 @@ async def test_what_is_returned_shows_no_key(canary: Canary) -> None:
     assert again.key == derived.key
     for value in (derived, again, await manager.stats(), canary.events, manager, manager.settings, POLICIES):
         canary.check_value(value)
-    for private in (manager._life, manager._life.keyring, manager._life.hooks):  # pyright: ignore[reportPrivateUsage]
+    for private in (manager._life, manager._life.keyring, manager._life.hooks):  # pyright: ignore[reportPrivateUsage]  # its insides too
         canary.sieve.check(repr(private) + repr(getattr(private, "__dict__", "")), "the manager's parts")
-    canary.sieve.check(repr(vars(manager)) + repr(vars(manager._life)), "the manager")  # pyright: ignore[reportPrivateUsage]
+    canary.sieve.check(repr(vars(manager)) + repr(vars(manager._life)), "the manager")  # pyright: ignore[reportPrivateUsage]  # its insides too
 
 
 async def test_stored_rows_show_no_digest(canary: Canary) -> None:

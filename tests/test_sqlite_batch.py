@@ -168,7 +168,7 @@ async def test_budgets_leases_and_purges_ride_along(path: Path) -> None:
             backend.purge(NOW, NOW, 10, NOW - 1),
             backend.count(NOW),
         )
-        assert [s.allowed for s in answers[:10]] == [True] * 3 + [False] * 7  # type: ignore[union-attr]
+        assert [s.allowed for s in answers[:10]] == [True] * 3 + [False] * 7  # type: ignore[union-attr]  # all are answers
         assert answers[10] is not None
         assert answers[11] is None
         assert answers[12] == 1

@@ -32,4 +32,4 @@ def below(invalid: InvalidInput, unknown: OutcomeUnknown, many: TooManyAttempts)
     _value: ValueError = invalid
     _store: BackendError = unknown
     _token: InvalidToken = many
-    _other: ValueError = many  # type: ignore[assignment]
+    _other: ValueError = many  # type: ignore[assignment]  # it is none

@@ -30,7 +30,7 @@ def used(manager: TokenManager) -> None:
     Litestar([], plugins=[for_litestar.plugin(manager, sweep_every=every)])
     app = web.Application(middlewares=[for_aiohttp.error_middleware()])
     app.cleanup_ctx.append(for_aiohttp.cleanup_ctx(manager))
-    for_fastapi.exception_handlers(404)  # type: ignore[arg-type]  # 400 or 410
+    for_fastapi.exception_handlers(404)  # type: ignore[arg-type]  # only 400 or 410
     for_fastapi.lifespan(manager, 600)  # type: ignore[arg-type]  # of what?
     hooks = [for_logging.hook(), for_opentelemetry.hook("memory"), for_prometheus.hook("memory")]
     TokenManager(create_backend("memory://"), hooks=[*hooks, for_prometheus.record])

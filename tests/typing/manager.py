@@ -53,9 +53,9 @@ def made(settings: Settings, policies: list[TokenPolicy], content_types: Content
         hooks=[hear, hear_later, "a.path:hook"],
     )
     TokenManager("memory://")  # type: ignore[arg-type]  # a backend is no URL
-    TokenManager(create_backend("memory://"), hooks=[print, 7])  # type: ignore[list-item]
+    TokenManager(create_backend("memory://"), hooks=[print, 7])  # type: ignore[list-item]  # 7 is no hook
     content_types.register(User, "auth.user", get_id=lambda user: user.id, load=load_user)
-    content_types.register(User, "auth.user", get_id=lambda user: user.name)  # type: ignore[attr-defined]
+    content_types.register(User, "auth.user", get_id=lambda user: user.name)  # type: ignore[attr-defined]  # a User has no name
 
 
 class OwnManager(TokenManager):
@@ -74,7 +74,7 @@ async def issued(manager: TokenManager, user: User) -> None:
     await manager.deactivate_and_create(user, None, {"any": ["JSON"]}, expiration_in_minutes=None)
     await manager.deactivate_and_create(user, expiration_in_minutes=1.5)
     await manager.deactivate_and_create(user, expiration_in_minutes=DEFAULT)
-    await manager.deactivate_and_create(user, expiration_in_minutes="60")  # type: ignore[arg-type]
+    await manager.deactivate_and_create(user, expiration_in_minutes="60")  # type: ignore[arg-type]  # minutes are a number
     await manager.deactivate_and_create(user, ANY)  # type: ignore[arg-type]  # a token has one purpose
 
     found = await manager.get_active_or_create(user, "password-reset")
@@ -95,10 +95,10 @@ async def checked(manager: TokenManager, user: User, field: str | None) -> None:
     await manager.exists_valid(user, ANY, ANY)
     await manager.exists_valid(user, None, "key")
     await manager.exists_valid(user, "password-reset", field)  # type: ignore[arg-type]  # a missing form field
-    await manager.verify(user, "password-reset", field)  # type: ignore[arg-type]
-    await manager.verify(user, ANY, "key")  # type: ignore[arg-type]
-    await manager.verify(user, "password-reset", ANY)  # type: ignore[arg-type]
-    await manager.verify(user, "password-reset")  # type: ignore[call-arg]
+    await manager.verify(user, "password-reset", field)  # type: ignore[arg-type]  # the field may be missing
+    await manager.verify(user, ANY, "key")  # type: ignore[arg-type]  # one purpose never passes for another
+    await manager.verify(user, "password-reset", ANY)  # type: ignore[arg-type]  # any key at all
+    await manager.verify(user, "password-reset")  # type: ignore[call-arg]  # no key
     assert_type(manager.filter_active_tokens(user, ANY), AsyncIterator[VerificationToken])
     async for token in manager.filter_active_tokens(user):
         assert_type(token, VerificationToken)
@@ -110,9 +110,9 @@ async def checked(manager: TokenManager, user: User, field: str | None) -> None:
 async def used(manager: TokenManager, user: User) -> None:
     assert_type(await manager.consume(User, "password-reset", "key"), VerificationToken)
     await manager.consume(Subject("auth.user"), None, "key", consume_id="request-17", context="nonce")
-    await manager.consume(user, ANY, "key")  # type: ignore[arg-type]
-    await manager.consume(user, "password-reset", ANY)  # type: ignore[arg-type]
-    await manager.consume(user, "password-reset", None)  # type: ignore[arg-type]
+    await manager.consume(user, ANY, "key")  # type: ignore[arg-type]  # one purpose never passes for another
+    await manager.consume(user, "password-reset", ANY)  # type: ignore[arg-type]  # any key at all
+    await manager.consume(user, "password-reset", None)  # type: ignore[arg-type]  # a missing field
     await manager.consume(user, "password-reset", "key", "request-17")  # type: ignore[call-arg]  # by its name only
 
     block = manager.redeem(user, "password-reset", "key", lease=timedelta(seconds=5))
@@ -128,7 +128,7 @@ async def ended(manager: TokenManager, user: User, token: VerificationToken) -> 
     assert_type(await manager.deactivate(user), int)
     await manager.deactivate(user, None)
     await manager.deactivate(user, ANY, "key")
-    await manager.deactivate(user, ANY, None)  # type: ignore[arg-type]
+    await manager.deactivate(user, ANY, None)  # type: ignore[arg-type]  # a missing field
     assert_type(await manager.purge(keep=timedelta(hours=1)), int)
     async with manager.sweeper():
         pass
@@ -137,17 +137,17 @@ async def ended(manager: TokenManager, user: User, token: VerificationToken) -> 
     assert_type(stats.by_slug["password-reset"], SlugStats)
     stats.total = 0  # type: ignore[misc]  # frozen
     await manager.save(token)
-    await manager.save(token.id)  # type: ignore[arg-type]
+    await manager.save(token.id)  # type: ignore[arg-type]  # an id is no token
 
 
 def policies() -> None:
     assert_type(TokenPolicy.link("password-reset", cooldown=timedelta(minutes=1)), TokenPolicy)
     assert_type(TokenPolicy.code("sms-login", digits=8), TokenPolicy)
     TokenPolicy("log-in", cooldown=60)  # type: ignore[arg-type]  # of what?
-    TokenPolicy("log-in", context="maybe")  # type: ignore[arg-type]
+    TokenPolicy("log-in", context="maybe")  # type: ignore[arg-type]  # there is no maybe
     TokenPolicy("log-in", 60)  # type: ignore[call-arg]  # by their names only
-    Settings(key_storage="encrypted")  # type: ignore[arg-type]
-    Settings(60)  # type: ignore[call-arg]
+    Settings(key_storage="encrypted")  # type: ignore[arg-type]  # not a way to store keys
+    Settings(60)  # type: ignore[call-arg]  # by keyword only
     Settings().secret = None  # type: ignore[misc]  # frozen
-    Subject("auth.user", None)  # type: ignore[arg-type]
+    Subject("auth.user", None)  # type: ignore[arg-type]  # never for all of them
     Subject("auth.user", 7)

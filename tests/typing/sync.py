@@ -21,8 +21,8 @@ def used(user: Subject) -> None:
         assert_type(manager.get_active_or_create(user, "password-reset"), VerificationToken)
         assert_type(manager.exists_valid(user), bool)
         assert_type(manager.consume(user, "password-reset", token.key), VerificationToken)
-        manager.consume(user, "password-reset", None)  # type: ignore[arg-type]
-        manager.consume(user, "password-reset")  # type: ignore[call-arg]
+        manager.consume(user, "password-reset", None)  # type: ignore[arg-type]  # no key
+        manager.consume(user, "password-reset")  # type: ignore[call-arg]  # no key
         block = manager.redeem(user, "password-reset", token.key)
         assert_type(block, AbstractContextManager[VerificationToken])
         assert_type(manager.filter_active_tokens(user), Iterator[VerificationToken])
