@@ -198,7 +198,9 @@ class TokenPolicy:
         else:
             ours = self.key_generator is None and self.key_storage != "derived"
             length = 32 if self.key_length is None else self.key_length
-            problem = self._weakness(ours, length, ALPHANUMERIC if self.key_chars is None else self.key_chars)
+            problem = _weakness(
+                self, ours, length, ALPHANUMERIC if self.key_chars is None else self.key_chars
+            )
         if problem:
             named = repr(self.slug) if self.slug is None or isinstance(self.slug, str) else "no text"
             raise ConfigurationError(f"the policy for {named}: {problem}")
@@ -235,26 +237,6 @@ class TokenPolicy:
             not isinstance(self.allow_weak, str) or not self.allow_weak.strip()
         ):
             raise InvalidInput("allow_weak must say why, e.g. allow_weak='end-to-end tests'")
-
-    def _weakness(self, drawn_by_us: bool, length: int, chars: str) -> str | None:
-        """Which floor the policy breaks, if any, with keys of this length and alphabet."""
-        if self.allow_weak:
-            return None
-        values = len(set(chars))
-        if self.kind == "link":
-            if drawn_by_us and length * math.log2(values) < _LINK_BITS:
-                return (
-                    f"a link key needs at least {_LINK_BITS} random bits (RFC 6749, section 10.10): take a"
-                    " longer key_length, or TokenPolicy.code(...) for a short code that people type"
-                )
-            return None
-        if drawn_by_us and values**length < _CODE_VALUES:
-            return f"a code needs {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3.2)"
-        if self.expiration is DEFAULT or self.expiration is None or self.expiration > _CODE_MINUTES:
-            return f"a code lives at most {_CODE_MINUTES} minutes (NIST SP 800-63B-4, section 3.1.3.2)"
-        if self.max_attempts is None or self.max_attempts > _CODE_ATTEMPTS:
-            return f"a code needs max_attempts of at most {_CODE_ATTEMPTS} (NIST SP 800-63B-4, section 3.2.2)"
-        return None
 
 
 NO_POLICY: Final = TokenPolicy(None, allow_weak="without a policy the settings alone say what a key is")
@@ -307,7 +289,7 @@ class Rules:
         length = settings.default_key_length if policy.key_length is None else policy.key_length
         chars = settings.default_key_chars if policy.key_chars is None else policy.key_chars
         ours = generator is random_key
-        problem = policy._weakness(ours and storage != "derived", length, chars)
+        problem = _weakness(policy, ours and storage != "derived", length, chars)
         if problem:
             raise ConfigurationError(f"the policy for {policy.slug!r}, with these settings: {problem}")
         minutes = settings.default_expiration if isinstance(policy.expiration, Unset) else policy.expiration
@@ -326,6 +308,27 @@ class Rules:
             prefix=policy.prefix,
             needs_context=policy.context == "required",
         )
+
+
+def _weakness(policy: TokenPolicy, drawn_by_us: bool, length: int, chars: str) -> str | None:
+    """Which floor the policy breaks, if any, with keys of this length and alphabet."""
+    if policy.allow_weak:
+        return None
+    values = len(set(chars))
+    if policy.kind == "link":
+        if drawn_by_us and length * math.log2(values) < _LINK_BITS:
+            return (
+                f"a link key needs at least {_LINK_BITS} random bits (RFC 6749, section 10.10): take a"
+                " longer key_length, or TokenPolicy.code(...) for a short code that people type"
+            )
+        return None
+    if drawn_by_us and values**length < _CODE_VALUES:
+        return f"a code needs {_CODE_VALUES:,} values, 6 digits (NIST SP 800-63B-4, section 3.1.3.2)"
+    if policy.expiration is DEFAULT or policy.expiration is None or policy.expiration > _CODE_MINUTES:
+        return f"a code lives at most {_CODE_MINUTES} minutes (NIST SP 800-63B-4, section 3.1.3.2)"
+    if policy.max_attempts is None or policy.max_attempts > _CODE_ATTEMPTS:
+        return f"a code needs max_attempts of at most {_CODE_ATTEMPTS} (NIST SP 800-63B-4, section 3.2.2)"
+    return None
 
 
 def load_generator(generator: KeyGenerator | str) -> KeyGenerator:
