@@ -198,9 +198,8 @@ class TokenPolicy:
         else:
             ours = self.key_generator is None and self.key_storage != "derived"
             length = 32 if self.key_length is None else self.key_length
-            problem = _weakness(
-                self, ours, length, ALPHANUMERIC if self.key_chars is None else self.key_chars
-            )
+            chars = ALPHANUMERIC if self.key_chars is None else self.key_chars
+            problem = _weakness(self, ours, length, chars)
         if problem:
             named = repr(self.slug) if self.slug is None or isinstance(self.slug, str) else "no text"
             raise ConfigurationError(f"the policy for {named}: {problem}")
@@ -237,10 +236,6 @@ class TokenPolicy:
             not isinstance(self.allow_weak, str) or not self.allow_weak.strip()
         ):
             raise InvalidInput("allow_weak must say why, e.g. allow_weak='end-to-end tests'")
-
-
-NO_POLICY: Final = TokenPolicy(None, allow_weak="without a policy the settings alone say what a key is")
-"""What holds for a slug that no policy names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,3 +336,7 @@ def load_generator(generator: KeyGenerator | str) -> KeyGenerator:
     if not callable(found):
         raise ConfigurationError(f"a key generator is a callable or its path, not {type(found).__name__}")
     return cast("KeyGenerator", found)
+
+
+NO_POLICY: Final = TokenPolicy(None, allow_weak="without a policy the settings alone say what a key is")
+"""What holds for a slug that no policy names."""
