@@ -284,6 +284,19 @@ async def test_inserts_that_fail_have_an_unknown_outcome_and_never_two_active(
         assert sorted(await active(backend)) == list(range(200, 230))
 
 
+async def test_a_use_that_did_not_end_its_overlap_may_have_happened(
+    mongodb_url: str, mongodb_driver: str
+) -> None:
+    async with opened(mongodb_url, mongodb_driver) as backend:
+        for number in (1, 2):
+            await backend.insert(token(number), REPLACE, LATER + 1)
+        with failing(mongodb_url, 1, "update", errorCode=13), pytest.raises(OutcomeUnknown):
+            await backend.update(valid(2), Use(LATER))  # refused is what comes after the use itself
+        assert await backend.update(valid(2), Use(LATER)) is None
+        assert await backend.update(valid(1), Use(LATER)) is None
+        assert await active(backend) == []
+
+
 async def test_finds_get_over_a_lost_connection(mongodb_url: str) -> None:
     async with opened(mongodb_url) as backend:
         await insert(backend, of(1))

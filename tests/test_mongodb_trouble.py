@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from pymongo import MongoClient
 
-from vtoken.backend import InsertResult, Match, SetExtraData, Use
+from vtoken.backend import Budget, InsertResult, Match, SetExtraData, Use
 from vtoken.errors import (
     BackendError,
     BackendUnavailable,
@@ -22,6 +24,7 @@ from .mongodb_tools import (
     DRIVER_LEAK,
     IF_NONE_VALID,
     LATER,
+    NOW,
     REPLACE,
     Documents,
     active,
@@ -197,3 +200,74 @@ async def test_a_server_without_a_journal_is_refused() -> None:
                 pass
         async with opened(servers.with_database(server.url, "relaxed"), durable=False) as backend:
             assert await backend.insert(token(1), REPLACE) is InsertResult.INSERTED
+
+
+# A server that asks who is there.
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[MongoClient[Any]]:
+    """A server with access control, as its administrator; no other test uses it."""
+    if servers.declared_url():
+        pytest.skip(f"{servers.DECLARED_URL} names a server whose users are not ours to make")
+    with servers.start_mongod(args=["--auth"]) as server:
+        with server.direct_client() as nobody:  # the first user may be made by anybody from this machine
+            nobody.admin.command("createUser", "root", pwd="root", roles=["root"])
+        with server.direct_client(username="root", password="root") as client:
+            yield client
+
+
+@contextmanager
+def user_of(admin: MongoClient[Any], role: str) -> Generator[tuple[str, str]]:
+    """The URL of a new database with a user who has this role there, and its name."""
+    name = f"faults_{role}"
+    admin[name].command("createUser", "user", pwd="pa55word", roles=[role])
+    host, port = admin.address or ("", 0)
+    try:
+        yield f"mongodb://user:pa55word@{host}:{port}/{name}?directConnection=true", name
+    finally:
+        admin[name].command("dropUser", "user")
+        admin.drop_database(name)
+
+
+@pytest.mark.parametrize(
+    ("instead", "code"),
+    [("", 13), ("user:pa55word2@", 18), ("user:pa55word@", 13)],
+    ids=["nobody", "wrong", "reader"],
+)
+async def test_who_may_not_write_is_refused_at_open(
+    guarded: MongoClient[Any], mongodb_driver: str, instead: str, code: int
+) -> None:
+    with user_of(guarded, "read") as (url, name):
+        async with asyncio.timeout(30):
+            with pytest.raises(BackendUnavailable, match=f"access denied .*code {code}") as caught:
+                async with opened(url.replace("user:pa55word@", instead), mongodb_driver):
+                    pass
+        assert "pa55" not in f"{caught.value!r} {caught.value.__context__!r} {caught.value.__cause__!r}"
+        assert guarded[name].list_collection_names() == []
+
+
+async def test_rights_that_are_taken_away_are_told_and_missed_by_nothing(
+    guarded: MongoClient[Any], mongodb_driver: str
+) -> None:
+    with user_of(guarded, "readWrite") as (url, name):
+        async with opened(url, mongodb_driver) as backend:
+            await backend.insert(token(1), REPLACE)
+            guarded[name].command("revokeRolesFromUser", "user", roles=["readWrite"])
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: backend.insert(token(2), REPLACE),
+                lambda: backend.find(Match(), 1),
+                lambda: backend.update(valid(1), Use(LATER)),
+                lambda: asyncio.gather(*(backend.update(valid(1), Use(LATER)) for _ in range(8))),
+                lambda: backend.deactivate(Match(), LATER),
+                lambda: backend.purge(LATER, LATER, 10, LATER),
+                lambda: backend.count(LATER),
+                lambda: backend.spend(Budget("auth.user", "1", "reset", "attempts"), NOW, 5, 1, 1),
+            ]
+            async with asyncio.timeout(30):
+                for call in calls:
+                    with pytest.raises(BackendUnavailable, match=r"access denied .*code 13"):
+                        await call()
+            guarded[name].command("grantRolesToUser", "user", roles=["readWrite"])
+            assert await backend.find(Match(), 2) == [token(1)]
+            assert await backend.update(valid(1), Use(LATER)) is not None

@@ -16,7 +16,7 @@ from vtoken.backend import Change, Match, StoredToken, Use
 from vtoken.errors import BackendClosed, BackendError, BackendUnavailable, OutcomeUnknown
 from vtoken_backends._mongodb_documents import Document, State
 from vtoken_backends._mongodb_lanes import each
-from vtoken_backends._mongodb_link import Link
+from vtoken_backends._mongodb_link import Link, after_a_write
 from vtoken_backends.matching import matches
 
 
@@ -77,11 +77,11 @@ class Changes:
         match, use = take
         used = await self.change(lambda: documents.usable(match, use, newer={"$exists": False}), use)
         if used is None:
-            used = await self._use_older(match, use)
+            used = await after_a_write(self._use_older(match, use))  # it may have sealed newer ones
         if used is None:
             return None
         if used.newer or used.has_older:
-            await self.end(lambda: documents.overlap_of(used), use.at)
+            await after_a_write(self.end(lambda: documents.overlap_of(used), use.at))
         return used.token
 
     async def _use_older(self, match: Match, use: Use) -> State | None:

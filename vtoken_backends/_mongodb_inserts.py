@@ -12,10 +12,10 @@ from pymongo import ReplaceOne, UpdateMany
 
 import vtoken_backends._mongodb_documents as documents
 from vtoken.backend import InsertMode, InsertResult, StoredToken
-from vtoken.errors import BackendError, BackendUnavailable, OutcomeUnknown
+from vtoken.errors import BackendError, OutcomeUnknown
 from vtoken_backends._mongodb_documents import Document
 from vtoken_backends._mongodb_lanes import each
-from vtoken_backends._mongodb_link import Duplicate, Link
+from vtoken_backends._mongodb_link import Duplicate, Link, after_a_write
 
 ATTEMPTS: Final = 1000
 """How often a lost race is run again; each time another one has won."""
@@ -104,16 +104,17 @@ class Inserts:
             return [UpdateMany(old, change), ReplaceOne(mine, whole, upsert=True)]
 
         for attempt in range(ATTEMPTS):
-            refused = await self._refused(lambda: self._link.tokens.bulk_write(steps()))
+            activation = self._refused(lambda: self._link.tokens.bulk_write(steps()))
+            refused = await (after_a_write(activation) if attempt else activation)
             if refused is None:
                 return InsertResult.INSERTED
             if not refused.in_slot:  # lost by a fail-over, and then somebody else took the key
                 return InsertResult.KEY_TAKEN
-            if only_if_none and await self._has_valid(token):
+            if only_if_none and await after_a_write(self._has_valid(token)):
                 await self._link.run(lambda: self._link.tokens.delete_one(mine))
                 return InsertResult.HAS_VALID
             await back_off(attempt)
-        raise BackendUnavailable("MongoDB: others took the slot again and again")
+        raise OutcomeUnknown("MongoDB: others took the slot again and again")
 
     async def _refused(self, write: Callable[[], Awaitable[object]]) -> Duplicate | None:
         """Write, and say which unique index refused it."""

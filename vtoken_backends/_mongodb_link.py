@@ -40,7 +40,8 @@ LONG: Final = 300
 
 _LIMITS: Final = {"serverSelectionTimeoutMS": 5_000, "connectTimeoutMS": 5_000, "socketTimeoutMS": 10_000}
 """What bounds an operation of a client of ours, unless the URL says otherwise."""
-_WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=10_000, j=True)
+# Sooner than the time limit for an answer: else drivers drop the connection, and wait a second time.
+_WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=8_000, j=True)
 _RELAXED: Final = WriteConcern(1)
 """Acknowledged, not durable."""
 _IN_FLIGHT: Final = 32
@@ -317,6 +318,15 @@ def _translated(error: Exception, writes: bool) -> BackendError:
     if not writes or not_sent:
         return BackendUnavailable(f"MongoDB: interrupted ({said})")
     return OutcomeUnknown(f"MongoDB: the write may or may not have happened ({said})")
+
+
+async def after_a_write(step: Awaitable[_T]) -> _T:
+    """Await a later step: where that one did not happen, what it is a part of may have happened by half."""
+    try:
+        return await step
+    except BackendUnavailable as error:
+        failure = OutcomeUnknown(*error.args)
+    raise failure
 
 
 async def settle(step: Coroutine[Any, Any, _T]) -> _T:

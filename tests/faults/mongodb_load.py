@@ -244,3 +244,43 @@ async def _consume(manager: TokenManager, token: VerificationToken, number: int)
     assert token.key is not None
     subject = Subject(TYPE, token.object_id)
     return await manager.consume(subject, SLUG, token.key, consume_id=str(number))
+
+
+class Figures:
+    """What a round did, and what it found.
+
+    Args:
+        title: what its fault is.
+        load: who was struck by it.
+    """
+
+    def __init__(self, title: str, load: Load) -> None:
+        self._title, self._load = title, load
+        self.fired = 0
+        self.more = ""
+        self.violations: list[str] = []
+
+    async def check(self) -> None:
+        """Hold the store to the notes of the actors."""
+        self.violations += await self._load.violations()
+
+    def __str__(self) -> str:
+        load = self._load
+        head = f"{self.fired} {self._title}, {load.under_way} steps under way{self.more}"
+        return f"{head}: {len(self.violations)} violations\n{load}"
+
+    def report(self) -> None:
+        """Print them. Raises: AssertionError: there is a violation, or the fault never fired."""
+        print(self, flush=True)
+        assert self.fired > 0, "the fault did not fire"
+        assert self._load.under_way >= self._load.strikes, "nothing was under way"
+        assert not self.violations, self.violations[:5]
+
+    def report_planted(self, bug: str) -> None:
+        """Print what a planted bug led to. Raises: AssertionError: it was not found."""
+        kinds = sorted({violation.partition(":")[0] for violation in self.violations})
+        print(
+            f"planted bug ({bug}): {self.fired} {self._title}: {len(self.violations)} violations: {kinds}",
+            flush=True,
+        )
+        assert self.violations, "the planted bug was not found"

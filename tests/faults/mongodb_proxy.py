@@ -14,7 +14,7 @@ _HEADER: Final = struct.Struct("<iiii")
 """Of a message of the MongoDB Wire Protocol: its length, its id, that of what it answers, its kind."""
 _OP_MSG: Final = 2013
 _COMMAND: Final = _HEADER.size + 4 + 1 + 4 + 1
-"""Where the name of its command begins, after flags, the kind of section, the document's length and a type."""
+"""Where the name of its command begins: after flags, the kind of section, a document's length and a type."""
 
 
 class Proxy:

@@ -10,50 +10,11 @@ from typing import Any, Final
 
 from tests.servers import Mongod, ReplicaSet, start_mongod, with_database
 
-from .mongodb_load import DRIVERS, Impatient, Load
+from .mongodb_load import DRIVERS, Figures, Impatient, Load
 
 _SLOW_JOURNAL: Final = ("--journalCommitInterval", "500")
-"""Milliseconds (the default is 100): so that a write that does not wait for the journal is sure to be lost."""
+"""Milliseconds (the default is 100), so that a write that does not wait for the journal is likely lost."""
 _CHANCE: Final = random.Random(2030)  # noqa: S311  # moments
-
-
-class Figures:
-    """What a round did, and what it found.
-
-    Args:
-        title: what its fault is.
-        load: who was struck by it.
-    """
-
-    def __init__(self, title: str, load: Load) -> None:
-        self._title, self._load = title, load
-        self.fired = 0
-        self.more = ""
-        self.violations: list[str] = []
-
-    async def check(self) -> None:
-        """Hold the store to the notes of the actors."""
-        self.violations += await self._load.violations()
-
-    def __str__(self) -> str:
-        load = self._load
-        head = f"{self.fired} {self._title}, {load.under_way} steps under way{self.more}"
-        return f"{head}: {len(self.violations)} violations\n{load}"
-
-    def report(self) -> None:
-        """Print them. Raises: AssertionError: there is a violation, or the fault never fired."""
-        print(self, flush=True)
-        assert self._load.under_way >= self.fired > 0, "nothing was under way"
-        assert not self.violations, self.violations[:5]
-
-    def report_planted(self, bug: str) -> None:
-        """Print what a planted bug led to. Raises: AssertionError: it was not found."""
-        kinds = sorted({violation.partition(":")[0] for violation in self.violations})
-        print(
-            f"planted bug ({bug}): {self.fired} {self._title}: {len(self.violations)} violations: {kinds}",
-            flush=True,
-        )
-        assert self.violations, "the planted bug was not found"
 
 
 def crash(long: bool) -> None:
@@ -148,7 +109,9 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
         for _ in range(times):
             await load.strike(_CHANCE.randrange(20, 60), fault)
             await figures.check()
-            figures.violations += [f"acknowledged: {answered} uses that the primary alone had"] * bool(answered)
+            figures.violations += [f"acknowledged: {answered} uses that the primary alone had"] * bool(
+                answered
+            )
             figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
             await _rejoin(replica_set, killed[-1])
         figures.more = f", {alone} writes that the primary alone had"
