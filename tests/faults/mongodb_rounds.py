@@ -97,6 +97,9 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
         alone += await asyncio.to_thread(_unreplicated, primary)
         for each in impatient:
             answered += await each.use_again()
+        if figures.fired % 2:  # every other time nobody dies before the server has given up
+            for each in impatient:
+                await each.end()
         load.struck()
         await asyncio.to_thread(primary.kill)
         await asyncio.to_thread(_replicate, others, True)
