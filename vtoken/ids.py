@@ -25,5 +25,4 @@ class IdSequence:
         with self._lock:
             self._last = last = max(self._last + 1, now << 12)
         head = (last >> 12 & 0xFFFF_FFFF_FFFF) << 16 | 0x7000 | last & 0xFFF
-        tail = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
-        return f"{head << 64 | tail:032x}"
+        return f"{head:016x}8{os.urandom(8).hex()[1:]}"  # 60 random bits after the version and the variant

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -134,6 +135,7 @@ def _check_aware(moment: object) -> None:
         raise InvalidInput("a point in time must be an aware datetime, e.g. datetime.now(UTC)")
 
 
+@lru_cache(1024)  # of many tokens at once, as a loaded application handles them, most share their moments
 def from_milliseconds(moment: int) -> datetime:
     """The aware UTC datetime of so many milliseconds since the epoch."""
     return EPOCH + timedelta(0, moment // 1000, moment % 1000 * 1000)
