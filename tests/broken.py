@@ -49,6 +49,18 @@ class RacyReplace(MemoryBackend):
         return await super().insert(token, mode, keep_until)
 
 
+class RacyOverlap(MemoryBackend):
+    """Shortens the old tokens, then inserts the new one into their overlap, with an await in between."""
+
+    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
+        if mode is REPLACE and keep_until > token.created_at:
+            for old in await self.find(subject_of(token)._replace(active=True), 99):
+                end = min(old.ends_at, keep_until)
+                self._store.put(old._replace(expires_at=end, ends_at=end))
+            await asyncio.sleep(0)
+        return await super().insert(token, mode, keep_until)
+
+
 class RacyIfNoneValid(MemoryBackend):
     """Looks for a valid token, then inserts, with an await in between."""
 

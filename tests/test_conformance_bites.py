@@ -40,6 +40,7 @@ CAUGHT: list[tuple[type[MemoryBackend], str]] = [
     (broken.RacyReplace, "test_of_concurrent_replaces_one_stays_active"),
     (broken.RacyReplace, "test_a_cancelled_issue_leaves_one_valid_token"),
     (broken.RacyReplace, "test_a_cancelled_replace_happens_wholly_or_not_at_all"),
+    (broken.RacyOverlap, "test_uses_beside_an_overlapping_replace_come_before_or_after"),
     (broken.RacyIfNoneValid, "test_of_concurrent_get_active_or_create_one_creates"),
     (broken.RacySpend, "test_parallel_guesses_cost_at_most_the_cap"),
     (broken.RacySpend, "test_of_concurrent_issues_under_a_cooldown_one_goes_out"),

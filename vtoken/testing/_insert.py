@@ -293,6 +293,16 @@ class InsertCases(Suite):
             assert [token.is_active for token in found] == [False, False]
             assert sum(token.uses for token in found) == 1
 
+    @case(1)
+    async def test_uses_beside_an_overlapping_replace_come_before_or_after(self, bench: Bench) -> None:
+        """A use of the old token, a use of the new one and the ``REPLACE`` with ``keep_until`` at once have
+        an order: after the ``REPLACE`` one of the uses wins and ends both; before it, the old one's ends no
+        other."""
+        backends = [await bench.backend(), await bench.backend()]
+        for number in range(self.rounds):
+            subjects = [f"o{number}-{n}" for n in range(self.tasks // 2)]
+            await at_once(_use_beside_replace(backends, who, number + n) for n, who in enumerate(subjects))
+
     @case(2)
     async def test_replace_after_an_overlap_ends_it(self, bench: Bench) -> None:
         """A later ``REPLACE`` without ``keep_until`` deactivates every token of the overlap."""
@@ -302,3 +312,30 @@ class InsertCases(Suite):
             assert await backend.insert(token, REPLACE, NOW + MINUTE) is INSERTED
         assert await backend.insert(a_token(created_at=NOW + 2), REPLACE) is INSERTED
         assert [(await one(backend, token)).is_active for token in old] == [False, False]
+
+
+async def _use_beside_replace(backends: list[TokenBackend], who: str, turn: int) -> None:
+    until, at = NOW + MINUTE, NOW + 9
+    old = await put(backends[0], object_id=who)
+    new = a_token(object_id=who, created_at=NOW + 1)
+    one_backend, another = backends[turn // 3 % 2], backends[0]
+
+    async def use(token: StoredToken) -> bool:
+        return await another.update(Match(id=token.id, valid_at=at), Use(at)) is not None
+
+    async def replace() -> bool:
+        return await one_backend.insert(new, REPLACE, until) is INSERTED
+
+    calls, first = [use(old), replace(), use(new)], turn % 3
+    outcomes = await at_once(calls[first:] + calls[:first])
+    used_old, inserted, used_new = outcomes[-first:] + outcomes[:-first]
+    assert inserted
+    old, new = await one(backends[0], old), await one(backends[0], new)
+    assert not old.is_active
+    assert (old.uses, new.uses) == (used_old, used_new)
+    if old.expires_at == until:  # only an active token is shortened: the REPLACE came first
+        assert used_old != used_new
+        assert not new.is_active
+    else:
+        assert used_old
+        assert new.is_active != used_new
