@@ -304,6 +304,24 @@ async def test_finds_get_over_a_lost_connection(mongodb_url: str) -> None:
             assert await backend.find(valid(1), 1) == [of(1)]
 
 
+@pytest.mark.parametrize("driver", ["pymongo", "motor"])
+async def test_a_task_that_is_cancelled_while_it_runs_ends_at_its_next_find(
+    mongodb_url: str, driver: str
+) -> None:
+    async def look(backend: MongoDBBackend) -> list[StoredToken]:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()  # as Ctrl-C does where it finds the task at work and not waiting
+        return await backend.find(valid(1), 1)
+
+    async with opened(mongodb_url, driver) as backend:
+        await insert(backend, of(1))
+        for _ in range(20):  # PyMongo swallows some
+            assert await backend.find(valid(1), 1) == [of(1)]
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.create_task(look(backend))
+
+
 # Query plans.
 
 

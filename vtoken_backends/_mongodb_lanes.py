@@ -61,12 +61,14 @@ class Lanes(Generic[_Op, _Answer]):
         the trip has ended.
         """
         lane = min(self._lanes, key=_load)
-        goes_directly = self._reads and not lane.load
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        # Not with a cancellation that is to come at the first await: PyMongo could swallow it unnoticed.
+        goes_directly = self._reads and not lane.load and not task.cancelling()
         lane.load += 1
         call = _Call(op)
         try:
             if goes_directly:
-                return await self._directly(op)
+                return await self._directly(op, task)
             return cast("_Answer", await lane.gatherer.submit(call))
         except asyncio.CancelledError:
             if call.trip is not None:
@@ -75,11 +77,9 @@ class Lanes(Generic[_Op, _Answer]):
         finally:
             lane.load -= 1
 
-    async def _directly(self, op: _Op) -> _Answer:
-        task = cast("asyncio.Task[object]", asyncio.current_task())
-        cancellations = task.cancelling()
+    async def _directly(self, op: _Op, task: asyncio.Task[object]) -> _Answer:
         answer = await self._alone(op)
-        if task.cancelling() > cancellations:  # PyMongo swallows some
+        if task.cancelling():  # PyMongo swallows some
             raise asyncio.CancelledError
         return answer
 
