@@ -432,6 +432,19 @@ class WorksWhenClosed(MemoryBackend):
         return await super().find(match, limit, after)
 
 
+class BelongsToItsLoop(MemoryBackend):
+    """Leaves it to asyncio to refuse another event loop."""
+
+    async def open(self) -> None:
+        await super().open()
+        self._loop = asyncio.get_running_loop()
+
+    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
+        if asyncio.get_running_loop() is not self._loop:
+            await self._loop.create_future()
+        return await super().find(match, limit, after)
+
+
 class ClosesAtOnce(MemoryBackend):
     """Does not count how often it was opened."""
 

@@ -92,6 +92,7 @@ CAUGHT: list[tuple[type[MemoryBackend], str]] = [
     (broken.NeverGrows, "test_the_window_ends_and_grows"),
     (broken.WorksWhenClosed, "test_a_closed_backend_says_so"),
     (broken.ClosesAtOnce, "test_opens_are_counted"),
+    (broken.BelongsToItsLoop, "test_another_event_loop_is_served_or_refused"),
     (broken.LeavesATask, "test_a_closed_backend_leaves_no_task"),
     (broken.TakesAnyOption, "test_an_unknown_option_is_refused"),
     (broken.KeepsToItself, "test_managers_see_each_others_writes"),

@@ -5,8 +5,10 @@ policy, reads no clock and never sees a plaintext key (but for ``StoredToken.pla
 filled only under the opt-in ``key_storage="plain"``). Everything that needs judgement is
 done by :class:`vtoken.TokenManager`, once, for all backends.
 
-Times are ``int`` milliseconds since 1970-01-01 UTC. Strings arrive checked: no NUL, no lone
-surrogate, at most 512 bytes of UTF-8 (``extra_data``: 16,384 bytes).
+Times are ``int`` milliseconds since 1970-01-01 UTC. Every integer that arrives, and every one that is
+stored or returned, fits into 64 bits, signed; ``max_uses`` and ``uses`` into 32. Strings arrive checked: no
+NUL, no lone surrogate, at most 512 bytes of UTF-8 (``extra_data``: 16,384 bytes). They are equal if their
+code points are, and sort by these.
 """
 
 from __future__ import annotations
@@ -135,7 +137,8 @@ class InsertMode(Enum):
     ADD = "add"
     """Leave them as they are."""
     REPLACE = "replace"
-    """Deactivate the active tokens of the same content type, object id and slug."""
+    """Deactivate the active tokens of the same content type, object id and slug. An ``ADD`` at the same
+    time comes before it, and its token is deactivated, or after it, and both stay active."""
     IF_NONE_VALID = "if-none-valid"
     """Insert only if no token of the same content type, object id and slug is valid at
     ``created_at``, and deactivate the active ones (expired or leased) as ``REPLACE`` does."""
@@ -188,12 +191,17 @@ class TokenBackend(Protocol):
     """What a store must do. One method is one atomic step; all are safe from any number of
     tasks, threads, processes and event loops on the same store.
 
+    One backend object serves the event loop in which it was opened. In another one it serves as well, or
+    raises :class:`~vtoken.BackendClosed`: for certain, a store is shared by an object in each.
+
     Every method but ``from_url``, ``open`` and ``close`` raises :class:`~vtoken.BackendClosed` when
     the backend is not open. Failures of the store are raised as :class:`~vtoken.BackendError` or a
     subclass, never as the driver's own error, and neither message nor ``__cause__`` nor
     ``__context__`` carries a digest, a key or a password. :class:`~vtoken.OutcomeUnknown` is for a
     write that may have happened, :class:`~vtoken.BackendUnavailable` for one that did not.
-    Ordinary contention waits and raises nothing.
+    Ordinary contention waits and raises nothing: what the store refuses because another call was quicker (a
+    lock, a deadlock, a failed serialization), the backend tries again. No call waits for ever: after a time
+    limit of the backend's own, a store that does not answer is an error.
 
     A write that has returned is durable. A cancelled call raises the cancellation; its step has
     then happened wholly or not at all, and no lock or transaction is left behind.
@@ -237,7 +245,9 @@ class TokenBackend(Protocol):
                 ``token.created_at``.
             keep_until: with ``REPLACE`` only. When later than ``token.created_at``, the old tokens are not
                 deactivated: their ``expires_at`` and ``ends_at`` become the earlier of what they are and
-                ``keep_until``, and they and the new one stand in one *overlap* (see :class:`Use`).
+                ``keep_until``, and they and the new one stand in one *overlap* (see :class:`Use`). A
+                token stands in one at most, the latest; an inactive one in none. A use at the same time comes
+                before the insert, and ends its token first, or after it, and ends the new one as well.
         """
         ...
 
@@ -256,7 +266,8 @@ class TokenBackend(Protocol):
         """Change exactly one matching token, by compare-and-set, and return it as it is after the change.
 
         Of N concurrent updates whose change makes the match untrue, exactly one gets the token.
-        ``match`` names the token by ``id`` or by ``digests``. ``None``: no token matched, nothing changed.
+        ``match`` names the token by ``id`` or by ``digests``; where several have one of these digests,
+        any of them is changed. ``None``: no token matched, nothing changed.
         """
         ...
 
@@ -267,7 +278,8 @@ class TokenBackend(Protocol):
 
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
         """Delete at most ``limit`` tokens with ``ends_at < before and lease_until <= now``, the
-        longest ended first, and return how many: fewer than ``limit`` only where no more are left.
+        longest ended first, and return how many: fewer than ``limit`` only where no more are left. What
+        another call holds at that moment is waited for and looked at again, not left out.
         Then forget at most ``limit`` budgets with ``until <= budgets_before``, which are not counted.
         These are two atomic steps, and each may be several where other purges run."""
         ...
@@ -289,13 +301,13 @@ class TokenBackend(Protocol):
         5. Otherwise nothing changes. Not allowed.
 
         Of N concurrent calls in one window at most ``limit`` are allowed.
-        ``strikes`` need not grow past 20.
+        ``strikes`` need not grow past 20. ``window * 2**strikes`` may be past 64 bits; ``until`` is not.
 
         Args:
             budget: its name.
             now: the time.
             limit: how many a window holds, 1 or more.
-            window: milliseconds, 1 or more.
+            window: milliseconds, 1 or more; a cooldown may be as long as ``datetime.timedelta.max``.
             max_window: milliseconds, ``window`` or more.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Final
 
 from vtoken.backend import Budget, Spent
@@ -11,6 +12,8 @@ BUDGET: Final = Budget("auth.user", "42", "sms-login", "attempts")
 WINDOW: Final = 1000
 MAX_WINDOW: Final = 4000
 LIMIT: Final = 2
+MAX_SPAN: Final = timedelta.max // timedelta(milliseconds=1)
+"""The longest cooldown there is."""
 
 
 class Model:
@@ -97,6 +100,13 @@ class BudgetCases(Suite):
         for _ in range(70):
             now = (await backend.spend(BUDGET, now, 1, 1, longest)).until
         assert await backend.spend(BUDGET, now, 1, 1, longest) == Spent(True, now + longest)
+        # Twice these windows is past 64 bits long before they have doubled as often as they may.
+        for name, window in (("a", MAX_SPAN), ("b", MAX_SPAN >> 16)):
+            budget, now = BUDGET._replace(object_id=name), NOW
+            for strikes in range(25):
+                until = now + min(window << min(strikes, 20), MAX_SPAN)
+                assert await backend.spend(budget, now, 1, window, MAX_SPAN) == Spent(True, until)
+                now = until
 
     @case(8)
     async def test_refund_gives_back_to_the_running_window(self, bench: Bench) -> None:

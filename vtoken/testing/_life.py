@@ -160,6 +160,25 @@ class LifeCases(Suite):
         assert [sum(column) for column in zip(*outcomes, strict=True)] == [1, 1]
         assert sum(token.is_active for token in await bench.stored()) == 1
 
+    @case(12)
+    async def test_another_event_loop_is_served_or_refused(self, bench: Bench) -> None:
+        """A backend that is open serves another event loop too, or raises ``BackendClosed`` there; its own
+        loop it goes on to serve."""
+        backend = await bench.backend()
+        token = await put(backend)
+
+        async def elsewhere() -> object:
+            try:
+                return await one(backend, token)
+            except BackendClosed:
+                return None
+            except Exception as error:
+                raise AssertionError(f"in another event loop it raised {error!r}") from error
+
+        for _ in range(2):
+            assert await asyncio.to_thread(asyncio.run, elsewhere()) in (token, None)
+            assert await one(backend, token) == token
+
     @case(5)
     async def test_a_cancelled_replace_happens_wholly_or_not_at_all(self, bench: Bench) -> None:
         """A cancelled ``REPLACE`` has inserted and deactivated, or done neither; no lock is left behind."""
