@@ -159,8 +159,8 @@ def page(match: Match, after: tuple[int, str] | None) -> Document:
 def page_index(match: Match) -> list[tuple[str, int]] | None:
     """The index by which a page is found, None for the server's choice.
 
-    Left to itself, it goes by what served the last match of the same form: by the newest tokens of all, to find
-    the only one of an object.
+    Left to itself, it goes by what served the last match of the same form: by the newest tokens of all, to
+    find the only one of an object.
     """
     if match.id is not None:
         return [("_id", 1)]

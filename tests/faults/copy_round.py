@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -90,17 +89,17 @@ def _interrupted(source: str, destination: str, tokens: int) -> dict[str, Any]:
     return answer
 
 
-def _run(source: str, destination: str, tokens: int, until: int = 0, end: int = 0) -> _Run:
-    """Run the command to its end, or until so many tokens are done: then it is sent a signal."""
+def _run(source: str, destination: str, tokens: int, *interruption: int) -> _Run:
+    """Run the command to its end, or until so many tokens are done and it gets a signal of that number."""
     began = time.monotonic()
     done = 0
     answer: dict[str, Any] = {}
     memory: dict[int, int] = {}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.copy_worker", source, destination],
+        [sys.executable, "-m", "tests.faults.copy_worker", source, destination, *map(str, interruption)],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if end else None,
+        stderr=subprocess.DEVNULL if interruption else None,
         text=True,
     ) as worker:
         assert worker.stdout is not None
@@ -110,10 +109,6 @@ def _run(source: str, destination: str, tokens: int, until: int = 0, end: int = 
                 continue
             done, most = map(int, line.split())
             memory[min(4 * done // (2 * tokens), 4)] = most
-            if end and done >= until:
-                os.kill(worker.pid, end)
-                break
-        worker.stdout.read()
     quarter, half, last = (memory.get(part, 0) / 1024 for part in (1, 2, 4))
     return _Run(done, worker.returncode, answer, time.monotonic() - began, (quarter, half, last))
 

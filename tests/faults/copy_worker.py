@@ -1,11 +1,15 @@
 """``vtoken copy SRC DST --json`` in a process of its own, which tells what it has done in lines.
 
+With two more arguments it sends itself a signal once so many tokens are done: in the middle of the work,
+where a cancellation waits for the next ``await``.
+
 Where a terminal has a bar, it prints a line with the tokens done, in the end twice as many as there are, and
 the most memory that it has had so far, in KiB.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -21,7 +25,14 @@ STATUS: Final = Path("/proc/self/status")
 
 @contextmanager
 def _lines(_what: str, _total: int | None = None) -> Generator[Callable[[int], None]]:
-    yield lambda done: print(done, _most_memory(), flush=True)
+    until, number = map(int, sys.argv[3:] or (sys.maxsize, 0))
+
+    def tell(done: int) -> None:
+        print(done, _most_memory(), flush=True)
+        if done >= until:
+            os.kill(os.getpid(), number)
+
+    yield tell
 
 
 def _most_memory() -> int:
@@ -33,4 +44,4 @@ def _most_memory() -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever who started us makes of it
     with patch.object(moving, "progress", _lines):
-        sys.exit(run(["copy", *sys.argv[1:], "--json"]))
+        sys.exit(run(["copy", *sys.argv[1:3], "--json"]))
