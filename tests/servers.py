@@ -258,17 +258,20 @@ class ReplicaSet:
             RuntimeError: not within a minute.
         """
         deadline = time.monotonic() + 60
-        while sorted(self._states()) != ["PRIMARY", "SECONDARY", "SECONDARY"]:
+        while not self._is_whole():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the members of the replica set are {self._states()}")
+                raise RuntimeError("the replica set does not come together")
             time.sleep(0.05)
 
-    def _states(self) -> list[str]:
-        """What the members are, as the primary sees them; empty without a primary."""
+    def _is_whole(self) -> bool:
+        """Whether all have what the primary wrote when it was elected."""
         try:
-            return [member["stateStr"] for member in self.status()["members"] if member["health"]]
+            status = self.status()
         except PyMongoError:
-            return []
+            return False
+        states = sorted(member["stateStr"] for member in status["members"])
+        terms = {member["optime"]["t"] for member in status["members"] if member["health"]}
+        return states == ["PRIMARY", "SECONDARY", "SECONDARY"] and terms == {status["term"]}
 
     def status(self) -> dict[str, Any]:
         """``replSetGetStatus`` of the primary; waits up to a second for one."""

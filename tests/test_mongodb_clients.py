@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
@@ -26,6 +27,7 @@ from vtoken.errors import (
 from vtoken_backends.mongodb import MongoDBBackend
 
 from . import servers
+from .faults.mongodb_proxy import proxy
 from .mongodb_tools import (
     ADD,
     DRIVER_LEAK,
@@ -58,6 +60,23 @@ async def test_a_client_handed_in_stays_open(mongodb_url: str) -> None:
                 await backend.find(Match(), 1)
             assert await either.get_database(database).get_collection("vtoken").find_one({}) is not None
         motor.close()
+
+
+async def test_closing_has_the_event_loop_go_on(mongodb_standalone: str, mongodb_driver: str) -> None:
+    """The proxy is in the same loop: were that to wait, the driver would never get its answer."""
+    sent: list[str] = []
+
+    def never(command: str) -> bool:
+        sent.append(command)
+        return False
+
+    port = urlsplit(mongodb_standalone).port
+    assert port is not None
+    async with proxy(port, never) as way:
+        url = f"mongodb://127.0.0.1:{way.port}/?directConnection=true"
+        async with opened(url, mongodb_driver) as backend:
+            await backend.find(Match(), 1)
+        assert "endSessions" in sent
 
 
 async def test_a_client_that_was_closed_says_so(mongodb_url: str) -> None:

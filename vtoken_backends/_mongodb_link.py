@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
-from inspect import isawaitable
+from inspect import iscoroutinefunction
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import unquote, unquote_plus
 
@@ -174,9 +174,10 @@ class Link:
         if self._client_class is None:
             return
         client, self._client = self._client, None
-        closing = client.close()
-        if isawaitable(closing):  # PyMongo's is, Motor's is not
-            await closing
+        if iscoroutinefunction(client.close):
+            await client.close()
+        else:  # Motor's talks with the server, and would have the event loop wait
+            await asyncio.to_thread(client.close)
 
     def _is_abandoned(self) -> bool:
         return self._pid != os.getpid() or self._loop.is_closed()

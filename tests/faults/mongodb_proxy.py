@@ -38,23 +38,20 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._links.add(task)
-        upstream: asyncio.StreamWriter | None = None
-        try:
+        ends, ways = [writer], set[asyncio.Task[None]]()
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             downstream, upstream = await asyncio.open_connection("127.0.0.1", self._server_port)
+            ends.append(upstream)
             doomed: dict[int, str] = {}
-            ways = [self._ask(reader, upstream, doomed), self._answer(downstream, writer, doomed)]
-            tasks = [asyncio.ensure_future(way) for way in ways]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for way in tasks:
-                way.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        except (ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            for end in (writer, upstream):
-                if end is not None:
-                    end.close()
-            self._links.discard(task)
+            ways.add(asyncio.create_task(self._ask(reader, upstream, doomed)))
+            ways.add(asyncio.create_task(self._answer(downstream, writer, doomed)))
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+        for end in ends:
+            end.close()
+        self._links.discard(task)
 
     async def _ask(
         self, client: asyncio.StreamReader, server: asyncio.StreamWriter, doomed: dict[int, str]

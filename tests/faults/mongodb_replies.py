@@ -14,7 +14,7 @@ from .mongodb_proxy import proxy
 from .planted import ClaimsTheUnknown, DeniesTheUnknown
 
 _WRITES: Final = ("insert", "update", "findAndModify", "delete")
-_FAILURES: Final[dict[str, dict[str, Any]]] = {
+FAILURES: Final[dict[str, dict[str, Any]]] = {
     "connections closed": {"closeConnection": True, "failCommands": [*_WRITES, "find"]},
     "writes not replicated": {
         "writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"},
@@ -44,7 +44,7 @@ def lost(long: bool) -> None:
 def lose_and_fail(server: Mongod, times: int) -> None:
     """Each fault so many times."""
     asyncio.run(lose_replies(server, times)).report()
-    for failure in _FAILURES:
+    for failure in FAILURES:
         asyncio.run(fail_commands(server, failure, times)).report()
 
 
@@ -84,7 +84,7 @@ async def fail_commands(server: Mongod, failure: str, times: int, **options: Any
 
     async def fault() -> None:
         mode = {"activationProbability": _SHARE}
-        admin.command(point | {"mode": mode, "data": _FAILURES[failure]})
+        admin.command(point | {"mode": mode, "data": FAILURES[failure]})
         await load.acknowledged(_STEPS)
         load.struck()
         figures.fired += admin.command(point | {"mode": "off"})["count"]

@@ -12,14 +12,14 @@ from tests.servers import Mongod, ReplicaSet, start_mongod, with_database
 
 from .mongodb_load import DRIVERS, Figures, Impatient, Load
 
-_SLOW_JOURNAL: Final = ("--journalCommitInterval", "500")
+SLOW_JOURNAL: Final = ("--journalCommitInterval", "500")
 """Milliseconds (the default is 100), so that a write that does not wait for the journal is likely lost."""
 _CHANCE: Final = random.Random(2030)  # noqa: S311  # moments
 
 
 def crash(long: bool) -> None:
     """SIGKILL for a standalone server under load, and the same files served again."""
-    with start_mongod(args=_SLOW_JOURNAL) as server:
+    with start_mongod(args=SLOW_JOURNAL) as server:
         asyncio.run(kill_servers(server, 20 if long else 2)).report()
         asyncio.run(kill_servers(server, 2, durable=False)).report_planted("durable=False")
 
@@ -29,7 +29,7 @@ def failover(long: bool) -> None:
     with ReplicaSet() as replica_set:
         replica_set.start()
         asyncio.run(kill_primaries(replica_set, 20 if long else 1)).report()
-        asyncio.run(kill_primaries(replica_set, 2, durable=False)).report_planted("durable=False")
+        asyncio.run(kill_primaries(replica_set, 5, durable=False)).report_planted("durable=False")
 
 
 def rollback(long: bool) -> None:
@@ -75,6 +75,8 @@ async def kill_primaries(replica_set: ReplicaSet, kills: int, **options: Any) ->
             await figures.check()
             figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
             await _rejoin(replica_set, killed[-1])
+            if options and figures.violations:
+                break  # a planted bug, and it was found
         figures.more = f", {replica_set.status()['term'] - first} elections"
     return figures
 
@@ -97,7 +99,7 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
         alone += await asyncio.to_thread(_unreplicated, primary)
         for each in impatient:
             answered += await each.use_again()
-        if figures.fired % 2:  # every other time nobody dies before the server has given up
+        if load.strikes % 2 == 0:  # every other time nobody dies before the server has given up
             for each in impatient:
                 await each.end()
         load.struck()
@@ -108,15 +110,15 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
 
     killed: list[Mongod] = []
     async with Load(with_database(replica_set.url, _name(options)), **options) as load:
-        figures = Figures("fail-overs without the latest writes", load)
+        figures = Figures("roll-backs", load)
         for _ in range(times):
             await load.strike(_CHANCE.randrange(20, 60), fault)
             await figures.check()
-            figures.violations += [f"acknowledged: {answered} uses that the primary alone had"] * bool(
-                answered
-            )
-            figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
+            if answered:
+                figures.violations.append(f"acknowledged: {answered} uses that the primary alone had")
+            before = _rolled_back(killed[-1])
             await _rejoin(replica_set, killed[-1])
+            figures.fired += _rolled_back(killed[-1]) > before
         figures.more = f", {alone} writes that the primary alone had"
     return figures
 
@@ -136,6 +138,11 @@ def _replicate(members: Sequence[Mongod], on: bool) -> None:
         with member.direct_client() as client:
             point = {"configureFailPoint": "stopReplProducer", "mode": "off" if on else "alwaysOn"}
             client.admin.command(point)
+
+
+def _rolled_back(member: Mongod) -> int:
+    """How many files a member has of what it rolled back."""
+    return sum(1 for _ in member.dbpath.glob("rollback/**/*.bson"))
 
 
 def _unreplicated(primary: Mongod) -> int:
