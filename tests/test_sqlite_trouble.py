@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from vtoken.backend import InsertMode, InsertResult, Match
+from vtoken.cli.doctor import sqlite_release
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken_backends import _sqlite_file
 from vtoken_backends._sqlite_batch import Connection
@@ -393,6 +394,7 @@ def test_an_sqlite_with_the_wal_reset_bug_is_named(
         _sqlite_file._warn_of_wal_reset(version)
     _sqlite_file._warn_of_wal_reset.cache_clear()
     assert len(caplog.records) == warned
+    assert sqlite_release(version).state == ("warning" if warned else "ok"), "the doctor says the same"
     assert all(".".join(map(str, version)) in record.getMessage() for record in caplog.records)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -72,6 +73,7 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
         yield about_file
         if about_file.state == "failed":
             return
+        yield sqlite_release(sqlite3.sqlite_version_info)
     backend = create_backend(url, **options)
     try:
         await backend.open()
@@ -154,6 +156,18 @@ def _file(path: Path) -> Finding:
     if os.name == "posix" and stat.S_IMODE(found.st_mode) & 0o077:
         return Finding("file", "warning", f"{size}: others than its owner may open it (chmod 600)")
     return Finding("file", "ok", size)
+
+
+def sqlite_release(version: tuple[int, ...]) -> Finding:
+    """Name a release with the WAL-reset bug, which in rare cases damages a file that several connections
+    write. Where a distribution backported the fix, the version is still the old one."""
+    said = ".".join(map(str, version))
+    if version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
+        return Finding("SQLite", "ok", said)
+    where = "https://www.sqlite.org/wal.html#walresetbug"
+    return Finding(
+        "SQLite", "warning", f"{said} may have the WAL-reset bug (unless the fix was backported): {where}"
+    )
 
 
 def _failed_to_open(error: BackendError) -> Finding:
