@@ -116,6 +116,11 @@ class Mongod:
         assert self._process is not None, "not started"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> Self:
         """Start it, again after :meth:`kill` on the same port and files, and wait until it answers.
 
@@ -195,7 +200,7 @@ class Mongod:
     def stop(self) -> None:
         """End it and delete its files."""
         atexit.unregister(self.stop)
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.is_running:
             self._process.terminate()
             try:
                 self._process.wait(timeout=15)
@@ -219,7 +224,7 @@ class ReplicaSet:
         election_timeout: milliseconds without a primary after which the others elect one.
     """
 
-    def __init__(self, election_timeout: int = 1_500) -> None:
+    def __init__(self, election_timeout: int = 1_000) -> None:
         self._name = "vtoken"
         self._election_timeout = election_timeout
         self.members = [Mongod(self._name, initiate=False) for _ in range(3)]
@@ -238,7 +243,7 @@ class ReplicaSet:
             for member in self.members:
                 member.await_ready()
             self._initiate()
-            self.await_members()
+            self.mend()
         except BaseException:
             self.stop()
             raise
@@ -251,12 +256,15 @@ class ReplicaSet:
         with self.members[0].direct_client() as client:
             client.admin.command("replSetInitiate", config)
 
-    def await_members(self) -> None:
-        """Wait until there is a primary that the others follow.
+    def mend(self) -> None:
+        """Start those that were killed, and wait until there is a primary that the others follow.
 
         Raises:
             RuntimeError: not within a minute.
         """
+        for member in self.members:
+            if not member.is_running:
+                member.start()
         deadline = time.monotonic() + 60
         while not self._is_whole():
             if time.monotonic() > deadline:

@@ -32,7 +32,7 @@ _PLANTED: Final = 20
 
 def lost(long: bool) -> None:
     """Replies lost, and the server's own fail points, on a standalone server and on a replica set."""
-    times = 60 if long else 2
+    times = 20 if long else 2
     for replica_set in ("", "vtoken"):
         with start_mongod(replica_set) as server:
             print("replica set:" if replica_set else "standalone:")

@@ -58,7 +58,7 @@ async def kill_servers(server: Mongod, kills: int, **options: Any) -> Figures:
 
 
 async def kill_primaries(replica_set: ReplicaSet, kills: int, **options: Any) -> Figures:
-    """Kill a primary so many times; each time it comes back as a secondary."""
+    """Kill a primary so many times; before the next time it comes back as a secondary."""
 
     async def fault() -> None:
         primary = await asyncio.to_thread(replica_set.primary)
@@ -71,10 +71,10 @@ async def kill_primaries(replica_set: ReplicaSet, kills: int, **options: Any) ->
         figures = Figures("kills of a primary", load)
         first = replica_set.status()["term"]
         for _ in range(kills):
+            await asyncio.to_thread(replica_set.mend)
             await load.strike(_CHANCE.randrange(20, 60), fault)
             await figures.check()
             figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
-            await _rejoin(replica_set, killed[-1])
             if options and figures.violations:
                 break  # a planted bug, and it was found
         figures.more = f", {replica_set.status()['term'] - first} elections"
@@ -97,8 +97,7 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
         for each in impatient:
             each.use()
         alone += await asyncio.to_thread(_unreplicated, primary)
-        for each in impatient:
-            answered += await each.use_again()
+        answered += sum(await asyncio.gather(*(each.use_again() for each in impatient)))
         if load.strikes % 2 == 0:  # every other time nobody dies before the server has given up
             for each in impatient:
                 await each.end()
@@ -112,12 +111,13 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
     async with Load(with_database(replica_set.url, _name(options)), **options) as load:
         figures = Figures("roll-backs", load)
         for _ in range(times):
+            await asyncio.to_thread(replica_set.mend)
             await load.strike(_CHANCE.randrange(20, 60), fault)
             await figures.check()
             if answered:
                 figures.violations.append(f"acknowledged: {answered} uses that the primary alone had")
             before = _rolled_back(killed[-1])
-            await _rejoin(replica_set, killed[-1])
+            await asyncio.to_thread(replica_set.mend)
             figures.fired += _rolled_back(killed[-1]) > before
         figures.more = f", {alone} writes that the primary alone had"
     return figures
@@ -125,11 +125,6 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
 
 def _name(options: dict[str, Any]) -> str:
     return "_".join(["faults", *options])
-
-
-async def _rejoin(replica_set: ReplicaSet, member: Mongod) -> None:
-    await asyncio.to_thread(member.start)
-    await asyncio.to_thread(replica_set.await_members)
 
 
 def _replicate(members: Sequence[Mongod], on: bool) -> None:
@@ -148,10 +143,12 @@ def _rolled_back(member: Mongod) -> int:
 def _unreplicated(primary: Mongod) -> int:
     """How many writes are on the primary alone, once there are some and no more are coming, or many."""
     counts = [0]
+    deadline = time.monotonic() + 30
     with primary.direct_client() as client:
         while not counts[-1] or (len(set(counts[-5:])) > 1 and counts[-1] < 200):
             committed = client.admin.command("replSetGetStatus")["optimes"]["lastCommittedOpTime"]["ts"]
             later = {"ts": {"$gt": committed}, "op": {"$in": ["i", "u"]}}
             counts.append(client["local"]["oplog.rs"].count_documents(later))
+            assert time.monotonic() < deadline, "nothing is on the primary alone"
             time.sleep(0.05)
     return counts[-1]
