@@ -70,7 +70,12 @@ def make_guess(
     content_type, object_id = subject
     if rules.is_code and object_id is None:
         raise InvalidInput("a code is checked for one object: pass the object, not its class")
-    digests = _digests(keyring, rules, content_type, object_id, slug, key)
+    if rules.is_code:
+        digests = _code_digests(keyring, rules, content_type, object_id, slug, key)
+    elif rules.prefix and not has_checksum(rules.prefix, key.text()):
+        digests = Digests()
+    else:
+        digests = keyring.links(key.text())
     bound_to = _bound_to(context) if rules.needs_context else None
     return Guess(content_type, object_id, slug, rules, digests, bound_to)
 
@@ -79,13 +84,8 @@ def _bound_to(context: Hidden) -> bytes:
     return context_digest("" if context.reveal() is None else context.text())
 
 
-def _digests(
+def _code_digests(
     keyring: Keyring, rules: Rules, content_type: str, object_id: str | None, slug: str | None, key: Hidden
 ) -> Digests:
-    text = key.text()
-    if rules.is_code:
-        assert object_id is not None and slug is not None  # noqa: S101, PT018  # make_guess has seen to it
-        return keyring.codes(content_type, object_id, slug, normalise_code(text, rules.key_chars))
-    if rules.prefix and not has_checksum(rules.prefix, text):
-        return Digests(())
-    return keyring.links(text)
+    assert object_id is not None and slug is not None  # noqa: S101, PT018  # make_guess has seen to it
+    return keyring.codes(content_type, object_id, slug, normalise_code(key.text(), rules.key_chars))

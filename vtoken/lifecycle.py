@@ -40,7 +40,7 @@ from vtoken.errors import (
 from vtoken.guess import Guess, make_guess
 from vtoken.hooks import EventName, Hooks, logger
 from vtoken.ids import IdSequence
-from vtoken.inputs import Unset, Wildcard
+from vtoken.inputs import ANY, Unset, Wildcard
 from vtoken.issue import NewKey, Order, make_order, new_key, reveal_derived_key
 from vtoken.keys import NOTHING, Hidden, Keyring, random_key, use_id
 from vtoken.loaded import issued, loaded, refusal
@@ -329,7 +329,7 @@ class Lifecycle:
     def guess(self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden) -> Guess:
         """Digest a presented key for an object and a slug."""
         subject = self.content_types.resolve(obj)
-        if isinstance(slug, Wildcard):
+        if slug is ANY:
             return make_guess(self.keyring, self.default_rules, subject, None, key, context)
         slug_name = slug_text(slug)
         return make_guess(self.keyring, self.rules_of(slug_name), subject, slug_name, key, context)
@@ -362,9 +362,9 @@ def slug_text(slug: object) -> str:
     return "" if slug is None else inputs.check_text("slug", slug, inputs.MAX_NAME_BYTES)
 
 
-def one_slug(slug: str | None) -> str | None:
+def one_slug(slug: str | Wildcard | None) -> str | None:
     """Refuse ``ANY`` where a token for one purpose must not pass for another."""
-    if isinstance(slug, Wildcard):
+    if slug is ANY:
         raise InvalidInput("slug must be given: a token for one purpose never passes for another")
     return slug
 

@@ -395,6 +395,9 @@ def _is_shared(operations: Sequence[Operation], group: list[int]) -> bool:
 
 
 def _found(by_digest: dict[bytes, tuple[Any, ...]], match: Match, limit: int) -> Rows:
+    if len(match.digests or ()) == 1:
+        row = by_digest.get(match.digests[0]) if match.digests else None
+        return Rows((row,) if row is not None and _fits(row, match) else ())
     found = [by_digest[d] for d in match.digests or () if d in by_digest and _fits(by_digest[d], match)]
     if len(found) > 1:
         found.sort(key=lambda row: (row[_CREATED_AT], row[_ID]), reverse=True)

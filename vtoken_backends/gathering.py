@@ -9,23 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Generic, NamedTuple, TypeVar, cast
+from typing import Final, Generic, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from vtoken.errors import BackendError
 
 Op = TypeVar("Op")
+_Waiting: TypeAlias = "tuple[Op, asyncio.Future[object]]"
 
 MAX_BATCH: Final = 128
 """Operations in one trip. Twice as many carried no more, and held the event loop up for twice as long when
 their answers came (tests/benchmarks, beside a ticker)."""
 MAX_WAITING: Final = 8192
 """Operations that wait for their trip in one event loop; further callers wait before they join."""
-
-
-class _Waiting(NamedTuple, Generic[Op]):
-    op: Op
-    answer: asyncio.Future[object]
 
 
 class _Queue(Generic[Op]):
@@ -85,7 +81,7 @@ class Gatherer(Generic[Op]):
             queue.room.clear()
             await queue.room.wait()
         answer: asyncio.Future[object] = loop.create_future()
-        queue.waiting.append(_Waiting(op, answer))
+        queue.waiting.append((op, answer))
         if self._may_set_off(queue):
             self._set_off(queue)
         return await answer
@@ -117,7 +113,7 @@ class Gatherer(Generic[Op]):
             while queue.waiting and (len(queue.drivers) == 1 or len(queue.waiting) >= self._max_batch):
                 batch = self._next_batch(queue)
                 if batch:
-                    _deliver(batch, await self._try([entry.op for entry in batch]))
+                    _deliver(batch, await self._try([op for op, _ in batch]))
         finally:
             queue.drivers.discard(cast("asyncio.Task[None]", asyncio.current_task()))
             # Cancelled with its event loop: nobody must wait for an answer that will not come.
@@ -131,7 +127,7 @@ class Gatherer(Generic[Op]):
         batch: list[_Waiting[Op]] = []
         while queue.waiting and len(batch) < self._max_batch:
             entry = queue.waiting.popleft()
-            if not entry.answer.done():  # its caller was cancelled
+            if not entry[1].done():  # its caller was cancelled
                 batch.append(entry)
         queue.room.set()
         queue.latest = len(batch)

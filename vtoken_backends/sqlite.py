@@ -48,7 +48,7 @@ from vtoken_backends.gathering import Gatherer
 _T = TypeVar("_T")
 
 
-_PURGED_AT_ONCE: Final = 250
+_PURGED_AT_ONCE: Final = 100
 """Tokens in one statement: about 5 ms, for which all others wait (tests/benchmarks, purge)."""
 
 
@@ -251,13 +251,16 @@ class SQLiteBackend:
         await self._submit(statements.reset(budget))
 
     def _decoded(self, rows: Rows) -> list[StoredToken]:
-        tokens = [token for row in rows if (token := statements.decode(row)) is not None]
-        if len(tokens) < len(rows):
-            raise CorruptStore(f"{self._path} holds a token that makes no sense")
+        tokens = []
+        for row in rows:
+            token = statements.decode(row)
+            if token is None:
+                raise CorruptStore(f"{self._path} holds a token that makes no sense")
+            tokens.append(token)
         return tokens
 
-    async def _submit(self, operation: Operation) -> Rows:
-        return cast(Rows, await self._gatherer.submit(operation))
+    def _submit(self, operation: Operation) -> Awaitable[Rows]:
+        return cast(Awaitable[Rows], self._gatherer.submit(operation))
 
     async def _carry(self, operations: Sequence[Operation]) -> list[Rows | Exception]:
         """Send a batch, and bring the answers back."""
