@@ -33,8 +33,10 @@ async def copy(
     """Copy every token from one store to another, then compare both. Exit status 1: they are not equal.
 
     Interrupted, it is started again and goes on where it was. Beside live traffic, run it once more with the
-    application stopped: what was used or deactivated meanwhile then ends in the copy, too. Budgets of
-    attempts and cooldowns are not copied: they begin anew.
+    application stopped: what was used or deactivated meanwhile then ends in the copy, too.
+
+    Not copied is what no token carries. Budgets of attempts and cooldowns begin anew, and of tokens that
+    overlap, using one no longer ends the other.
     """
     del output  # how it is shown is the application's business
     async with (
@@ -59,7 +61,7 @@ def _rows(copied: Copied) -> list[tuple[str, object]]:
         ("source SHA-256", copied.source_digest),
         ("copies' SHA-256", copied.destination_digest),
         ("equal", "yes" if copied.is_complete else "no: stop the application and run it again"),
-        ("not copied", "budgets of attempts and cooldowns: they begin anew"),
+        ("not copied", "budgets of attempts and cooldowns, overlaps: see vtoken copy --help"),
     ]
     return rows
 
