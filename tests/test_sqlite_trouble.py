@@ -363,7 +363,7 @@ async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch
         newer.setattr(_sqlite_file, "_MIGRATIONS", (*_sqlite_file._MIGRATIONS, SECOND))
         await make_store(path, tokens=1)
     before = beside(path)
-    with pytest.raises(BackendError, match=r"newer vtoken \(schema 2, known up to 1\)"):
+    with pytest.raises(BackendError, match=r"newer vtoken \(schema 2, known up to 1\): upgrade vtoken"):
         await SQLiteBackend(path).open()
     assert beside(path) == before
 

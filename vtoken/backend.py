@@ -221,8 +221,8 @@ class TokenBackend(Protocol):
         """Connect, and make or check what the store needs (tables, indexes).
 
         May be called several times; each call is paired with one :meth:`close`, and only the first
-        connects. A store that is damaged, foreign or of a newer schema is refused untouched
-        (:class:`~vtoken.CorruptStore` or :class:`~vtoken.BackendError`).
+        connects. A store that is damaged or foreign (:class:`~vtoken.CorruptStore`) or of a newer schema
+        (:class:`~vtoken.BackendError` itself) is refused untouched.
         """
         ...
 

@@ -262,8 +262,9 @@ def _checked_version(database: sqlite3.Connection, path: str) -> int:
     if version is None:
         raise CorruptStore(_FOREIGN.format(path))
     if version > len(_MIGRATIONS):
-        raise CorruptStore(
-            f"{path} was made by a newer vtoken (schema {version}, known up to {len(_MIGRATIONS)})"
+        raise BackendError(
+            f"{path} was made by a newer vtoken (schema {version}, known up to {len(_MIGRATIONS)}):"
+            " upgrade vtoken"
         )
     if not _expected_objects(version) <= objects:
         raise CorruptStore(f"{path}: its tables, indexes or triggers are not those of vtoken")
