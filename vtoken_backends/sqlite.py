@@ -251,12 +251,10 @@ class SQLiteBackend:
         await self._submit(statements.reset(budget))
 
     def _decoded(self, rows: Rows) -> list[StoredToken]:
-        tokens = []
-        for row in rows:
-            token = statements.decode(row)
-            if token is None:
-                raise CorruptStore(f"{self._path} holds a token that makes no sense")
-            tokens.append(token)
+        # No row in a name of this frame: a traceback may show it.
+        tokens = [token for token in map(statements.decode, rows) if token is not None]
+        if len(tokens) < len(rows):
+            raise CorruptStore(f"{self._path} holds a token that makes no sense")
         return tokens
 
     def _submit(self, operation: Operation) -> Awaitable[Rows]:
