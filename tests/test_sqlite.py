@@ -171,7 +171,7 @@ async def test_a_newer_schema_is_refused_untouched(path: Path) -> None:
     with plain(path) as database:
         database.execute("PRAGMA user_version = 2")
     before = beside(path)
-    with pytest.raises(BackendError, match="newer vtoken .* upgrade") as caught:
+    with pytest.raises(BackendError, match=r"newer vtoken .* upgrade") as caught:
         await SQLiteBackend(path).open()
     assert type(caught.value) is BackendError  # it is not damaged
     assert beside(path) == before
