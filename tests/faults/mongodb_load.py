@@ -88,7 +88,7 @@ class Load:
     def __init__(self, url: str, make: type[MongoDBBackend] = MongoDBBackend, **options: Any) -> None:
         self._lines: list[bytes] = []
         self._numbers = itertools.count(1)
-        self._urls = dict.fromkeys(DRIVERS, url)
+        self._url = url
         self._make, self._options = make, options
         self._stack = AsyncExitStack()
         self.sides: dict[str, Side] = {}
@@ -111,7 +111,7 @@ class Load:
         await self._stack.aclose()
 
     def _manager(self, driver: str) -> TokenManager:
-        backend = self._make.from_url(self._urls[driver], driver=driver, **self._options)
+        backend = self._make.from_url(self._url, driver=driver, **self._options)
         return TokenManager(backend, clock=fixed_clock)
 
     @property
@@ -129,9 +129,10 @@ class Load:
         for tally in self.tallies.values():
             tally.begin_anew()
         async with asyncio.timeout(PATIENCE):
-            async with self._playing(f"{self.strikes} before"):
+            async with self._playing(f"{self.strikes} before") as over:
                 await self.acknowledged(steps)
                 await fault()
+                over.set()  # more steps with the same subjects might hide what the fault did
                 async with self._playing(f"{self.strikes} after"):
                     await self.acknowledged(RECOVERED)
 
@@ -140,8 +141,8 @@ class Load:
         self.under_way += sum(tally.under_way for tally in self.tallies.values())
 
     @asynccontextmanager
-    async def _playing(self, subjects: str) -> AsyncGenerator[None]:
-        """Actors, who take their last step when the block ends."""
+    async def _playing(self, subjects: str) -> AsyncGenerator[asyncio.Event]:
+        """Actors, who take their last step once the event is set, at the latest when the block ends."""
         over = asyncio.Event()
 
         async def play(actor: Actor) -> None:
@@ -159,7 +160,7 @@ class Load:
                         f"{subjects} shared",
                     )
                     tasks.create_task(play(actor))
-            yield
+            yield over
             over.set()
 
     async def acknowledged(self, steps: int) -> None:
@@ -171,7 +172,7 @@ class Load:
         lines = [*self._lines]
         self._lines.clear()
         assert not any(tally.under_way for tally in self.tallies.values())
-        return await violations(MongoDBBackend.from_url(self._urls["pymongo"]), read_notes(lines))
+        return await violations(MongoDBBackend.from_url(self._url), read_notes(lines))
 
     def __str__(self) -> str:
         return "\n".join(f"  {driver}: {tally}" for driver, tally in self.tallies.items())
@@ -197,15 +198,15 @@ class Impatient:
 
     async def issue(self) -> None:
         """Issue its tokens."""
-        for subject in self._subjects:
+        tokens = await asyncio.gather(*map(self._issued, self._subjects))
+        self._tokens = [token for token in tokens if isinstance(token, VerificationToken)]
 
-            def act(number: int, subject: str = subject) -> Awaitable[VerificationToken]:
-                obj, data = Subject(TYPE, subject), {"n": number}
-                return self._manager.deactivate_and_create(obj, SLUG, extra_data=data)
+    async def _issued(self, subject: str) -> VerificationToken | int | None:
+        def act(number: int) -> Awaitable[VerificationToken]:
+            obj, data = Subject(TYPE, subject), {"n": number}
+            return self._manager.deactivate_and_create(obj, SLUG, extra_data=data)
 
-            token = await self._notebook.step("issue", subject, act)
-            assert isinstance(token, VerificationToken)
-            self._tokens.append(token)
+        return await self._notebook.step("issue", subject, act)
 
     def use(self) -> None:
         """Begin to use them, all at once."""
