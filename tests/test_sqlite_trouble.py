@@ -127,8 +127,7 @@ async def found_or_told(path: Path, ids: list[str]) -> str:
             for id in ids:  # noqa: A001  # the contract's name
                 assert [found.id for found in await backend.find(Match(id=id), 2)] == [id]
     except BackendError as error:  # a bit of the schema's number makes a newer schema of it
-        assert isinstance(error, CorruptStore) or "newer" in str(error)
-        return "told"
+        return "told" if isinstance(error, CorruptStore) or "newer" in str(error) else repr(error)
     return "found"
 
 
