@@ -256,7 +256,7 @@ class ReplicaSet:
         with self.members[0].direct_client() as client:
             client.admin.command("replSetInitiate", config)
 
-    def mend(self) -> None:
+    def mend(self) -> Self:
         """Start those that were killed, and wait until there is a primary that the others follow.
 
         Raises:
@@ -270,6 +270,7 @@ class ReplicaSet:
             if time.monotonic() > deadline:
                 raise RuntimeError("the replica set does not come together")
             time.sleep(0.05)
+        return self
 
     def _is_whole(self) -> bool:
         """Whether all have what the primary wrote when it was elected."""

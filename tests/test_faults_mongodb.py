@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+from typing import Final
 
 import pytest
 
+from vtoken import InvalidToken, Subject, TokenManager
+from vtoken.errors import OutcomeUnknown
+from vtoken_backends.mongodb import MongoDBBackend
+
 from . import servers
 from .faults import mongodb_replies, mongodb_rounds
+from .faults.mongodb_proxy import proxy
+from .faults.notes import SLUG
 from .mongodb_tools import DRIVER_LEAK
 
 pytestmark = DRIVER_LEAK
+
+USER: Final = Subject("auth.user", 1)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +47,18 @@ def _need_mongod() -> None:
         if servers.required() and servers.declared_url() is None:
             raise
         pytest.skip(str(error))
+
+
+@asynccontextmanager
+async def losing_one_reply(
+    server: servers.Mongod, driver: str
+) -> AsyncGenerator[tuple[TokenManager, Counter[str]]]:
+    """A manager that does not hear what became of its first use, and how many replies were lost."""
+    uses = iter([True])
+    async with proxy(server.port, lambda name: name == "findAndModify" and next(uses, False)) as way:
+        url = f"mongodb://127.0.0.1:{way.port}/lost?directConnection=true"
+        async with TokenManager(MongoDBBackend.from_url(url, driver=driver)) as manager:
+            yield manager, way.lost
 
 
 async def test_what_was_acknowledged_outlives_a_killed_server(standalone: servers.Mongod) -> None:
@@ -64,6 +87,30 @@ async def test_without_waiting_for_a_majority_a_fail_over_undoes_writes(
 
 async def test_a_lost_reply_is_made_good_or_told(standalone: servers.Mongod) -> None:
     (await mongodb_replies.lose_replies(standalone, 1)).report()
+
+
+async def test_a_use_whose_reply_was_lost_is_settled_by_its_name(
+    standalone: servers.Mongod, mongodb_driver: str
+) -> None:
+    async with losing_one_reply(standalone, mongodb_driver) as (manager, lost):
+        token = await manager.deactivate_and_create(USER, SLUG)
+        with pytest.raises(OutcomeUnknown):
+            await manager.consume(USER, SLUG, token.key, consume_id="mine")
+        assert lost == {"findAndModify": 1}
+        assert (await manager.consume(USER, SLUG, token.key, consume_id="mine")).id == token.id
+        with pytest.raises(InvalidToken):
+            await manager.consume(USER, SLUG, token.key, consume_id="another's")
+
+
+async def test_a_use_whose_reply_was_lost_is_made_good_on_a_replica_set(
+    replica_set: servers.ReplicaSet, mongodb_driver: str
+) -> None:
+    async with losing_one_reply(replica_set.mend().primary(), mongodb_driver) as (manager, lost):
+        token = await manager.deactivate_and_create(USER, SLUG)
+        assert (await manager.consume(USER, SLUG, token.key)).id == token.id
+        assert lost == {"findAndModify": 1}
+        with pytest.raises(InvalidToken):
+            await manager.consume(USER, SLUG, token.key)
 
 
 @pytest.mark.parametrize("failure", mongodb_replies.FAILURES)

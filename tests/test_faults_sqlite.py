@@ -99,6 +99,26 @@ async def test_a_planted_violation_is_found(tmp_path: Path, sql: str, expected: 
     assert any(found.startswith(expected) for found in await violations(_checked(path), steps))
 
 
+@pytest.mark.parametrize(
+    ("of", "refused", "expected"),
+    [
+        (2, False, "used twice: the token of step 2"),
+        (2, True, None),
+        (6, False, "undone: use of step 7"),
+        (6, True, "refused: the token of step 6"),
+    ],
+)
+async def test_what_was_answered_is_judged(
+    tmp_path: Path, of: int, refused: bool, expected: str | None
+) -> None:
+    steps = await _store(tmp_path / "tokens.db")
+    issue = steps[of - 1]
+    ended = None if refused else 21
+    steps.append(Step(7, "use", "1", issue.token, issue.key, 20, ended, refused))
+    found = await violations(_checked(tmp_path / "tokens.db"), steps)
+    assert [violation.startswith(expected or "nothing") for violation in found] == [True] * bool(expected)
+
+
 def test_a_step_that_was_not_acknowledged_may_have_happened() -> None:
     lines = [
         b'{"n": 1, "what": "issue", "subject": "1", "token": "", "key": ""}\n',
