@@ -60,15 +60,16 @@ class _Store:
             self.ending.discard(old)
             self.ending.add(token)
         if token.is_active is not (old is not None and old.is_active):
-            self._index_active(token)
+            self._index_active(token, token.is_active)
 
     def remove(self, token: StoredToken) -> None:
+        """Forget a token that was taken out of ``ending``."""
         del self.by_id[token.id]
         del self.by_digest[token.digest]
-        self.overlaps.pop(token.id, None)
-        self.ending.discard(token)
+        if self.overlaps:
+            self.overlaps.pop(token.id, None)
         if token.is_active:
-            self._index_active(token._replace(is_active=False))
+            self._index_active(token, False)
 
     def active_of(self, object_id: str) -> list[StoredToken]:
         """The active tokens of all objects with this id, whatever their content type."""
@@ -77,17 +78,17 @@ class _Store:
             return []
         return [self.by_id[ids]] if isinstance(ids, str) else [self.by_id[i] for i in ids]
 
-    def _index_active(self, token: StoredToken) -> None:
+    def _index_active(self, token: StoredToken, is_active: bool) -> None:
         # Most objects have one active token; for these, the id itself takes the place of a tuple.
         ids = self.active.get(token.object_id)
         if ids is None or ids == token.id:
-            if token.is_active:
+            if is_active:
                 self.active[token.object_id] = token.id
             else:
                 self.active.pop(token.object_id, None)
             return
         others = (ids,) if isinstance(ids, str) else tuple(i for i in ids if i != token.id)
-        ids = (*others, token.id) if token.is_active else others
+        ids = (*others, token.id) if is_active else others
         self.active[token.object_id] = ids[0] if len(ids) == 1 else ids
 
 
