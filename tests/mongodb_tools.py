@@ -7,18 +7,12 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
-import pytest
 from pymongo import MongoClient
 from pymongo.collection import Collection
 
 from vtoken.backend import InsertMode, Match, StoredToken
 from vtoken_backends.mongodb import MongoDBBackend
 
-# PyMongo's async monitor, cancelled by close() while it connects, leaves its socket, not connected yet and so
-# without raddr, to the garbage collector.
-DRIVER_LEAK: Final = pytest.mark.filterwarnings(
-    r"ignore:unclosed <socket.socket [^']*laddr=\('[^']*', \d+\)>:ResourceWarning"
-)
 NOW: Final = 1_700_000_000_000
 LATER: Final = NOW + 60_000
 ADD, REPLACE, IF_NONE_VALID = InsertMode.ADD, InsertMode.REPLACE, InsertMode.IF_NONE_VALID

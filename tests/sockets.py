@@ -1,8 +1,8 @@
 """A leaked socket fails the test that runs when it is found; but for PyMongo's, which no later test finds.
 
 PyMongo leaves a socket to the garbage collector where a connection is cancelled while it is made. So the
-tests that have "mongodb" in their names (``-k "not mongodb"`` goes by it too) may leak sockets, and after the
-last of them in a row the garbage is collected.
+tests with "mongodb" in their names (``-k "not mongodb"`` goes by these too) or in those of their fixtures may
+leak sockets, and after the last of them in a row the garbage is collected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ MAY_LEAK = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 def may_leak(item: pytest.Item | None) -> bool:
-    return item is not None and "mongodb" in item.nodeid.lower()
+    """Whether a test names MongoDB, or has a fixture that does."""
+    names = () if item is None else (item.nodeid, *getattr(item, "fixturenames", ()))
+    return any("mongodb" in name.lower() for name in names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,11 +17,10 @@ from vtoken.testing import BackendConformance, DurableBackendConformance
 from vtoken_backends.memory import MemoryBackend
 
 from .cli_tools import Terminal
-from .mongodb_tools import DRIVER_LEAK
 from .servers import fresh_database
 from .test_memory_conformance import TestMemory
 
-pytestmark = [pytest.mark.usefixtures("no_configuration"), DRIVER_LEAK]
+pytestmark = pytest.mark.usefixtures("no_configuration")
 ALL: Final = len(BackendConformance.cases())
 
 

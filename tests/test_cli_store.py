@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 
 from .cli_tools import USER, Terminal
-from .mongodb_tools import DRIVER_LEAK
 from .servers import free_port, fresh_database
 
-pytestmark = [pytest.mark.usefixtures("no_configuration"), DRIVER_LEAK]
+pytestmark = pytest.mark.usefixtures("no_configuration")
 
 
 @contextmanager

@@ -17,9 +17,6 @@ from . import servers
 from .faults import mongodb_replies, mongodb_rounds
 from .faults.mongodb_proxy import proxy
 from .faults.notes import SLUG
-from .mongodb_tools import DRIVER_LEAK
-
-pytestmark = DRIVER_LEAK
 
 USER: Final = Subject("auth.user", 1)
 

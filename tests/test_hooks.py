@@ -268,7 +268,7 @@ class TestHooks:
                 await task
             assert len(await world.stored()) == 1
 
-    async def test_without_hooks_no_clock_is_asked_for_an_event(self, world: World) -> None:
+    async def test_without_hooks_no_clock_is_asked_for_an_event(self) -> None:
         asked: list[int] = []
 
         def clock() -> Any:

@@ -13,7 +13,6 @@ from vtoken_backends.mongodb import MongoDBBackend
 from . import servers
 from .mongodb_tools import (
     ADD,
-    DRIVER_LEAK,
     IF_NONE_VALID,
     LATER,
     NOW,
@@ -24,9 +23,6 @@ from .mongodb_tools import (
     token,
     valid,
 )
-
-pytestmark = DRIVER_LEAK
-
 
 # Races, each from two clients.
 

@@ -19,7 +19,6 @@ from vtoken_backends.mongodb import MongoDBBackend
 from . import servers
 from .mongodb_tools import (
     ADD,
-    DRIVER_LEAK,
     IF_NONE_VALID,
     LATER,
     NOW,
@@ -30,8 +29,6 @@ from .mongodb_tools import (
     token,
     valid,
 )
-
-pytestmark = DRIVER_LEAK
 
 INSERTED, KEY_TAKEN, HAS_VALID = InsertResult.INSERTED, InsertResult.KEY_TAKEN, InsertResult.HAS_VALID
 

@@ -30,7 +30,6 @@ from . import servers
 from .faults.mongodb_proxy import proxy
 from .mongodb_tools import (
     ADD,
-    DRIVER_LEAK,
     IF_NONE_VALID,
     LATER,
     NOW,
@@ -40,8 +39,6 @@ from .mongodb_tools import (
     token,
     valid,
 )
-
-pytestmark = DRIVER_LEAK
 
 
 async def test_a_client_handed_in_stays_open(mongodb_url: str) -> None:

@@ -21,7 +21,6 @@ from vtoken.errors import (
 from . import servers
 from .mongodb_tools import (
     ADD,
-    DRIVER_LEAK,
     IF_NONE_VALID,
     LATER,
     NOW,
@@ -34,8 +33,6 @@ from .mongodb_tools import (
     token,
     valid,
 )
-
-pytestmark = DRIVER_LEAK
 
 
 def leave_duplicates(stored: Documents) -> None:

@@ -26,11 +26,9 @@ from vtoken.transfer import Copied, add, copy, pages
 from vtoken_backends.memory import MemoryBackend
 
 from .faults import copy_round
-from .mongodb_tools import DRIVER_LEAK
 from .servers import fresh_database
 from .sqlite_tools import NOW, digest, token
 
-pytestmark = DRIVER_LEAK
 HOUR = 3_600_000
 
 
