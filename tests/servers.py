@@ -6,6 +6,7 @@ import atexit
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -196,6 +197,15 @@ class Mongod:
             return
         self._process.kill()
         self._process.wait()
+
+    def suspend(self) -> None:
+        """Have it hang (SIGSTOP): its connections stay, and nothing comes from it until :meth:`resume`."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Have it go on, if it hangs."""
+        if self.is_running:
+            os.kill(self.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """End it and delete its files."""

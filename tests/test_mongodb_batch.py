@@ -13,7 +13,7 @@ from pymongo import AsyncMongoClient, MongoClient
 from pymongo.monitoring import CommandListener, CommandStartedEvent
 
 from vtoken.backend import Budget, InsertMode, InsertResult, Lease, Match, SetExtraData, StoredToken, Use
-from vtoken.errors import BackendError, OutcomeUnknown
+from vtoken.errors import BackendError, BackendUnavailable, OutcomeUnknown
 from vtoken_backends.mongodb import MongoDBBackend
 
 from . import servers
@@ -279,6 +279,16 @@ async def test_inserts_that_fail_have_an_unknown_outcome_and_never_two_active(
         assert len(numbers) == len(set(numbers))
         assert await insert(backend, *(of(200 + n, object_id=str(n)) for n in range(30))) == [INSERTED] * 30
         assert sorted(await active(backend)) == list(range(200, 230))
+
+
+@pytest.mark.parametrize("code", [64, 11601])  # not replicated in time; ended by an operator
+async def test_what_was_interrupted_may_have_happened(mongodb_url: str, code: int) -> None:
+    async with opened(mongodb_url) as backend:
+        await backend.insert(token(1), REPLACE)
+        with failing(mongodb_url, 1, "findAndModify", errorCode=code), pytest.raises(OutcomeUnknown):
+            await backend.update(valid(1), Use(LATER))
+        with failing(mongodb_url, 1, "find", errorCode=code), pytest.raises(BackendUnavailable):
+            await backend.find(valid(1), 1)
 
 
 async def test_a_use_that_did_not_end_its_overlap_may_have_happened(

@@ -48,7 +48,7 @@ _IN_FLIGHT: Final = 32
 """Operations at once; with more, PyMongo gets slower and unfair."""
 _DENIED: Final = frozenset({13, 18, 8000})
 _INTERRUPTED: Final = frozenset(
-    {6, 7, 50, 64, 89, 91, 100, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436}
+    {6, 7, 50, 64, 89, 91, 100, 189, 262, 9001, 10107, 11600, 11601, 11602, 13435, 13436}
 )
 """Codes of MongoDB's specification of retryable writes, and those of time limits and the write concern."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tests.servers import Mongod, ReplicaSet, start_mongod, with_database
@@ -29,6 +29,8 @@ def failover(long: bool) -> None:
     with ReplicaSet() as replica_set:
         replica_set.start()
         asyncio.run(kill_primaries(replica_set, 20 if long else 1)).report()
+        if long:
+            asyncio.run(hang_primaries(replica_set, 5)).report()
         asyncio.run(kill_primaries(replica_set, 5, durable=False)).report_planted("durable=False")
 
 
@@ -57,24 +59,35 @@ async def kill_servers(server: Mongod, kills: int, **options: Any) -> Figures:
     return figures
 
 
-async def kill_primaries(replica_set: ReplicaSet, kills: int, **options: Any) -> Figures:
+async def kill_primaries(replica_set: ReplicaSet, times: int, **options: Any) -> Figures:
     """Kill a primary so many times; before the next time it comes back as a secondary."""
+    return await _take_away(replica_set, "kills of a primary", Mongod.kill, times, **options)
 
+
+async def hang_primaries(replica_set: ReplicaSet, times: int) -> Figures:
+    """Have a primary hang so many times; once another one has its place, it goes on where it was."""
+    return await _take_away(replica_set, "primaries that hung", Mongod.suspend, times)
+
+
+async def _take_away(
+    replica_set: ReplicaSet, title: str, end: Callable[[Mongod], None], times: int, **options: Any
+) -> Figures:
     async def fault() -> None:
         primary = await asyncio.to_thread(replica_set.primary)
-        killed.append(primary)
+        gone.append(primary)
         load.struck()
-        await asyncio.to_thread(primary.kill)
+        await asyncio.to_thread(end, primary)
 
-    killed: list[Mongod] = []
+    gone: list[Mongod] = []
     async with Load(with_database(replica_set.url, _name(options)), **options) as load:
-        figures = Figures("kills of a primary", load)
+        figures = Figures(title, load)
         first = replica_set.status()["term"]
-        for _ in range(kills):
+        for _ in range(times):
             await asyncio.to_thread(replica_set.mend)
             await load.strike(_CHANCE.randrange(20, 60), fault)
+            figures.fired += await asyncio.to_thread(replica_set.primary) is not gone[-1]
+            gone[-1].resume()
             await figures.check()
-            figures.fired += await asyncio.to_thread(replica_set.primary) is not killed[-1]
             if options and figures.violations:
                 break  # a planted bug, and it was found
         figures.more = f", {replica_set.status()['term'] - first} elections"
