@@ -84,10 +84,10 @@ async def fail_commands(server: Mongod, failure: str, times: int, **options: Any
 
     async def fault() -> None:
         mode = {"activationProbability": _SHARE}
-        admin.command(point | {"mode": mode, "data": FAILURES[failure]})
+        before = admin.command(point | {"mode": mode, "data": FAILURES[failure]})["count"]
         await load.acknowledged(_STEPS)
         load.struck()
-        figures.fired += admin.command(point | {"mode": "off"})["count"]
+        figures.fired += admin.command(point | {"mode": "off"})["count"] - before
 
     with server.direct_client() as client:
         admin = client.admin
