@@ -26,7 +26,7 @@ from vtoken_backends.mongodb import MongoDBBackend
 from vtoken_backends.sqlite import SQLiteBackend
 
 from . import broken
-from .servers import fresh_database
+from .servers import databases
 
 _numbers = count()
 
@@ -48,16 +48,17 @@ class TestSQLite(BackendModel):
 
 
 class TestMongoDB(BackendModel):
-    examples = 15
+    examples = 50
 
     @pytest.fixture(autouse=True)
     def _server(self, mongodb_replica_set: str) -> Generator[None]:
-        self._url = mongodb_replica_set
-        with ExitStack() as self._databases:
+        self._databases = databases(mongodb_replica_set)
+        with ExitStack() as self._used:
             yield
 
     def new_store(self, directory: Path) -> str:
-        return self._databases.enter_context(fresh_database(self._url))
+        self._used.close()  # what the history before has used is empty again, and used again
+        return self._used.enter_context(self._databases.one())
 
     def backend(self, store: str) -> TokenBackend:
         return MongoDBBackend.from_url(store)
