@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,12 @@ from vtoken.backend import (
     TokenBackend,
     Use,
 )
-from vtoken.config import create_backend
 from vtoken.errors import BackendUnavailable
 from vtoken.transfer import Copied, add, copy, pages
 from vtoken_backends.memory import MemoryBackend
 
 from .faults import copy_round
+from .faults.copy_round import opened
 from .servers import fresh_database
 from .sqlite_tools import NOW, digest, token
 
@@ -36,16 +35,6 @@ def various(count: int) -> list[StoredToken]:
     """Tokens of every kind, newest first."""
     made = copy_round.of_every_kind(count)
     return sorted(made, key=lambda t: (t.created_at, t.id), reverse=True)
-
-
-@asynccontextmanager
-async def opened(url: str) -> AsyncGenerator[TokenBackend]:
-    backend = create_backend(url)
-    await backend.open()
-    try:
-        yield backend
-    finally:
-        await backend.close()
 
 
 async def fill(backend: TokenBackend, tokens: Iterable[StoredToken]) -> None:

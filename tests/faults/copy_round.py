@@ -114,14 +114,14 @@ def _run(source: str, destination: str, tokens: int, *interruption: int) -> _Run
 
 
 async def _fill(url: str, tokens: int) -> None:
-    async with _opened(url) as backend:
+    async with opened(url) as backend:
         assert (await add(backend, of_every_kind(tokens))).inserted == tokens
 
 
 async def _listed(url: str) -> tuple[int, str]:
     """How many tokens a store lists, and the digest of all of them: a look of its own, past the command's."""
     count, sha = 0, hashlib.sha256()
-    async with _opened(url) as backend:
+    async with opened(url) as backend:
         async for page in pages(backend):
             count += len(page)
             sha.update("".join(f"{tuple(stored)!r}\n" for stored in page).encode())
@@ -129,7 +129,8 @@ async def _listed(url: str) -> tuple[int, str]:
 
 
 @asynccontextmanager
-async def _opened(url: str) -> AsyncGenerator[TokenBackend]:
+async def opened(url: str) -> AsyncGenerator[TokenBackend]:
+    """The store of a URL."""
     backend = create_backend(url)
     await backend.open()
     try:

@@ -26,11 +26,7 @@ with suppress(ImportError):  # without it nobody calls get_manager, whose annota
 
 
 def lifespan(manager: TokenManager, sweep_every: timedelta | None = None) -> Lifespan:
-    """A lifespan that opens the manager, closes it in the end, and lets :func:`get_manager` find it.
-
-    Args:
-        manager: not open yet.
-        sweep_every: purge in the background this often, see :meth:`TokenManager.sweeper`; None never.
+    """As :func:`vtoken.contrib.starlette.lifespan`: FastAPI is built on Starlette.
 
     Raises:
         ConfigurationError: FastAPI is not installed.
@@ -49,14 +45,7 @@ def get_manager(connection: HTTPConnection) -> TokenManager:
 
 
 def exception_handlers(invalid_status: InvalidStatus = 400) -> dict[Any, Handler]:
-    """Handlers that answer :class:`InvalidToken` with one body, whatever the reason, and
-    :class:`TooManyAttempts` and :class:`CooldownActive` with 429 and ``Retry-After``.
-
-    A cooldown is one of an account: where strangers ask for a token by an address, catch it and answer as
-    always, or the answer tells that there is such an account.
-
-    Args:
-        invalid_status: of the response for a refused key.
+    """As :func:`vtoken.contrib.starlette.exception_handlers`: refused keys, budgets and cooldowns answered.
 
     Raises:
         ConfigurationError: FastAPI is not installed.
