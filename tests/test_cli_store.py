@@ -112,11 +112,11 @@ def test_doctor_checks_a_file_whole_whatever_the_url_says(vtoken: Terminal) -> N
     ("damage", "name"),
     [
         ("DROP INDEX tokens_subject", "integrity"),
-        ("PRAGMA user_version = 99", "integrity"),
+        ("PRAGMA user_version = 99", "schema"),
         ("PRAGMA application_id = 1", "integrity"),
     ],
 )
-def test_doctor_on_a_damaged_schema(vtoken: Terminal, damage: str, name: str) -> None:
+def test_doctor_on_a_schema_that_is_not_ours_to_use(vtoken: Terminal, damage: str, name: str) -> None:
     vtoken.json("init")
     with changed("vtoken.db") as database:
         database.execute(damage)
