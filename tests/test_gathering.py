@@ -79,6 +79,22 @@ async def test_while_one_batch_is_away_the_next_collects_in_order(by_caller: boo
     assert carrier.batches == [[2], [4, 6, 8], [10]]
 
 
+async def test_a_second_trip_sets_off_only_when_it_is_full() -> None:
+    carrier = Carrier()
+    gatherer = Gatherer(carrier, max_batch=3, trips=2)
+    tasks = [asyncio.create_task(gatherer.submit(2))]
+    await settle()
+    tasks += [asyncio.create_task(gatherer.submit(op)) for op in (4, 6)]
+    await settle()
+    assert carrier.batches == [[2]]
+    tasks += [asyncio.create_task(gatherer.submit(op)) for op in (8, 10, 12, 14, 16)]
+    await settle()
+    assert carrier.batches == [[2], [4, 6, 8]]  # and no third one, full as it is
+    carrier.may_go.set()
+    assert await asyncio.gather(*tasks) == [20, 40, 60, 80, 100, 120, 140, 160]
+    assert carrier.batches == [[2], [4, 6, 8], [10, 12, 14], [16]]
+
+
 async def test_an_operation_fails_by_itself(by_caller: bool) -> None:
     carrier = Carrier()
     gatherer = Gatherer(carrier, by_caller=by_caller)

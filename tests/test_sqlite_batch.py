@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vtoken.backend import Budget, InsertMode, InsertResult, Lease, Match, StoredToken, Use
+from vtoken.backend import NEVER, Budget, InsertMode, InsertResult, Lease, Match, StoredToken, Use
 from vtoken.errors import BackendError, BackendUnavailable
 from vtoken_backends.sqlite import SQLiteBackend
 
@@ -105,6 +105,35 @@ async def test_several_uses_and_their_ids_in_a_shared_trip(path: Path) -> None:
             None,
             None,
         ]
+
+
+async def test_in_company_a_token_comes_back_to_the_letter(path: Path) -> None:
+    numbers = '{"a":[1e300,-9223372036854775808,"\\u0000"]}'
+    odd = "\\ \" ' \u2028 \u00e9\U0001f511 \n\t\x7f [1]"
+    tokens = [
+        token(n, odd)._replace(
+            slug=odd,
+            scheme=odd,
+            plain_key=odd,
+            nonce=odd,
+            context=bytes(range(256)),
+            extra_data=extra_data,
+            expires_at=NEVER,
+            ends_at=NEVER,
+            max_uses=2**31 - 1,
+            use_ids=(odd,),
+            uses=1,
+            used_at=1,
+        )
+        for n, extra_data in enumerate([None, "null", "{}", numbers, odd])
+    ]
+    async with opened(SQLiteBackend(path)) as backend:
+        await asyncio.gather(*(backend.insert(t, InsertMode.ADD) for t in tokens))
+        matches = [Match(digests=(t.digest,), valid_at=NOW) for t in tokens]
+        assert await asyncio.gather(*(backend.find(m, 1) for m in matches)) == [[t] for t in tokens]
+        used = await asyncio.gather(*(backend.update(m, Use(NOW, "id")) for m in matches))
+        assert used == [t._replace(uses=2, used_at=NOW, use_ids=(odd, "id")) for t in tokens]
+        assert [await backend.find(m, 1) for m in matches] == [[t] for t in used]
 
 
 async def test_a_search_in_company_minds_every_condition(path: Path) -> None:
