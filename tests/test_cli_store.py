@@ -155,7 +155,7 @@ def test_doctor_compares_the_clock_of_a_server(vtoken: Terminal, mongodb_replica
     assert "file" not in found
 
 
-def test_doctor_on_a_server_that_is_not_there(vtoken: Terminal) -> None:
+def test_doctor_on_a_mongodb_server_that_is_not_there(vtoken: Terminal) -> None:
     url = f"mongodb://me:hunter2@127.0.0.1:{free_port()}/db?serverSelectionTimeoutMS=200"
     assert findings(vtoken, "--url", url, status=3) == {"configuration": "ok", "reachable": "failed"}
     assert "hunter2" not in vtoken.out + vtoken.err
