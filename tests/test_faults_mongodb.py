@@ -65,7 +65,7 @@ async def test_what_was_acknowledged_outlives_a_killed_server(standalone: server
 async def test_without_waiting_for_the_journal_a_killed_server_loses_writes(
     standalone: servers.Mongod,
 ) -> None:
-    (await mongodb_rounds.kill_servers(standalone, 1, durable=False)).report_planted("durable=False")
+    (await mongodb_rounds.kill_servers(standalone, 5, durable=False)).report_planted("durable=False")
 
 
 async def test_what_was_acknowledged_outlives_a_killed_primary(replica_set: servers.ReplicaSet) -> None:

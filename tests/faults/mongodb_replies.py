@@ -26,8 +26,8 @@ _SHARE: Final = 0.2
 """Of the commands, those that are struck."""
 _STEPS: Final = 8
 """Few with the same subjects, as each one may hide what became of the one before."""
-_PLANTED: Final = 20
-"""So often a planted bug may go undiscovered."""
+_MOST: Final = 20
+"""So often a fault may strike until it has fired, or has shown a planted bug."""
 
 
 def lost(long: bool) -> None:
@@ -50,9 +50,9 @@ def lose_and_fail(server: Mongod, times: int) -> None:
 
 def find_planted(server: Mongod) -> None:
     """Bugs that the faults must show."""
-    denied = asyncio.run(lose_replies(server, _PLANTED, make=DeniesTheUnknown))
+    denied = asyncio.run(lose_replies(server, _MOST, make=DeniesTheUnknown))
     denied.report_planted("an unknown use or change is denied")
-    claimed = asyncio.run(fail_commands(server, "connections closed", _PLANTED, make=ClaimsTheUnknown))
+    claimed = asyncio.run(fail_commands(server, "connections closed", _MOST, make=ClaimsTheUnknown))
     claimed.report_planted("an unknown use or change is claimed")
 
 
@@ -67,13 +67,13 @@ async def lose_replies(server: Mongod, times: int, **options: Any) -> Figures:
         await load.acknowledged(_STEPS)
         load.struck()
         loses = False
+        figures.fired = way.lost.total()
 
     async with proxy(server.port, lambda name: loses and name in _WRITES and chance.random() < _SHARE) as way:
         url = f"mongodb://127.0.0.1:{way.port}/?directConnection=true"
         async with Load(with_database(url, "replies"), **options) as load:
             figures = Figures("replies lost", load)
             await _strike(figures, load, times, fault, bool(options))
-    figures.fired = way.lost.total()
     figures.more = f", {dict(way.lost)}"
     return figures
 
@@ -100,7 +100,7 @@ async def fail_commands(server: Mongod, failure: str, times: int, **options: Any
 async def _strike(
     figures: Figures, load: Load, times: int, fault: Callable[[], Awaitable[None]], is_planted: bool
 ) -> None:
-    for _ in range(times):
+    while load.strikes < times or (not figures.fired and load.strikes < _MOST):
         await load.strike(_STEPS, fault)
         await figures.check()
         if is_planted and figures.violations:
