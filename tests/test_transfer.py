@@ -20,7 +20,7 @@ from vtoken.backend import (
     Use,
 )
 from vtoken.errors import BackendUnavailable
-from vtoken.transfer import Copied, add, copy, pages
+from vtoken.transfer import PAGE, Copied, add, copy, pages
 from vtoken_backends.memory import MemoryBackend
 
 from .faults import copy_round
@@ -241,11 +241,11 @@ def test_the_command_killed_and_interrupted_ends_equal(mongodb_replica_set: str)
 
 
 async def test_added_tokens_leave_those_that_are_there() -> None:
-    tokens = various(1100)
+    tokens = various(PAGE + 100)
     told: list[int] = []
     async with opened("memory://") as backend:
         await fill(backend, tokens[:3])
         added = await add(backend, iter(tokens), progress=told.append)
         assert await everything(backend) == tokens
-    assert (added.inserted, added.skipped) == (1097, 3)
-    assert told == [500, 1000, 1100]
+    assert (added.inserted, added.skipped) == (PAGE + 97, 3)
+    assert told == [PAGE, PAGE + 100]

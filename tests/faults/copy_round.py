@@ -19,7 +19,7 @@ from tests.servers import fresh_database, start_mongod
 from tests.sqlite_tools import NOW, digest, token
 from vtoken.backend import NEVER, InsertMode, InsertResult, StoredToken, TokenBackend
 from vtoken.config import create_backend
-from vtoken.transfer import add, copy, pages
+from vtoken.transfer import PAGE, add, copy, pages
 from vtoken_backends.memory import MemoryBackend
 
 _ROOT: Final = Path(__file__).parents[2]
@@ -91,12 +91,13 @@ def _interrupted(source: str, destination: str, tokens: int) -> dict[str, Any]:
 
 def _run(source: str, destination: str, tokens: int, *interruption: int) -> _Run:
     """Run the command to its end, or until so many tokens are done and it gets a signal of that number."""
+    numbers = (min(PAGE, tokens // 15), *interruption)
     began = time.monotonic()
     done = 0
     answer: dict[str, Any] = {}
     memory: dict[int, int] = {}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.copy_worker", source, destination, *map(str, interruption)],
+        [sys.executable, "-m", "tests.faults.copy_worker", source, destination, *map(str, numbers)],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL if interruption else None,

@@ -1,7 +1,7 @@
 """``vtoken copy SRC DST --json`` in a process of its own, which tells what it has done in lines.
 
-With two more arguments it sends itself a signal once so many tokens are done: in the middle of the work,
-where a cancellation waits for the next ``await``.
+The third argument is how many tokens it reads at once. With two more it sends itself a signal once so many
+are done: in the middle of the work, where a cancellation waits for the next ``await``.
 
 Where a terminal has a bar, it prints a line with the tokens done, in the end twice as many as there are, and
 the most memory that it has had so far, in KiB.
@@ -14,18 +14,20 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
 from vtoken.cli import moving, run
+from vtoken.transfer import copy
 
 STATUS: Final = Path("/proc/self/status")
 
 
 @contextmanager
 def _lines(_what: str, _total: int | None = None) -> Generator[Callable[[int], None]]:
-    until, number = map(int, sys.argv[3:] or (sys.maxsize, 0))
+    until, number = map(int, sys.argv[4:] or (sys.maxsize, 0))
 
     def tell(done: int) -> None:
         print(done, _most_memory(), flush=True)
@@ -43,5 +45,6 @@ def _most_memory() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever who started us makes of it
-    with patch.object(moving, "progress", _lines):
+    pages = partial(copy, page=int(sys.argv[3]))
+    with patch.object(moving, "progress", _lines), patch.object(moving, "copy_tokens", pages):
         sys.exit(run(["copy", *sys.argv[1:3], "--json"]))
