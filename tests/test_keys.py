@@ -211,10 +211,7 @@ class TestRotation:
         )
 
     def test_a_code_from_before_any_secret_is_not(self) -> None:
-        assert (
-            Keyring(None).code("u", "1", "s", "1").value
-            not in Keyring(SECRET).codes("u", "1", "s", "1")
-        )
+        assert Keyring(None).code("u", "1", "s", "1").value not in Keyring(SECRET).codes("u", "1", "s", "1")
 
     def test_secrets_have_ids_that_tell_nothing(self) -> None:
         ids = [Keyring(s).link("").secret_id for s in (SECRET, OLD_SECRET)]
