@@ -4,7 +4,8 @@
 
     TokenManager(backend, hooks=[vtoken.contrib.opentelemetry.hook("sqlite")])
 
-or ``VTOKEN_HOOKS=vtoken.contrib.opentelemetry:record``, where the backend has no name.
+or ``VTOKEN_HOOKS=vtoken.contrib.opentelemetry:record``, where the backend has no name. To give it one
+there, too, name a hook of your own by its path: ``told = hook("sqlite")`` in a module of the application.
 
 The attributes are ``vtoken.outcome`` (an event's name), ``vtoken.reason`` (why a key was refused),
 ``vtoken.purpose`` (the slug) and ``vtoken.backend``. Never let a stranger choose a slug: each would be a time

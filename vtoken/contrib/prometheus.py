@@ -4,7 +4,8 @@
 
     TokenManager(backend, hooks=[vtoken.contrib.prometheus.hook("sqlite")])
 
-or ``VTOKEN_HOOKS=vtoken.contrib.prometheus:record``, where the backend has no name.
+or ``VTOKEN_HOOKS=vtoken.contrib.prometheus:record``, where the backend has no name. To give it one
+there, too, name a hook of your own by its path: ``told = hook("sqlite")`` in a module of the application.
 
 ``vtoken_events_total`` has the labels ``outcome`` (an event's name), ``reason`` (why a key was refused),
 ``purpose`` (the slug) and ``backend``. Never let a stranger choose a slug: each would be a time series.
