@@ -244,7 +244,7 @@ async def test_writes_are_durable_whatever_the_client_was_told(mongodb_url: str,
         await backend.purge(LATER, LATER, 10, LATER)
         await backend.reset(budget)
         await backend.close()
-    expected = {"w": "majority", "wtimeout": 8_000, "j": True} if durable else {"w": 1}
+    expected = {"w": "majority", "wtimeout": 6_000, "j": True} if durable else {"w": 1}
     assert {name for name, _ in commands.write_concerns} == {"insert", "update", "delete", "findAndModify"}
     assert [found for _, found in commands.write_concerns if found != expected] == []
 

@@ -38,10 +38,10 @@ Document = dict[str, Any]
 LONG: Final = 300
 """Seconds that an operation over the whole collection may take."""
 
-_LIMITS: Final = {"serverSelectionTimeoutMS": 5_000, "connectTimeoutMS": 5_000, "socketTimeoutMS": 10_000}
+_LIMITS: Final = {"serverSelectionTimeoutMS": 5_000, "connectTimeoutMS": 5_000, "socketTimeoutMS": 8_000}
 """What bounds an operation of a client of ours, unless the URL says otherwise."""
 # Sooner than the time limit for an answer: else drivers drop the connection, and wait a second time.
-_WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=8_000, j=True)
+_WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=6_000, j=True)
 _RELAXED: Final = WriteConcern(1)
 """Acknowledged, not durable."""
 _IN_FLIGHT: Final = 32

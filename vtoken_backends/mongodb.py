@@ -72,7 +72,7 @@ class MongoDBBackend:
         client: a ``pymongo.AsyncMongoClient`` or a Motor ``AsyncIOMotorClient``. It stays the caller's, with
             its own time limits (PyMongo's default for ``socketTimeoutMS`` is none).
         url: instead of a client; :meth:`open` makes a client of it and :meth:`close` closes that. Unless the
-            URL says otherwise, it waits 5 seconds for a server and 10 seconds for an answer.
+            URL says otherwise, it waits 5 seconds for a server and 8 seconds for an answer.
         database: default: the one that the URL or the client names, else ``vtoken``.
         collection: of the tokens; ``<collection>.budgets`` and ``<collection>.meta`` go with it.
         driver: of the client for ``url``: ``"pymongo"`` or ``"motor"``.
