@@ -166,9 +166,10 @@ def page_index(match: Match) -> list[tuple[str, int]] | None:
         return [("_id", 1)]
     if match.digests is not None:
         return [("digest", 1)]
-    if match.object_id is None or not (match.active or match.valid_at is not None):
+    if match.content_type is None or match.object_id is None:
         return None
-    return [(name, 1) for name in SLOT]
+    is_active = match.active or match.valid_at is not None  # the index holds no others
+    return [(name, 1) for name in SLOT] if is_active else None
 
 
 def pending(token: StoredToken) -> Document:
