@@ -16,7 +16,7 @@ from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, MongoClient
 from pymongo.monitoring import CommandListener, CommandStartedEvent
 
-from vtoken.backend import Budget, InsertResult, Match, Use
+from vtoken.backend import Budget, InsertResult, Match, SetExtraData, Use
 from vtoken.config import create_backend
 from vtoken.errors import (
     BackendClosed,
@@ -74,6 +74,37 @@ async def test_closing_has_the_event_loop_go_on(mongodb_standalone: str, mongodb
         async with opened(url, mongodb_driver) as backend:
             await backend.find(Match(), 1)
         assert "endSessions" in sent
+
+
+async def test_a_connection_that_cannot_be_made_is_no_refusal(
+    mongodb_standalone: str, mongodb_driver: str
+) -> None:
+    """PyMongo tries again then, with what a standalone server refuses."""
+    fails = False
+
+    def loses(command: str) -> bool:
+        nonlocal fails
+        lost = fails and command == "ismaster"
+        fails = fails and not lost
+        return lost
+
+    port = urlsplit(mongodb_standalone).port
+    assert port is not None
+    async with proxy(port, loses) as way:
+        url = f"mongodb://127.0.0.1:{way.port}/connecting?directConnection=true"
+        async with opened(url, mongodb_driver) as backend:
+            for number in range(20):
+                await backend.insert(token(number, object_id=str(number)), ADD)
+            fails = True
+            changes = (backend.update(Match(id=token(n).id), SetExtraData("1")) for n in range(20))
+            answers = await asyncio.gather(*changes, return_exceptions=True)
+            failed = [n for n, answer in enumerate(answers) if isinstance(answer, BaseException)]
+            assert way.lost == {"ismaster": 1}
+            assert [type(answers[n]) for n in failed] == [BackendUnavailable] * len(failed)
+            for number in failed:
+                assert await backend.find(Match(id=token(number).id, active=True), 1) == [
+                    token(number, object_id=str(number))
+                ]
 
 
 async def test_a_client_that_was_closed_says_so(mongodb_url: str) -> None:
