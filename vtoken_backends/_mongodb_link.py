@@ -311,8 +311,8 @@ def _translated(error: Exception, writes: bool) -> BackendError:
             f"MongoDB: the driver refuses the URL, or finds no host of that name ({said})"
         )
     if code == 20 and "retryable writes" in str(error):
-        # Where it could not connect, PyMongo 4.20 tries again, numbered as for a replica set even if the server
-        # is a standalone, which refuses that: nothing was done.
+        # Where it could not connect, PyMongo 4.20 tries again with a transaction number, which a standalone
+        # server refuses: nothing was done.
         return BackendUnavailable(f"MongoDB: interrupted ({said})")
     if code in _DENIED:
         return BackendUnavailable(f"MongoDB: access denied ({said})")
