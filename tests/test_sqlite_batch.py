@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vtoken.backend import NEVER, Budget, InsertMode, InsertResult, Lease, Match, StoredToken, Use
-from vtoken.errors import BackendError, BackendUnavailable
+from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken_backends.sqlite import SQLiteBackend
 
 from .sqlite_tools import NOW, ask, digest, opened, plain, subject, token
@@ -134,6 +134,23 @@ async def test_in_company_a_token_comes_back_to_the_letter(path: Path) -> None:
         used = await asyncio.gather(*(backend.update(m, Use(NOW, "id")) for m in matches))
         assert used == [t._replace(uses=2, used_at=NOW, use_ids=(odd, "id")) for t in tokens]
         assert [await backend.find(m, 1) for m in matches] == [[t] for t in used]
+
+
+async def test_a_use_beside_a_damaged_row_is_answered(path: Path) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        await asyncio.gather(
+            *(backend.insert(token(n)._replace(max_uses=2), InsertMode.ADD) for n in range(4))
+        )
+        with plain(path) as database:
+            database.execute(
+                "UPDATE tokens SET extra_data = CAST(x'ff' AS TEXT) WHERE digest = ?", (digest(2),)
+            )
+        uses = [backend.update(valid(n), Use(NOW)) for n in range(4)]
+        answers = await asyncio.gather(*uses, return_exceptions=True)
+        assert isinstance(answers.pop(2), CorruptStore)
+        assert [a.uses if isinstance(a, StoredToken) else a for a in answers] == [1, 1, 1]
+        with plain(path) as database:
+            assert database.execute("SELECT uses FROM tokens ORDER BY id").fetchall() == [(1,)] * 4
 
 
 async def test_a_search_in_company_minds_every_condition(path: Path) -> None:

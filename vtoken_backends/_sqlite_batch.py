@@ -215,6 +215,7 @@ def find_many(operations: Sequence[Operation]) -> tuple[str, list[Any]]:
 
 
 _ANSWERS: Final = "SELECT '[' || ifnull(group_concat(used), '') || ']' FROM answers WHERE place < ?"
+_ANSWER: Final = _ANSWERS.replace("<", "=")
 
 
 def _padded(count: int) -> int:
@@ -330,11 +331,11 @@ class _Trip:
                 inserted.discard(name)
             return
         self._execute(*many(operations))
-        used = dict(self._json(_ANSWERS, (len(operations),)))
+        used = self._used(len(operations))
         left = []
         for place, (number, operation) in enumerate(zip(group, operations, strict=True)):
             if place in used:
-                self._answers[number] = Rows([_from_json(used[place])])
+                self._answers[number] = used[place]
             elif len(operation.shared.match.digests) > 1:  # it may be there under an older secret
                 left.append(number)
             else:
@@ -343,6 +344,19 @@ class _Trip:
             self._in_one_transaction([left[:1], *([number] for number in left[1:])])
         else:
             self._run_alone(left)
+
+    def _used(self, count: int) -> dict[int, Rows | Exception]:
+        """What the shared uses got, by their places. They may be durable by now, so none is tried again:
+        where one row cannot be read, the others are read one by one."""
+        with contextlib.suppress(Exception):
+            return {place: Rows([_from_json(row)]) for place, row in self._json(_ANSWERS, (count,))}
+        answers: dict[int, Rows | Exception] = {}
+        for place in range(count):
+            try:
+                answers |= {its: Rows([_from_json(row)]) for its, row in self._json(_ANSWER, (place,))}
+            except Exception as own:
+                answers[place] = own
+        return answers
 
     def _recover(self, error: Exception) -> None:
         """Nobody's operation may fail for a neighbour's reason: what is not answered is tried alone."""
