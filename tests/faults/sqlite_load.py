@@ -105,7 +105,8 @@ class _Load:
     async def _purge(self) -> None:
         """Again and again, beside the clients."""
         while True:
-            self._counts["purged"] += await self._manager.purge()
+            purged = await self._manager.purge()
+            self._counts["purged"] += purged  # another part may have begun meanwhile, with counts of its own
             await asyncio.sleep(0.1)
 
     def _part(self, issued: int, seconds: float) -> _Part:
