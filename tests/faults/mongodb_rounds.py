@@ -31,7 +31,7 @@ def failover(long: bool) -> None:
         asyncio.run(kill_primaries(replica_set, 20 if long else 1)).report()
         if long:
             asyncio.run(hang_primaries(replica_set, 5)).report()
-        asyncio.run(kill_primaries(replica_set, 5, durable=False)).report_planted("durable=False")
+        asyncio.run(kill_primaries(replica_set, 15, durable=False)).report_planted("durable=False")
 
 
 def rollback(long: bool) -> None:
