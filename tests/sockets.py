@@ -1,8 +1,9 @@
 """A leaked socket fails the test that runs when it is found; but for PyMongo's, which no later test finds.
 
-PyMongo leaves a socket to the garbage collector where a connection is cancelled while it is made. So the
-tests with "mongodb" in their names (``-k "not mongodb"`` goes by these too) or in those of their fixtures may
-leak sockets, and after the last of them in a row the garbage is collected.
+PyMongo leaves a socket, or asyncio's transport around it, to the garbage collector where a connection is
+cancelled while it is made. So the tests with "mongodb" in their names (``-k "not mongodb"`` goes by these
+too) or in those of their fixtures may leak sockets, and after the last of them in a row the garbage is
+collected.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 
 import pytest
 
-MAY_LEAK = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+MAY_LEAK = pytest.mark.filterwarnings("ignore:unclosed (<socket|transport):ResourceWarning")
 
 
 def may_leak(item: pytest.Item | None) -> bool:

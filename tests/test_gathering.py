@@ -171,6 +171,41 @@ async def test_a_full_queue_makes_callers_wait_and_loses_none(by_caller: bool) -
     assert max(map(len, carrier.batches)) == MAX_BATCH
 
 
+async def test_a_driver_cancelled_before_it_begins_leaves_nobody_waiting() -> None:
+    carrier = Carrier()
+    carrier.may_go.set()
+    gatherer = Gatherer(carrier)
+    before = asyncio.all_tasks()
+    waiting = asyncio.ensure_future(gatherer.submit(2))
+    await asyncio.sleep(0)
+    [driver] = asyncio.all_tasks() - before - {waiting}
+    driver.cancel()
+    assert await waiting == 20
+    assert await gatherer.submit(4) == 40
+
+
+def test_what_is_asked_while_a_loop_ends_is_carried(by_caller: bool) -> None:
+    done: list[object] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def use() -> None:
+        carrier = Carrier()
+        gatherer = Gatherer(carrier, by_caller=by_caller)
+
+        async def give_back(op: int) -> None:
+            try:
+                await gatherer.submit(op)
+            finally:
+                carrier.may_go.set()
+                done.append(await gatherer.submit(op + 10))
+
+        tasks.extend(asyncio.create_task(give_back(op)) for op in (2, 4, 6))
+        await settle()
+
+    asyncio.run(use())  # cancels all that is left, and waits for it
+    assert sorted(str(answer) for answer in done) == ["120", "140", "160"]
+
+
 def test_a_loop_that_ends_in_mid_trip_leaves_nobody_waiting() -> None:
     gatherers: list[Gatherer[int]] = []
     waiting: list[asyncio.Task[object]] = []

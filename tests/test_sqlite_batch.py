@@ -1,9 +1,12 @@
 """SQLite: operations that share a trip come to what they would have come to one by one."""
 
+# pyright: reportPrivateUsage=false
+# What SQLite says when there is no memory left has to be said for it.
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from vtoken.backend import NEVER, Budget, InsertMode, InsertResult, Lease, Match, StoredToken, Use
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
+from vtoken_backends._sqlite_batch import Rows, _Trip
 from vtoken_backends.sqlite import SQLiteBackend
 
 from .sqlite_tools import NOW, ask, digest, opened, plain, subject, token
@@ -151,6 +155,37 @@ async def test_a_use_beside_a_damaged_row_is_answered(path: Path) -> None:
         assert [a.uses if isinstance(a, StoredToken) else a for a in answers] == [1, 1, 1]
         with plain(path) as database:
             assert database.execute("SELECT uses FROM tokens ORDER BY id").fetchall() == [(1,)] * 4
+
+
+async def test_a_digest_asked_for_twice_is_found_once(path: Path) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        await backend.insert(token(1), InsertMode.ADD)
+        twice = Match(digests=(digest(1), digest(1)))
+        found = await asyncio.gather(*(backend.find(twice, 2) for _ in range(3)))
+        assert found == [[token(1)]] * 3
+
+
+async def test_a_commit_without_memory_is_told_and_undone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starving(trip: _Trip, sql: str, parameters: Sequence[Any] = ()) -> Rows:
+        if sql == "COMMIT":
+            raise MemoryError  # as sqlite3 says SQLITE_NOMEM
+        return execute(trip, sql, parameters)
+
+    execute = _Trip._execute
+    async with opened(SQLiteBackend(path)) as backend:
+        monkeypatch.setattr(_Trip, "_execute", starving)
+        writes: list[Coroutine[Any, Any, object]] = [backend.insert(token(1), InsertMode.ADD)]
+        writes += [backend.insert(token(2), InsertMode.ADD), backend.deactivate(subject("3"), NOW)]
+        first, *answers = await asyncio.gather(*writes, return_exceptions=True)
+        assert first is INSERTED  # alone, without a transaction of its own
+        assert [type(answer) for answer in answers] == [BackendError, BackendError]
+        monkeypatch.setattr(_Trip, "_execute", execute)
+        await backend.insert(token(4), InsertMode.ADD)
+        with plain(path) as database:
+            found = database.execute("SELECT digest FROM tokens ORDER BY id").fetchall()
+            assert found == [(digest(1),), (digest(4),)]
 
 
 async def test_a_search_in_company_minds_every_condition(path: Path) -> None:

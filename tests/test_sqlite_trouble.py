@@ -420,3 +420,11 @@ def test_an_application_that_does_not_log_does_not_hear_of_it() -> None:
         "_warn_of_wal_reset((3, 45, 0))"
     )
     assert python(script).communicate(timeout=60) == ("", "")
+
+
+async def test_a_trigger_of_somebody_else_is_refused(path: Path) -> None:
+    await make_store(path)
+    with plain(path) as database:
+        database.execute("CREATE TRIGGER quiet BEFORE INSERT ON tokens BEGIN SELECT RAISE(IGNORE); END")
+    with pytest.raises(CorruptStore, match="triggers"):
+        await SQLiteBackend(path).open()

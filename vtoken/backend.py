@@ -88,7 +88,8 @@ class Match(NamedTuple):
     """The lease is still running: ``lease_until > leased_at``."""
 
     def __repr__(self) -> str:
-        return f"<Match {' '.join(f for f, v in zip(self._fields, self, strict=True) if v is not None)}>"
+        given = [f for f, v in zip(self._fields, self, strict=True) if v is not None and v is not False]
+        return f"<Match {' '.join(given)}>"
 
 
 class Use(NamedTuple):
@@ -281,7 +282,7 @@ class TokenBackend(Protocol):
         longest ended first, and return how many: fewer than ``limit`` only where no more are left. What
         another call holds at that moment is waited for and looked at again, not left out.
         Then forget at most ``limit`` budgets with ``until <= budgets_before``, which are not counted.
-        These are two atomic steps, and each may be several where other purges run."""
+        Each of the two may be several atomic steps; of one that is cut short, some have happened."""
         ...
 
     async def count(self, now: int) -> list[SlugCount]:

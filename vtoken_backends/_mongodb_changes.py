@@ -77,21 +77,28 @@ class Changes:
         match, use = take
         used = await self.change(lambda: documents.usable(match, use, newer={"$exists": False}), use)
         if used is None:
-            used = await after_a_write(self._use_older(match, use))  # it may have sealed newer ones
+            older = await self._older(match, use)
+            if older is not None:
+                # It may have sealed newer ones.
+                used = await after_a_write(self._use_older(match, use, older))
         if used is None:
             return None
         if used.newer or used.has_older:
             await after_a_write(self.end(lambda: documents.overlap_of(used), use.at))
         return used.token
 
-    async def _use_older(self, match: Match, use: Use) -> State | None:
-        """Use a token that newer ones overlap, once each of them is sealed for it."""
+    async def _older(self, match: Match, use: Use) -> State | None:
+        """A token that newer ones overlap."""
 
         async def look() -> State | None:
             found = await self._link.tokens.find_one(documents.usable(match, use, newer={"$exists": True}))
             return documents.state(found) if found else None
 
-        while older := await self._link.run(look, writes=False):
+        return await self._link.run(look, writes=False)
+
+    async def _use_older(self, match: Match, use: Use, older: State | None) -> State | None:
+        """Use a token that newer ones overlap, once each of them is sealed for it."""
+        while older is not None:
             rival = older.token.id
             # The newest one first: it is where all of an overlap meet, so one of them gets past it.
             for newer in reversed(older.newer):
@@ -102,6 +109,7 @@ class Changes:
             used = await self.change(partial(documents.usable, match, use, **same), use)
             if used is not None:
                 return used
+            older = await self._older(match, use)
         return None
 
     async def _seal(self, id_: str, rival: str, at: int) -> bool:

@@ -310,13 +310,12 @@ def _translated(error: Exception, writes: bool) -> BackendError:
         return BackendUnavailable(
             f"MongoDB: the driver refuses the URL, or finds no host of that name ({said})"
         )
-    if code == 20 and "retryable writes" in str(error):
-        # Where it could not connect, PyMongo 4.20 tries again with a transaction number, which a standalone
-        # server refuses: nothing was done.
-        return BackendUnavailable(f"MongoDB: interrupted ({said})")
     if code in _DENIED:
         return BackendUnavailable(f"MongoDB: access denied ({said})")
     lost = isinstance(error, errors.ConnectionFailure | errors.WriteConcernError | errors.ExecutionTimeout)
+    # After a lost connection PyMongo 4.20 tries again with a transaction number, which a standalone server
+    # refuses: that attempt was not carried out, the one before may have been.
+    lost = lost or (code == 20 and "retryable writes" in str(error))
     if not lost and code not in _INTERRUPTED and "writeConcernError" not in details:
         return BackendError(f"MongoDB refused ({said})")
     not_sent = isinstance(error, errors.WaitQueueTimeoutError) or error.has_error_label("NoWritesPerformed")

@@ -123,7 +123,8 @@ class Rows(list[tuple[Any, ...]]):
 class Operation(NamedTuple):
     """One operation on the store.
 
-    Operations that share one of their ``subjects`` are carried out in the order in which they came.
+    Operations of different kinds that share one of their ``subjects`` are carried out in the order in which
+    they came.
     """
 
     alone: Callable[[], tuple[str, Private]]
@@ -177,6 +178,9 @@ class Take(NamedTuple):
     match: Match
     at: int
     use_id: str
+
+    def __repr__(self) -> str:
+        return "<Take>"
 
 
 class Look(NamedTuple):
@@ -282,7 +286,7 @@ class _Trip:
             raise
         try:
             self._execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # MemoryError too
             self._roll_back()
             # Nothing of it was committed that we know of; it is not tried again, as that might do it twice.
             self._answers = [error if answer is _NOT_YET else answer for answer in settled]
@@ -346,9 +350,10 @@ class _Trip:
             self._run_alone(left)
 
     def _used(self, count: int) -> dict[int, Rows | Exception]:
-        """What the shared uses got, by their places. They may be durable by now, so none is tried again:
-        where one row cannot be read, the others are read one by one."""
-        with contextlib.suppress(Exception):
+        """What the shared uses got, by their places. Outside of a transaction they are durable, so none
+        is tried again: where one row cannot be read, the others are read one by one."""
+        is_durable = not self._connection.in_transaction  # asked before: an error may end a transaction
+        with contextlib.suppress(Exception) if is_durable else contextlib.nullcontext():
             return {place: Rows([_from_json(row)]) for place, row in self._json(_ANSWERS, (count,))}
         answers: dict[int, Rows | Exception] = {}
         for place in range(count):
@@ -412,7 +417,8 @@ def _found(by_digest: dict[bytes, tuple[Any, ...]], match: Match, limit: int) ->
     if len(match.digests or ()) == 1:
         row = by_digest.get(match.digests[0]) if match.digests else None
         return Rows((row,) if row is not None and _fits(row, match) else ())
-    found = [by_digest[d] for d in match.digests or () if d in by_digest and _fits(by_digest[d], match)]
+    digests = dict.fromkeys(match.digests or ())
+    found = [by_digest[d] for d in digests if d in by_digest and _fits(by_digest[d], match)]
     if len(found) > 1:
         found.sort(key=lambda row: (row[_CREATED_AT], row[_ID]), reverse=True)
     return Rows(found[:limit])

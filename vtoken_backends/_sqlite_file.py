@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -258,6 +259,7 @@ def _checked_version(database: sqlite3.Connection, path: str) -> int:
     database.execute("BEGIN")  # the version and the objects of one moment
     version = _schema_version(database)
     objects = _objects(database)
+    triggers = _triggers(database)
     database.execute("COMMIT")
     if version is None:
         raise CorruptStore(_FOREIGN.format(path))
@@ -266,7 +268,8 @@ def _checked_version(database: sqlite3.Connection, path: str) -> int:
             f"{path} was made by a newer vtoken (schema {version}, known up to {len(_MIGRATIONS)}):"
             " upgrade vtoken"
         )
-    if not _expected_objects(version) <= objects:
+    ours = _expected_objects(version)
+    if not ours <= objects or triggers - {name for name, _ in ours}:
         raise CorruptStore(f"{path}: its tables, indexes or triggers are not those of vtoken")
     return version
 
@@ -285,6 +288,12 @@ def _migrate(database: sqlite3.Connection, newest: int | None = None) -> None:
 
 def _objects(database: sqlite3.Connection) -> set[tuple[str, str]]:
     return set(database.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall())
+
+
+def _triggers(database: sqlite3.Connection) -> set[str]:
+    """Those on our tables; one of somebody else's could undo what a statement says it did."""
+    sql = "SELECT name FROM sqlite_schema WHERE type = 'trigger' AND tbl_name IN ('tokens', 'budgets')"
+    return {name for (name,) in database.execute(sql).fetchall()}
 
 
 @functools.cache
@@ -350,6 +359,8 @@ def as_backend_error(error: Exception) -> BackendError:
         return BackendUnavailable(f"the SQLite file cannot be made: {error.strerror}")
     if isinstance(error, UnicodeError) or "Could not decode" in message:
         return CorruptStore("SQLite: a text in the store is not UTF-8")  # its own message quotes the text
+    if isinstance(error, json.JSONDecodeError):
+        return CorruptStore("SQLite: a stored row makes no sense")
     if code is None:  # aiosqlite's ValueError, or sqlite3's own word for a closed connection
         closed = isinstance(error, ValueError) or "closed" in message
         return BackendClosed("the SQLite backend was closed meanwhile") if closed else BackendError(message)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Generic, TypeAlias, TypeVar, cast
+from functools import partial
+from typing import Final, Generic, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from vtoken.errors import BackendError
@@ -36,7 +37,7 @@ class _Queue(Generic[Op]):
 
 
 class Gatherer(Generic[Op]):
-    """Carries operations to the store in batches, one batch after the other.
+    """Carries operations to the store in batches.
 
     Args:
         carry: takes 1 to ``max_batch`` operations, in the order in which they came, and returns
@@ -106,6 +107,14 @@ class Gatherer(Generic[Op]):
     def _set_off(self, queue: _Queue[Op]) -> None:
         driver = asyncio.get_running_loop().create_task(self._drive(queue))
         queue.drivers.add(driver)
+        driver.add_done_callback(partial(self._ended, queue))
+
+    def _ended(self, queue: _Queue[Op], driver: asyncio.Task[None]) -> None:
+        # Here and not in the driver, whose own `finally` never runs when it is cancelled before it began. Who
+        # still waits while an event loop ends, to give a lease back, say, gets a driver of its own.
+        queue.drivers.discard(driver)
+        if queue.waiting and not queue.drivers and not queue.lone:
+            self._set_off(queue)
 
     async def _drive(self, queue: _Queue[Op]) -> None:
         batch: list[_Waiting[Op]] = []
@@ -115,13 +124,8 @@ class Gatherer(Generic[Op]):
                 if batch:
                     _deliver(batch, await self._try([op for op, _ in batch]))
         finally:
-            queue.drivers.discard(cast("asyncio.Task[None]", asyncio.current_task()))
-            # Cancelled with its event loop: nobody must wait for an answer that will not come.
-            left = () if queue.drivers else tuple(queue.waiting)
-            for _, answer in (*batch, *left):
+            for _, answer in batch:  # cancelled with its event loop: nobody must wait for these
                 answer.cancel()
-            if left:
-                queue.waiting.clear()
 
     def _next_batch(self, queue: _Queue[Op]) -> list[_Waiting[Op]]:
         batch: list[_Waiting[Op]] = []

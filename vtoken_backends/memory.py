@@ -323,7 +323,7 @@ def _ended(token: StoredToken, at: int) -> StoredToken:
 def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
     """The smallest set of tokens that an index knows to hold every match."""
     if match.digests is not None:
-        return [store.by_digest[d] for d in match.digests if d in store.by_digest]
+        return [store.by_digest[d] for d in dict.fromkeys(match.digests) if d in store.by_digest]
     if match.id is not None:
         return [store.by_id[match.id]] if match.id in store.by_id else []
     if match.object_id is not None and (match.active or match.valid_at is not None):

@@ -24,6 +24,11 @@ def _left() -> _Left:
     return _Left(threading.active_count(), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks()))
 
 
+def _no_more(now: _Left, before: _Left) -> bool:
+    # What others have left to end by itself, a driver's idle threads, may do so meanwhile.
+    return all(count <= most for count, most in zip(now, before, strict=True))
+
+
 async def _open_and_close(path: Path, number: int) -> None:
     """In different ways: with an operation, without, opened twice, cancelled in opening and in closing."""
     manager = TokenManager(SQLiteBackend(path, synchronous="normal", check="never"))
@@ -62,11 +67,11 @@ async def _run(path: Path, count: int) -> None:
     for number in range(count):
         await _open_and_close(path, number)
     for _ in range(6000):
-        if _left() == before:
+        if _no_more(_left(), before):
             break
         await asyncio.sleep(0.01)  # an opening that was cancelled ends in its own thread
     print(f"{count} opens and closes: before {before}, after {_left()}")
-    assert _left() == before
+    assert _no_more(_left(), before)
 
 
 def opens_and_closes(long: bool) -> None:
