@@ -48,8 +48,6 @@ class TestSQLite(BackendModel):
 
 
 class TestMongoDB(BackendModel):
-    examples = 50
-
     @pytest.fixture(autouse=True)
     def _server(self, mongodb_replica_set: str) -> Generator[None]:
         self._databases = databases(mongodb_replica_set)

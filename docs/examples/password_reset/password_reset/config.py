@@ -74,11 +74,11 @@ def _kept_secret(file: Path) -> str:
     Beside the store it protects nothing if both are stolen: on a server put it into the environment.
     """
     if not file.exists():
-        new = file.with_name(f"secret.{os.getpid()}")
+        new = file.with_name(f"secret.{secrets.token_hex(8)}")
         with open(new, "x", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as made:
             made.write(secrets.token_urlsafe(32))
         try:
-            os.link(new, file)  # of several processes that start at once, one makes it
+            os.link(new, file)  # of several that start at once, one makes it
         except FileExistsError:
             pass
         finally:
