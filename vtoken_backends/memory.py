@@ -7,154 +7,61 @@ so it is safe from any number of tasks, threads and event loops, under asyncio a
 from __future__ import annotations
 
 import contextlib
+import heapq
 import threading
-from bisect import insort
-from collections import defaultdict
-from collections.abc import Iterable
-from typing import Final, Self
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator
+from typing import Final, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from vtoken.backend import (
+    PRETENDED,
+    REMEMBERED_USES,
     Budget,
+    BudgetState,
     Change,
-    ForgetKey,
+    Charge,
+    Hold,
+    Inserted,
     InsertMode,
     InsertResult,
-    Lease,
     Match,
-    Release,
-    SetExtraData,
+    Outcome,
+    Presented,
+    Purged,
     SlugCount,
-    Spent,
+    Spend,
+    Spending,
+    StoredKey,
     StoredToken,
+    TokenBackend,
     Use,
+    UseHeld,
+    budget_step,
+    changed,
+    ended,
+    ends_other_context,
+    full_spending,
+    is_valid,
+    key_ended,
+    key_of,
+    least_left,
+    left_of,
+    matches,
+    overlapping_keys,
+    refusal,
+    replaced,
+    running_holds,
+    satisfies,
+    with_hold,
+    with_use,
 )
-from vtoken.errors import BackendClosed, ConfigurationError
-from vtoken_backends.matching import is_valid, matches
+from vtoken.errors import BackendClosed, ConfigurationError, InvalidInput
 
 _BUCKET: Final = 1 << 14
-"""Milliseconds of ``ends_at`` that share a bucket of the purge index: 16 seconds."""
-_ENDS_AT: Final = StoredToken._fields.index("ends_at")  # is_active follows
-_USES: Final = StoredToken._fields.index("uses")  # used_at, use_ids, lease_id, lease_until follow
-
-
-class _Store:
-    """The records and their indexes, guarded by ``lock``."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.by_id: dict[str, StoredToken] = {}
-        self.by_digest: dict[bytes, StoredToken] = {}
-        self.active: dict[str, str | tuple[str, ...]] = {}  # object id -> id, or ids, of its active tokens
-        self.ending = _Ending(self.by_id)
-        self.overlaps: dict[str, str] = {}  # id -> its overlap, while it stands in one
-        self.budgets: dict[Budget, tuple[int, int, int]] = {}  # spent, strikes, until
-
-    def put(self, token: StoredToken) -> None:
-        old = self.by_id.get(token.id)
-        self.by_id[token.id] = token
-        self.by_digest[token.digest] = token
-        if old is None:
-            self.ending.add(token)
-        elif old.ends_at != token.ends_at:
-            self.ending.discard(old)
-            self.ending.add(token)
-        if token.is_active is not (old is not None and old.is_active):
-            self._index_active(token, token.is_active)
-
-    def remove(self, token: StoredToken) -> None:
-        """Forget a token that was taken out of ``ending``."""
-        del self.by_id[token.id]
-        del self.by_digest[token.digest]
-        if self.overlaps:
-            self.overlaps.pop(token.id, None)
-        if token.is_active:
-            self._index_active(token, False)
-
-    def active_of(self, object_id: str) -> list[StoredToken]:
-        """The active tokens of all objects with this id, whatever their content type."""
-        ids = self.active.get(object_id)
-        if ids is None:
-            return []
-        return [self.by_id[ids]] if isinstance(ids, str) else [self.by_id[i] for i in ids]
-
-    def _index_active(self, token: StoredToken, is_active: bool) -> None:
-        # Most objects have one active token; for these, the id itself takes the place of a tuple.
-        ids = self.active.get(token.object_id)
-        if ids is None or ids == token.id:
-            if is_active:
-                self.active[token.object_id] = token.id
-            else:
-                self.active.pop(token.object_id, None)
-            return
-        others = (ids,) if isinstance(ids, str) else tuple(i for i in ids if i != token.id)
-        ids = (*others, token.id) if is_active else others
-        self.active[token.object_id] = ids[0] if len(ids) == 1 else ids
-
-
-class _Ending:
-    """The tokens by their end, in buckets of some seconds: nothing is sorted before its time has come."""
-
-    def __init__(self, by_id: dict[str, StoredToken]) -> None:
-        self._by_id = by_id
-        self._sets: defaultdict[int, set[str]] = defaultdict(set)
-        self._sorted: dict[int, list[str]] = {}  # buckets that a purge has opened, the first to end last
-        self._order: list[int] = []  # all buckets, sorted
-
-    def add(self, token: StoredToken) -> None:
-        bucket = token.ends_at // _BUCKET
-        if bucket not in self._sets and bucket not in self._sorted:
-            insort(self._order, bucket)
-        self._sets[bucket].add(token.id)
-
-    def discard(self, token: StoredToken) -> None:
-        bucket = token.ends_at // _BUCKET
-        ids = self._sets.get(bucket)
-        if ids is not None:  # from an opened bucket it is left out when its turn comes
-            ids.discard(token.id)
-            if not ids:
-                del self._sets[bucket]
-                if bucket not in self._sorted:
-                    self._order.remove(bucket)
-
-    def take(self, before: int, now: int, limit: int) -> list[StoredToken]:
-        """Up to ``limit`` tokens that ended before ``before`` and are not leased, the longest ended first."""
-        due: dict[str, StoredToken] = {}  # by id: a token whose end has moved may stand in its bucket twice
-        leased: list[StoredToken] = []
-        while self._order and self._order[0] * _BUCKET < before and len(due) < limit:
-            ids = self._open(self._order[0])
-            while ids and len(due) < limit:
-                token = self._by_id.get(ids[-1])
-                if token is not None and token.ends_at // _BUCKET == self._order[0]:
-                    if token.ends_at >= before:
-                        break
-                    if token.lease_until > now:
-                        leased.append(token)
-                    else:
-                        due[token.id] = token
-                ids.pop()
-            if ids:
-                break
-            del self._sorted[self._order.pop(0)]
-        for token in leased:
-            self.add(token)
-        return list(due.values())
-
-    def _open(self, bucket: int) -> list[str]:
-        ids = self._sorted.setdefault(bucket, [])
-        new = self._sets.pop(bucket, None)
-        if new:
-            ids += new
-            ids.sort(key=self._end_of, reverse=True)
-        return ids
-
-    def _end_of(self, token_id: str) -> int:
-        token = self._by_id.get(token_id)
-        return 0 if token is None else token.ends_at
-
-
-_named_stores: defaultdict[str, _Store] = defaultdict(_Store)
-_naming = threading.Lock()
+"""Milliseconds that share a bucket of :class:`_Ends`: 16 seconds."""
+_Key = TypeVar("_Key")
 
 
 class MemoryBackend:
@@ -166,7 +73,7 @@ class MemoryBackend:
     """
 
     def __init__(self, name: str = "") -> None:
-        with _naming:  # of two threads that name a new store, both must get the same one
+        with _naming:  # Two threads that name a new store at once must get the same one.
             self._store = _named_stores[name] if name else _Store()
         self._opens = 0
 
@@ -195,115 +102,180 @@ class MemoryBackend:
         with self._store.lock:
             self._opens = max(0, self._opens - 1)
 
-    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        store = self._opened()
-        with store.lock:
-            if token.digest in store.by_digest or token.id in store.by_id:
-                return InsertResult.KEY_TAKEN
-            old = [] if mode is InsertMode.ADD else _siblings(store, token)
-            if mode is InsertMode.IF_NONE_VALID and any(is_valid(t, token.created_at) for t in old):
-                return InsertResult.HAS_VALID
-            overlapping = mode is InsertMode.REPLACE and keep_until > token.created_at
-            for other in old:
-                if overlapping:
-                    store.overlaps[other.id] = store.overlaps.get(other.id, token.id)
-                    store.put(
-                        other._replace(
-                            expires_at=min(other.expires_at, keep_until),
-                            ends_at=min(other.ends_at, keep_until),
-                        )
-                    )
-                else:
-                    store.put(_ended(other, token.created_at))
-            store.put(token)
-            if overlapping and old:
-                # One overlap for all of them: a third token joins the overlap of the first two.
-                overlap = store.overlaps[old[0].id]
-                for member in (*old, token):
-                    store.overlaps[member.id] = overlap
-            return InsertResult.INSERTED
+    async def ping(self) -> None:
+        self._opened()
 
-    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
+    async def note(self, name: str, text: str, *, replace: bool = False) -> str:
         store = self._opened()
         with store.lock:
-            found = _matching(store, match)
-        if len(found) > 1:
-            found.sort(key=_age, reverse=True)
-        if after is not None:
-            found = [token for token in found if _age(token) < after]
-        return found[:limit]
+            if text and (replace or name not in store.notes):
+                store.notes[name] = text
+            return store.notes.get(name, "")
+
+    def within(self, handle: object) -> TokenBackend:
+        self._opened()
+        raise InvalidInput("using: the memory backend has no transactions; leave `using` out")
+
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        store = self._opened()
+        with store.lock:
+            line = [] if mode is InsertMode.ADD else store.active_line(token)
+            digests = (*(key.digest for key in token.keys), *also_taken)
+            owners = store.owners(digests)
+            for owner in owners:
+                if not _is_superseded(owner, digests, token, mode, line):
+                    holder = owner if mode is InsertMode.ONCE else None
+                    return Inserted(InsertResult.KEY_TAKEN, holder)
+            if token.id in store.tokens:
+                return Inserted(InsertResult.KEY_TAKEN)
+            if mode is InsertMode.IF_NONE_VALID:
+                valid = [other for other in line if satisfies(other, wanted_until)]
+                if valid:
+                    return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
+            spending = store.spend(spends, token.created_at)
+            if spending.full is not None:
+                return Inserted(InsertResult.LIMITED, None, spending)
+            for owner in owners:
+                store.save(_without_keys(owner, digests))
+            stored = _replace_line(store, line, token, keep_until)
+            store.save(stored)
+            return Inserted(InsertResult.INSERTED, stored, spending)
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        store = self._opened()
+        with store.lock:
+            found = [(token, held) for token in store.matching(key) if (held := key_of(token, key))]
+            if change is not None and change.use_id:
+                for _, held in found:
+                    used = store.uses.get((held.origin, change.use_id))
+                    if used is not None:
+                        left = store.left(spends, now)
+                        return Presented(Outcome.REPLAYED, store.tokens[used.token], used.at, left)
+            full = store.full(spends, now) if spends else None
+            if full is not None:
+                return Presented(Outcome.LIMITED, spending=full)
+            free = True
+            for token, held in found:
+                why = refusal(token, held, now)
+                if why is None:
+                    token = _changed_by(store, token, held, change, now)
+                    return Presented(Outcome.RIGHT, token, spending=store.left(spends, now))
+                free = free and why not in ("used", "leased")
+            spending = store.spend(spends, now) if free else store.left(spends, now)
+            return Presented(Outcome.REFUSED, found[0][0] if found else None, spending=spending)
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         store = self._opened()
         with store.lock:
-            for token in _matching(store, match):
-                changed = _changed(token, change)
-                if changed is None:
+            for token in store.matching(match):
+                after = changed(token, change)
+                if after is None:
                     continue
-                store.put(changed)
-                if isinstance(change, Use) and token.is_active and token.id in store.overlaps:
-                    _end_overlap(store, token, change.at)
-                return changed
+                store.save(after)
+                if isinstance(change, UseHeld):
+                    hold = next(hold for hold in token.holds if hold.hold_id == change.hold_id)
+                    _used(store, after, hold.origin, change)
+                return after
         return None
 
-    async def deactivate(self, match: Match, at: int) -> int:
+    async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
         store = self._opened()
         with store.lock:
-            found = _matching(store, match._replace(active=True))
+            found = store.matching(match)
+        if after is not None:
+            found = [token for token in found if token.id < after]
+        return heapq.nlargest(limit, found, key=_id) if len(found) > 1 else found
+
+    async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:
+        store = self._opened()
+        count = 0
+        with store.lock:
+            for token in store.matching(match):
+                key = key_of(token, match) if match.digests is not None else None
+                if key is None or key.origin == token.id:
+                    count += token.is_active
+                    store.save(ended(token, at, sparing))
+                else:
+                    count += token.is_active and key.expires_at >= at
+                    store.save(key_ended(token, key, at))
+        return count
+
+    async def erase(self, content_type: str, object_id: str, budgets_of: bytes) -> int:
+        store = self._opened()
+        with store.lock:
+            found = store.matching(Match(content_type=content_type, object_id=object_id))
             for token in found:
-                store.put(_ended(token, at))
+                store.remove(token)
+            store.forget(budgets_of, None)
         return len(found)
 
-    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> Purged:
         store = self._opened()
         with store.lock:
-            ended = store.ending.take(before, now, limit)
-            for token in ended:
+            purged = 0
+            held: list[StoredToken] = []
+            for token_id in store.ends.due(before):
+                token = store.tokens[token_id]
+                if running_holds(token, now):
+                    held.append(token)
+                    continue
                 store.remove(token)
-            old = [b for b, (_, _, until) in store.budgets.items() if until <= budgets_before]
-            for budget in old[:limit]:
-                del store.budgets[budget]
-        return len(ended)
+                purged += 1
+                if purged == limit:
+                    break
+            for token in held:
+                store.ends.add(token.id, token.ends_at)
+            budgets = 0
+            for budget in store.budget_ends.due(budgets_before + 1):
+                store.forget(budget.object, (budget.name,))
+                budgets += 1
+                if budgets == limit:
+                    break
+        return Purged(tokens=purged, budgets=budgets)
 
     async def count(self, now: int) -> list[SlugCount]:
         store = self._opened()
-        counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         with store.lock:
-            tokens = list(store.by_id.values())
+            tokens = list(store.tokens.values())
+        by_slug: defaultdict[str, list[StoredToken]] = defaultdict(list)
         for token in tokens:
-            numbers = counts[token.slug]
-            numbers[0] += 1
-            numbers[1] += token.is_active and token.expires_at >= now
-            numbers[2] += token.is_active and token.expires_at < now
-            numbers[3] += not token.is_active and token.uses > 0
-        return [SlugCount(slug, *numbers) for slug, numbers in counts.items()]
+            if token.content_type != PRETENDED:
+                by_slug[token.slug].append(token)
+        return [_counted(slug, of_slug, now) for slug, of_slug in by_slug.items()]
 
-    async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
+    async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
         store = self._opened()
         with store.lock:
-            spent, strikes, until = store.budgets.get(budget, (0, 0, 0))
-            if until + max_window <= now:
-                spent, strikes, until = 0, 0, 0
-            elif until <= now and spent:
-                spent, strikes = 0, min(strikes + 1, 20) if spent >= limit else 0
-            if spent >= limit:
-                return Spent(False, until)
-            if not spent:
-                until = now + min(window << strikes, max_window)
-            store.budgets[budget] = spent + 1, strikes, until
-            return Spent(True, until)
+            return store.spend(spends, now)
 
-    async def refund(self, budget: Budget, until: int) -> None:
+    async def refund(self, charges: tuple[Charge, ...]) -> None:
         store = self._opened()
         with store.lock:
-            spent, strikes, running_until = store.budgets.get(budget, (0, 0, 0))
-            if spent and running_until == until:
-                store.budgets[budget] = spent - 1, strikes, until
+            for charge in charges:
+                state = store.budget(charge.budget)
+                if state is not None and state.spent and state.until == charge.until:
+                    store.keep(charge.budget, state._replace(spent=state.spent - 1))
 
-    async def reset(self, budget: Budget) -> None:
+    async def budgets(self, names: tuple[Budget, ...]) -> list[BudgetState | None]:
         store = self._opened()
         with store.lock:
-            store.budgets.pop(budget, None)
+            return [store.budget(name) for name in names]
+
+    async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
+        store = self._opened()
+        with store.lock:
+            return store.forget(budgets_of, names)
 
     def _opened(self) -> _Store:
         if not self._opens:
@@ -311,68 +283,340 @@ class MemoryBackend:
         return self._store
 
 
-def _age(token: StoredToken) -> tuple[int, str]:
-    return token.created_at, token.id
+# What the methods do in several steps, under the lock ---------------------------------------------
 
 
-def _ended(token: StoredToken, at: int) -> StoredToken:
-    # Four times as fast as _replace(), on the way of every use (tests/benchmarks, memory).
-    return StoredToken._make((*token[:_ENDS_AT], min(token.ends_at, at - 1), False, *token[_ENDS_AT + 2 :]))
+def _id(token: StoredToken) -> str:
+    return token.id
 
 
-def _candidates(store: _Store, match: Match) -> Iterable[StoredToken]:
-    """The smallest set of tokens that an index knows to hold every match."""
-    if match.digests is not None:
-        return [store.by_digest[d] for d in dict.fromkeys(match.digests) if d in store.by_digest]
-    if match.id is not None:
-        return [store.by_id[match.id]] if match.id in store.by_id else []
-    if match.object_id is not None and (match.active or match.valid_at is not None):
-        return store.active_of(match.object_id)
-    return store.by_id.values()
+def _is_superseded(
+    owner: StoredToken,
+    digests: Collection[bytes],
+    token: StoredToken,
+    mode: InsertMode,
+    line: Collection[StoredToken],
+) -> bool:
+    """Whether a token whose key is in the way of a new one loses it to the new one."""
+    return (
+        mode is not InsertMode.ONCE
+        and all(key.kind == "code" for key in owner.keys if key.digest in digests)
+        and (owner.content_type, owner.object_id, owner.slug)
+        == (token.content_type, token.object_id, token.slug)
+        and (not is_valid(owner, token.created_at) or owner in line)
+    )
 
 
-def _matching(store: _Store, match: Match) -> list[StoredToken]:
-    if match.digests is not None and len(match.digests) == 1:
-        token = store.by_digest.get(match.digests[0])
-        return [token] if token is not None and matches(token, match) else []
-    return [token for token in _candidates(store, match) if matches(token, match)]
+def _without_keys(token: StoredToken, digests: Collection[bytes]) -> StoredToken:
+    return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
 
 
-def _siblings(store: _Store, token: StoredToken) -> list[StoredToken]:
-    """The other active tokens of the same content type, object id and slug."""
-    return [
-        other
-        for other in store.active_of(token.object_id)
-        if other.slug == token.slug and other.content_type == token.content_type and other.id != token.id
-    ]
+def _replace_line(
+    store: _Store, line: Iterable[StoredToken], token: StoredToken, keep_until: int
+) -> StoredToken:
+    """Replace the tokens of a line, and return the new one with the keys that it takes over."""
+    old = [store.tokens[other.id] for other in line]
+    exclusive = [other for other in old if not other.is_beside]
+    taken: tuple[StoredKey, ...] = ()
+    if exclusive and keep_until > token.created_at:
+        newest = max(exclusive, key=_id)
+        taken = overlapping_keys(newest, token, keep_until)
+    digests = [key.digest for key in taken]
+    for other in old:
+        other = _without_keys(other, digests) if taken else other
+        store.save(replaced(other, token.created_at))
+    return token._replace(keys=(*token.keys, *taken)) if taken else token
 
 
-def _changed(token: StoredToken, change: Change) -> StoredToken | None:
-    """The token after the change, or None where a use was counted already."""
+def _changed_by(
+    store: _Store, token: StoredToken, key: StoredKey, change: Use | Hold | None, now: int
+) -> StoredToken:
+    """Make the change that somebody with a right key asked for, and return the token after it."""
     match change:
-        case Use(at, use_id):
-            if use_id and use_id in token.use_ids:
-                return None
-            use_ids = (*token.use_ids, use_id) if use_id else token.use_ids
-            uses, after = token.uses + 1, (at, use_ids, "", 0)
-            if uses < token.max_uses:
-                return StoredToken._make((*token[:_USES], uses, *after))
-            ends_at = min(token.ends_at, at - 1)
-            return StoredToken._make(
-                (*token[:_ENDS_AT], ends_at, False, *token[_ENDS_AT + 2 : _USES], uses, *after)
-            )
-        case Lease(lease_id, until):
-            return token._replace(lease_id=lease_id, lease_until=until)
-        case Release():
-            return token._replace(lease_id="", lease_until=0)
-        case SetExtraData(extra_data):
-            return token._replace(extra_data=extra_data)
-        case ForgetKey():
-            return token._replace(plain_key="")
+        case None:
+            return token
+        case Hold():
+            after = with_hold(token, key, change, now)
+            store.save(after)
+            return after
+        case Use():
+            after = with_use(token, change)
+            store.save(after)
+            _used(store, after, key.origin, change)
+            return after
 
 
-def _end_overlap(store: _Store, used: StoredToken, at: int) -> None:
-    overlap = store.overlaps[used.id]
-    for token in _siblings(store, used):
-        if store.overlaps.get(token.id) == overlap:
-            store.put(_ended(token, at))
+def _used(store: _Store, token: StoredToken, origin: str, change: Use | UseHeld) -> None:
+    """What a use does beside the record of its token."""
+    if change.use_id:
+        store.remember(token.id, origin, change.use_id, change.at)
+    for budget in change.resets:
+        store.forget(budget.object, (budget.name,))
+    if token.context and not token.is_beside:
+        for other in store.active_of(token.object_id):
+            if ends_other_context(token, other):
+                store.save(ended(other, change.at))
+
+
+def _counted(slug: str, tokens: Collection[StoredToken], now: int) -> SlugCount:
+    active = sum(is_valid(token, now) for token in tokens)
+    return SlugCount(
+        slug=slug,
+        total=len(tokens),
+        active=active,
+        expired=sum(token.is_active for token in tokens) - active,
+        used=sum(not token.is_active and token.uses > 0 for token in tokens),
+    )
+
+
+# The store ----------------------------------------------------------------------------------------
+
+
+class _Remembered(NamedTuple):
+    """A use that may be asked for again."""
+
+    token: str
+    at: int
+
+
+class _OfObject:
+    """The ids of the tokens of an object that has several."""
+
+    __slots__ = ("active", "ended")
+
+    def __init__(self) -> None:
+        self.active: dict[str, None] = {}
+        self.ended: dict[str, None] = {}
+
+
+class _Store:
+    """The records and their indexes, guarded by ``lock``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.notes: dict[str, str] = {}
+        self.tokens: dict[str, StoredToken] = {}
+        self.ends = _Ends[str]()
+        self.uses: dict[tuple[str, str], _Remembered] = {}  # by origin and use id
+        self.budget_ends = _Ends[Budget]()
+        self._owners: dict[bytes, str] = {}  # digest -> id of the token that has the key
+        # By object id. Most objects have one token: for these, its id takes the place of an _OfObject.
+        self._objects: dict[str, str | _OfObject] = {}
+        self._uses_of: dict[str, deque[tuple[str, str]]] = {}  # token id -> keys of `uses`, oldest first
+        self._budgets: dict[bytes, dict[bytes, BudgetState]] = {}  # object -> name -> state
+
+    # Tokens
+
+    def save(self, token: StoredToken) -> None:
+        """Store a new token, or what has become of one."""
+        old = self.tokens.get(token.id)
+        self.tokens[token.id] = token
+        if old is None or old.keys is not token.keys:
+            for key in old.keys if old is not None else ():
+                if self._owners.get(key.digest) == token.id:
+                    del self._owners[key.digest]
+            for key in token.keys:
+                self._owners[key.digest] = token.id
+        if old is None or old.ends_at != token.ends_at:
+            if old is not None:
+                self.ends.discard(old.id, old.ends_at)
+            self.ends.add(token.id, token.ends_at)
+        if old is None:
+            self._add_to_object(token)
+        elif old.is_active is not token.is_active:
+            of_object = self._objects[token.object_id]
+            if not isinstance(of_object, str):
+                source, target = of_object.active, of_object.ended
+                if token.is_active:
+                    source, target = target, source
+                source.pop(token.id, None)
+                target[token.id] = None
+
+    def remove(self, token: StoredToken) -> None:
+        """Forget a token and its uses."""
+        del self.tokens[token.id]
+        for key in token.keys:
+            if self._owners.get(key.digest) == token.id:
+                del self._owners[key.digest]
+        self.ends.discard(token.id, token.ends_at)
+        of_object = self._objects[token.object_id]
+        if isinstance(of_object, str):
+            del self._objects[token.object_id]
+        else:
+            of_object.active.pop(token.id, None)
+            of_object.ended.pop(token.id, None)
+            if not of_object.active and not of_object.ended:
+                del self._objects[token.object_id]
+        for use in self._uses_of.pop(token.id, ()):
+            del self.uses[use]
+
+    def owners(self, digests: Iterable[bytes]) -> list[StoredToken]:
+        """The tokens that have keys with these digests, each once, in the order of the digests."""
+        ids = dict.fromkeys(self._owners[digest] for digest in digests if digest in self._owners)
+        return [self.tokens[token_id] for token_id in ids]
+
+    def active_of(self, object_id: str) -> list[StoredToken]:
+        """The active tokens of all objects with this id, whatever their content type."""
+        of_object = self._objects.get(object_id)
+        if of_object is None:
+            return []
+        if isinstance(of_object, str):
+            token = self.tokens[of_object]
+            return [token] if token.is_active else []
+        return [self.tokens[token_id] for token_id in of_object.active]
+
+    def active_line(self, token: StoredToken) -> list[StoredToken]:
+        """The active tokens with the same content type, object id, slug and context."""
+        return [
+            other
+            for other in self.active_of(token.object_id)
+            if (other.content_type, other.slug, other.context)
+            == (token.content_type, token.slug, token.context)
+        ]
+
+    def matching(self, match: Match) -> list[StoredToken]:
+        """The tokens that match."""
+        return [token for token in self._candidates(match) if matches(token, match)]
+
+    def remember(self, token_id: str, origin: str, use_id: str, at: int) -> None:
+        """Remember a use for who asks for it again."""
+        if (origin, use_id) in self.uses:
+            return
+        self.uses[origin, use_id] = _Remembered(token_id, at)
+        uses = self._uses_of.setdefault(token_id, deque())
+        uses.append((origin, use_id))
+        if len(uses) > REMEMBERED_USES:
+            del self.uses[uses.popleft()]
+
+    def _candidates(self, match: Match) -> Iterable[StoredToken]:
+        """The smallest set of tokens that an index knows to contain every match."""
+        if match.digests is not None:
+            return self.owners(match.digests)
+        if match.id is not None:
+            token = self.tokens.get(match.id)
+            return () if token is None else (token,)
+        if match.object_id is None:
+            return self.tokens.values()
+        if match.active or match.valid_at is not None:
+            return self.active_of(match.object_id)
+        of_object = self._objects.get(match.object_id, _OfObject())
+        if isinstance(of_object, str):
+            return (self.tokens[of_object],)
+        return [self.tokens[token_id] for token_id in (*of_object.active, *of_object.ended)]
+
+    def _add_to_object(self, token: StoredToken) -> None:
+        of_object = self._objects.get(token.object_id)
+        if of_object is None:
+            self._objects[token.object_id] = token.id
+            return
+        if isinstance(of_object, str):
+            first, of_object = self.tokens[of_object], _OfObject()
+            (of_object.active if first.is_active else of_object.ended)[first.id] = None
+            self._objects[token.object_id] = of_object
+        (of_object.active if token.is_active else of_object.ended)[token.id] = None
+
+    # Budgets
+
+    def budget(self, name: Budget) -> BudgetState | None:
+        return self._budgets.get(name.object, {}).get(name.name)
+
+    def keep(self, name: Budget, state: BudgetState) -> None:
+        """Store what has become of a budget."""
+        of_object = self._budgets.setdefault(name.object, {})
+        old = of_object.get(name.name)
+        of_object[name.name] = state
+        if old is None or old.until != state.until:
+            if old is not None:
+                self.budget_ends.discard(name, old.until)
+            self.budget_ends.add(name, state.until)
+
+    def forget(self, budgets_of: bytes, names: Iterable[bytes] | None) -> int:
+        """Forget some or all budgets of an object; how many there were."""
+        of_object = self._budgets.get(budgets_of, {})
+        chosen = list(of_object if names is None else dict.fromkeys(names))
+        count = 0
+        for name in chosen:
+            state = of_object.pop(name, None)
+            if state is not None:
+                self.budget_ends.discard(Budget(object=budgets_of, name=name), state.until)
+                count += 1
+        if not of_object:
+            self._budgets.pop(budgets_of, None)
+        return count
+
+    def full(self, spends: tuple[Spend, ...], now: int) -> Spending | None:
+        """The refusal if one of the spends is not allowed."""
+        return full_spending([self.budget(spend.budget) for spend in spends], spends, now)
+
+    def left(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        """What is left where nothing was charged."""
+        lefts = [left_of(self.budget(spend.budget), spend, now) for spend in spends]
+        return Spending(left=least_left(lefts))
+
+    def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        """Charge all of them, or none."""
+        if not spends:
+            return Spending()
+        full = self.full(spends, now)
+        if full is not None:
+            return full
+        charges: list[Charge] = []
+        lefts: list[int] = []
+        for spend in spends:
+            state = budget_step(self.budget(spend.budget), spend, now)
+            assert state is not None  # noqa: S101  # none of them is full
+            self.keep(spend.budget, state)
+            charges.append(Charge(budget=spend.budget, until=state.until))
+            lefts.append(max(spend.limit - state.spent, 0))
+        return Spending(charges=tuple(charges), left=least_left(lefts))
+
+
+class _Ends(Generic[_Key]):
+    """What ends when, so that the first to end are found without looking at the others.
+
+    1. What is added goes into a bucket of some seconds; nothing is sorted before its time has come.
+    2. Buckets whose time has come are emptied into one heap.
+    3. What was discarded after that stays in the heap, and is passed over when its turn comes.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[_Key, int]] = {}
+        self._numbers: list[int] = []  # of all buckets, sorted
+        self._heap: list[tuple[int, _Key]] = []
+        self._in_heap: dict[_Key, int] = {}  # what is in the heap and was not discarded
+
+    def add(self, key: _Key, end: int) -> None:
+        number = end // _BUCKET
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = {}
+            insort(self._numbers, number)
+        bucket[key] = end
+
+    def discard(self, key: _Key, end: int) -> None:
+        """Leave out what was added with this end."""
+        number = end // _BUCKET
+        bucket = self._buckets.get(number)
+        if bucket is not None and key in bucket:
+            del bucket[key]
+            if not bucket:
+                del self._buckets[number]
+                del self._numbers[bisect_left(self._numbers, number)]
+        else:
+            self._in_heap.pop(key, None)
+
+    def due(self, before: int) -> Iterator[_Key]:
+        """Take out what ends before a time, the first to end first, as far as it is iterated."""
+        while self._numbers and self._numbers[0] * _BUCKET < before:
+            for key, end in self._buckets.pop(self._numbers.pop(0)).items():
+                self._in_heap[key] = end
+                heapq.heappush(self._heap, (end, key))
+        while self._heap and self._heap[0][0] < before:
+            end, key = heapq.heappop(self._heap)
+            if self._in_heap.get(key) == end:
+                del self._in_heap[key]
+                yield key
+
+
+_named_stores: defaultdict[str, _Store] = defaultdict(_Store)
+_naming = threading.Lock()
