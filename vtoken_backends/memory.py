@@ -575,7 +575,7 @@ class _Ends(Generic[_Key]):
     """What ends when, so that the first to end are found without looking at the others.
 
     1. What is added goes into a bucket of some seconds; nothing is sorted before its time has come.
-    2. Buckets whose time has come are emptied into one heap.
+    2. A bucket whose time has come, and whose turn it is, is emptied into a heap.
     3. What was discarded after that stays in the heap, and is passed over when its turn comes.
     """
 
@@ -607,15 +607,22 @@ class _Ends(Generic[_Key]):
 
     def due(self, before: int) -> Iterator[_Key]:
         """Take out what ends before a time, the first to end first, as far as it is iterated."""
-        while self._numbers and self._numbers[0] * _BUCKET < before:
-            for key, end in self._buckets.pop(self._numbers.pop(0)).items():
-                self._in_heap[key] = end
-                heapq.heappush(self._heap, (end, key))
-        while self._heap and self._heap[0][0] < before:
+        while self._open_next(before):
             end, key = heapq.heappop(self._heap)
             if self._in_heap.get(key) == end:
                 del self._in_heap[key]
                 yield key
+
+    def _open_next(self, before: int) -> bool:
+        """See to it that the first of the heap is the first to end; whether it ends before a time."""
+        while self._numbers and self._numbers[0] * _BUCKET < before:
+            if self._heap and self._heap[0][0] < self._numbers[0] * _BUCKET:
+                break
+            bucket = self._buckets.pop(self._numbers.pop(0))
+            self._in_heap.update(bucket)
+            self._heap += [(end, key) for key, end in bucket.items()]
+            heapq.heapify(self._heap)
+        return bool(self._heap) and self._heap[0][0] < before
 
 
 _named_stores: defaultdict[str, _Store] = defaultdict(_Store)
