@@ -1,14 +1,16 @@
-"""What may come in from outside: text, identifiers, durations, JSON; one clear error for the rest.
+"""Checks of what comes from outside: text, identifiers, durations, JSON. All else is one clear error.
 
-Nothing here puts the refused value into a message: it may be a key.
+No message repeats a text that was refused, because it may be a key.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, date, datetime, timedelta
+from difflib import get_close_matches
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, TypeVar
@@ -18,10 +20,16 @@ from vtoken.errors import ConfigurationError, InvalidInput
 
 T = TypeVar("T")
 
+Duration = timedelta | str
+"""How long: a ``timedelta``, or a text such as ``"90s"``, ``"15m"``, ``"1h"`` or ``"7d"``."""
+Lifetime = float | timedelta | str | None
+"""How long a token lives: a number of minutes, a :data:`Duration`, or None for ever."""
+
 MAX_NAME_BYTES: Final = 255
 """Slugs and content types, UTF-8."""
 MAX_OBJECT_ID_BYTES: Final = 512
 MAX_KEY_BYTES: Final = 512
+MAX_CONTEXT_NAMES: Final = 32
 MAX_CONSUME_ID_BYTES: Final = 128
 MAX_EXTRA_DATA_BYTES: Final = 16_384
 """Compact UTF-8 JSON text."""
@@ -30,7 +38,9 @@ MAX_EXTRA_DATA_DEPTH: Final = 16
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-_MAX_MINUTES: Final = timedelta(days=9_999 * 366) // timedelta(minutes=1)
+_MAX_DURATION: Final = timedelta(days=9_999 * 366)
+_DURATION: Final = re.compile(r"([0-9]{1,15})(ms|s|m|h|d)")
+_UNITS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 
 
 class Wildcard(Enum):
@@ -43,7 +53,7 @@ class Wildcard(Enum):
 
 
 ANY: Final = Wildcard.ANY
-"""Every slug, every key, every object: what an argument means when it is left out."""
+"""Every slug, every key or every object: the meaning of an argument that is left out."""
 
 
 class Unset(Enum):
@@ -56,13 +66,13 @@ class Unset(Enum):
 
 
 DEFAULT: Final = Unset.DEFAULT
-"""Take the policy's value, or the settings'."""
+"""Use the policy's value, or else that of the settings."""
 
 
 def text_problem(value: object, limit: int, *, may_be_empty: bool = False) -> str | None:
     """Say why ``value`` is not a text of 1 to ``limit`` bytes of UTF-8, or None if it is.
 
-    A separate step from raising, so that a caller can first drop a secret from its frame.
+    It does not raise, so that a caller can first drop a secret from its frame.
     """
     if type(value) is str and value.isascii() and 0 < len(value) <= limit and "\0" not in value:
         return None
@@ -80,6 +90,27 @@ def text_problem(value: object, limit: int, *, may_be_empty: bool = False) -> st
     if any("\ud800" <= c <= "\udfff" for c in value):
         return "must not contain lone surrogates"
     return f"must be at most {limit} bytes long" if len(value.encode()) > limit else None
+
+
+def context_problem(value: object) -> str | None:
+    """Say why ``value`` is not a context, a text or a mapping of names to texts, or None if it is one.
+
+    A context is a secret: a caller drops it from its frame before it raises.
+    """
+    if not isinstance(value, Mapping):
+        if not isinstance(value, str):
+            return f"must be a str or a mapping of names to str, not {type(value).__name__}"
+        return text_problem(value, MAX_KEY_BYTES)
+    if not 1 <= len(value) <= MAX_CONTEXT_NAMES:
+        return f"must be a mapping of 1 to {MAX_CONTEXT_NAMES} names"
+    for name, text in value.items():
+        problem = text_problem(name, MAX_NAME_BYTES)
+        if problem is not None:
+            return f"must be a mapping whose names are texts: a name {problem}"
+        problem = text_problem(text, MAX_KEY_BYTES, may_be_empty=True)
+        if problem is not None:
+            return f"must be a mapping whose values are texts: the value of {name!r} {problem}"
+    return None
 
 
 def check_text(name: str, value: object, limit: int) -> str:
@@ -105,6 +136,8 @@ def check_object_id(value: object) -> str:
     """
     if type(value) is str:
         return check_text("object_id", value, MAX_OBJECT_ID_BYTES)
+    if value is None:
+        raise InvalidInput("the object has no id yet: save it before you issue a token for it")
     if isinstance(value, bool) or not isinstance(value, str | int | UUID):
         raise InvalidInput(f"object_id must be a str, int or UUID, not {type(value).__name__}")
     if isinstance(value, int):
@@ -141,30 +174,82 @@ def from_milliseconds(moment: int) -> datetime:
     return EPOCH + timedelta(0, moment // 1000, moment % 1000 * 1000)
 
 
-def check_minutes(name: str, value: object) -> int | None:
-    """Return a lifetime in whole milliseconds, or None for ``None`` (never expires).
+def duration(
+    name: str, value: object, *, least: timedelta = _MILLISECOND, most: timedelta | None = None
+) -> int:
+    """Return a duration in whole milliseconds.
+
+    Args:
+        name: what the duration is, for the message.
+        value: a ``timedelta``, or a text of a number and a unit: ``"250ms"``, ``"90s"``, ``"15m"``,
+            ``"1h"``, ``"7d"``.
+        least: the shortest that is allowed.
+        most: the longest that is allowed, 9999 years if left out.
 
     Raises:
-        InvalidInput: neither None nor an ``int`` or ``float`` greater than 0, of at most 9999 years.
+        InvalidInput: it is neither, or out of range.
+    """
+    milliseconds = _duration(value)
+    if milliseconds is None:
+        raise InvalidInput(f"{name} must be a timedelta or a text such as '90s', '15m', '1h' or '7d'{_hint(value)}")
+    if milliseconds < least // _MILLISECOND:
+        raise InvalidInput(f"{name} must be at least {spelled(least // _MILLISECOND)}")
+    longest = (_MAX_DURATION if most is None else most) // _MILLISECOND
+    if milliseconds > longest:
+        raise InvalidInput(f"{name} must be at most {spelled(longest)}")
+    return milliseconds
+
+
+def lifetime(name: str, value: object) -> int | None:
+    """Return a lifetime in whole milliseconds, or None for ``None`` (never expires).
+
+    Args:
+        name: what the lifetime is, for the message.
+        value: None, a number of minutes, or what :func:`duration` takes.
+
+    Raises:
+        InvalidInput: it is none of these, shorter than a millisecond or longer than 9999 years.
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidInput(f"{name} must be a number of minutes or None, not {type(value).__name__}")
-    if not 0 < value < _MAX_MINUTES:  # which NaN is not either
-        raise InvalidInput(f"{name} must be a number of minutes greater than 0, and at most 9999 years")
-    return timedelta(minutes=value) // _MILLISECOND
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 < value <= _MAX_DURATION / timedelta(minutes=1):  # which also refuses NaN
+            raise InvalidInput(f"{name} must be more than 0 minutes and at most 9999 years, or None for never")
+        value = timedelta(minutes=value)
+    if _duration(value) is None:
+        raise InvalidInput(
+            f"{name} must be None, a number of minutes, a timedelta or a text such as '15m', '1h' or '7d',"
+            f" not {_kind(value)}"
+        )
+    return duration(name, value)
 
 
-def check_duration(name: str, value: object, *, least: timedelta = _MILLISECOND) -> int:
-    """Return a ``timedelta`` in whole milliseconds.
+def spelled(milliseconds: int) -> str:
+    """A duration as :func:`duration` reads it: ``"90s"``, ``"15m"``."""
+    for unit, length in _UNITS.items():
+        if milliseconds and milliseconds % length == 0:
+            return f"{milliseconds // length}{unit}"
+    return "0s"
 
-    Raises:
-        InvalidInput: not a ``timedelta`` of ``least`` or more.
-    """
-    if not isinstance(value, timedelta) or value < least:
-        raise InvalidInput(f"{name} must be a timedelta of at least {least}")
-    return value // _MILLISECOND
+
+def _duration(value: object) -> int | None:
+    if isinstance(value, timedelta):
+        return value // _MILLISECOND
+    if isinstance(value, str):
+        found = _DURATION.fullmatch(value)
+        return int(found[1]) * _UNITS[found[2]] if found else None
+    return None
+
+
+def _hint(value: object) -> str:
+    """The right spelling of a duration that was given as a number."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**9:
+        return f", not an int: for {value} seconds write '{value}s', for {value} minutes '{value}m'"
+    return f", not {_kind(value)}"
+
+
+def _kind(value: object) -> str:
+    return "another text" if isinstance(value, str) else type(value).__name__
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:
@@ -179,27 +264,46 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
 
 
 def check_kind(name: str, value: object, kind: Any) -> None:
-    """Say what a part of a configuration must be.
+    """Check the type of a part of a configuration.
 
     Raises:
         ConfigurationError: it is no instance of ``kind``.
     """
     if not isinstance(value, kind):
-        raise ConfigurationError(f"{name}: a {kind.__name__} is wanted, not {type(value).__name__}")
+        raise ConfigurationError(f"{name} must be {_a(kind.__name__)}, not {type(value).__name__}")
 
 
 def several(name: str, values: Iterable[T], kind: type = object) -> tuple[T, ...]:
     """Return the parts of a configuration.
 
     Raises:
-        ConfigurationError: it is not several, or one is no instance of ``kind``.
+        ConfigurationError: it is not iterable, or one of its items is no instance of ``kind``.
     """
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ConfigurationError(f"{name}: several are wanted, e.g. a list, not {type(values).__name__}")
+        of = "" if kind is object else f" of {kind.__name__}"
+        raise ConfigurationError(
+            f"{name} must be an iterable{of}, such as a list, not {type(values).__name__}"
+        )
     values = tuple(values)
     for value in values:
-        check_kind(name, value, kind)
+        check_kind(f"each of {name}", value, kind)
     return values
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOU" else f"a {noun}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean ...?"`` with the known name that is spelled most alike, or ``""``.
+
+    Args:
+        word: a name that is not known.
+        known: the names that are.
+    """
+    by_lower = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), by_lower, 1, 0.5)
+    return f"did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def dump_json(value: object) -> str:
@@ -262,4 +366,5 @@ def _check_json(value: object, depth: int) -> None:
         for item in value.values() if isinstance(value, dict) else value:
             _check_json(item, depth - 1)
     else:
-        raise InvalidInput(f"extra_data: {type(value).__name__} is not JSON")
+        hint = "; store a datetime as value.isoformat()" if isinstance(value, date) else ""
+        raise InvalidInput(f"extra_data: {type(value).__name__} is not JSON{hint}")

@@ -7,7 +7,8 @@ Schemes, each a 32-byte digest that is unique over the store:
   below 112 bits only).
 * ``hmac-sha256``: of a link key, with the secret (RFC 2104).
 * ``code-hmac-sha256``: of a short code, with the secret, over the length-prefixed content type, object id,
-  slug and code. Equal codes of two people differ at rest, and without the secret they can't be searched.
+  slug and code. Equal codes of two people have different digests, and nobody can search for them without
+  the secret.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import hmac
 import os
 import secrets
 import string
+import struct
+import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from vtoken.errors import InvalidInput
-from vtoken.inputs import MAX_KEY_BYTES
+from vtoken.backend import StoredKey
+from vtoken.errors import ConfigurationError, InvalidInput
+from vtoken.inputs import MAX_KEY_BYTES, text_problem
 
 ALPHANUMERIC: Final = string.ascii_uppercase + string.ascii_lowercase + string.digits
 DIGITS: Final = string.digits
@@ -36,7 +40,7 @@ KeyGenerator = Callable[..., str]
 
 
 class Hidden:
-    """A key, kept out of every repr: those of the locals in a traceback too."""
+    """A key, kept out of every repr, also of the locals in a traceback."""
 
     __slots__ = ("_key",)
 
@@ -55,21 +59,8 @@ class Hidden:
         return "<hidden>"
 
 
-class Digests(tuple[bytes, ...]):
-    """The digests under which a presented key may be stored, the current secret's first."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "<digests>"
-
-
-NOTHING: Final = Hidden(None)
-"""No key, or no context."""
-
-
 class Digest(NamedTuple):
-    """The digest under which a new key is stored."""
+    """What is stored of a key."""
 
     value: bytes
     scheme: str
@@ -77,6 +68,27 @@ class Digest(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<{self.scheme} digest>"
+
+
+class Candidates(tuple[Digest, ...]):
+    """What may be stored of a presented key, the current secret's digest first."""
+
+    __slots__ = ()
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """The digests alone, which the store is asked for."""
+        return tuple(digest.value for digest in self)
+
+    def fit(self, key: StoredKey) -> bool:
+        """Whether a stored key is one of these in its scheme and secret, too.
+
+        A digest that was made without the secret does not pass for one that was made with it.
+        """
+        return (key.digest, key.scheme, key.secret_id) in self
+
+    def __repr__(self) -> str:
+        return "<candidate digests>"
 
 
 def random_key(length: int = 32, allowed_chars: str = ALPHANUMERIC) -> str:
@@ -134,22 +146,115 @@ def _checksum(text: str) -> str:
     return digits
 
 
-def normalise_code(code: str, chars: str | None) -> str:
-    """Undo what people do to a code when they type it: spaces, hyphens, and letter case where the
-    alphabet has one case only. Digits stay as they are: other scripts' digits match nothing.
+def is_possible_key(text: str) -> bool:
+    """Whether a text can be a key at all: no NUL, no lone surrogate, at most 512 bytes of UTF-8."""
+    return text_problem(text, MAX_KEY_BYTES, may_be_empty=True) is None
+
+
+def normalise_link(text: str) -> str:
+    """Strip white space and invisible characters from the ends of a link's key, and change nothing else.
 
     Args:
-        code: what was typed.
-        chars: the code's alphabet, None where a generator of the application's own decides.
+        text: what was pasted.
     """
-    code = "".join(code.split()) if chars is None or " " not in chars else code
-    if chars is None or "-" not in chars:
-        code = code.replace("-", "")
-    if chars is None or not code.isascii() or not chars.isascii():
-        return code
-    if not any(c.islower() for c in chars):
-        return code.upper()
-    return code if any(c.isupper() for c in chars) else code.lower()
+    start, end = 0, len(text)
+    while start < end and _is_invisible(text[start]):
+        start += 1
+    while end > start and _is_invisible(text[end - 1]):
+        end -= 1
+    return text[start:end]
+
+
+def normalise_code(text: str, chars: str | None) -> str:
+    """Undo what people and their programs do to a code when they type or paste it.
+
+    1. The text becomes NFKC, and every decimal digit of Unicode becomes its ASCII digit.
+    2. Spaces, dashes of any kind, dots, underscores, invisible and control characters are dropped.
+    3. Where the alphabet has letters of one case only, or none, the text is folded to that case.
+    4. ``O``, ``I`` and ``L`` are read as ``0``, ``1`` and ``1`` where the alphabet lacks them.
+
+    Args:
+        text: what was typed.
+        chars: the code's alphabet; None where a generator of the application's own decides, which leaves
+            out steps 3 and 4.
+    """
+    if not (text.isascii() and text.isalnum()):
+        text = unicodedata.normalize("NFKC", text)
+        text = "".join(_ascii_digit(char) for char in text if not _is_separator(char))
+    if chars is None or (text.isascii() and text.isdigit()):
+        return text
+    has_lower, has_upper = any(map(str.islower, chars)), any(map(str.isupper, chars))
+    if not (has_lower and has_upper):
+        text = text.lower() if has_lower else text.upper()
+    return "".join(char if char in chars else _LOOKALIKES.get(char, char) for char in text)
+
+
+def code_shape_ok(code: str, length: int | None, chars: str | None) -> bool:
+    """Whether a normalised code has the length and the characters that our own generator gives it.
+
+    Args:
+        code: as :func:`normalise_code` returns it.
+        length: None where a generator of the application's own decides; any code that is not empty will
+            then do.
+        chars: the alphabet.
+    """
+    if length is None or chars is None:
+        return bool(code)
+    return len(code) == length and all(char in chars for char in code)
+
+
+def alphabet_problem(chars: str, *, of_code: bool) -> str | None:
+    """Say why keys cannot be made of an alphabet, or None if they can.
+
+    Args:
+        chars: the alphabet.
+        of_code: whether it is for codes that people type, rather than for keys in links.
+    """
+    if len(set(chars)) < len(chars):
+        return "the alphabet repeats a character, which makes some keys likelier than others"
+    if not of_code:
+        if set(chars) <= _URL_SAFE:
+            return None
+        return "the alphabet of a link key may hold A-Z, a-z, 0-9 and - . _ ~ only (RFC 3986, section 2.3)"
+    if all(normalise_code(char, chars) == char and not _may_compose(char) for char in chars):
+        return None
+    return (
+        "the alphabet of a code must not hold spaces, dashes, dots, underscores, combining or compatibility"
+        " characters, or digits other than 0-9, because they are dropped or replaced in what people type"
+    )
+
+
+_LOOKALIKES: Final = {"O": "0", "o": "0", "I": "1", "i": "1", "L": "1", "l": "1"}
+_URL_SAFE: Final = frozenset(ALPHANUMERIC + "-._~")
+_DOTS_AND_DASHES: Final = frozenset("._\u00b7\u2022\u2027\u2043\u2212\u22c5\u3002\u30fb\ufe4d\ufe4e\ufe4f\uff61\uff65")
+"""Dots, underscores, and dashes that are not of Unicode's category of dashes."""
+_FILLERS: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+"""Characters without a shape that are not of the categories of controls, formats and spaces."""
+
+
+def _is_invisible(char: str) -> bool:
+    if char.isascii():
+        return not "!" <= char <= "~"
+    return (
+        unicodedata.category(char) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+        or char in _FILLERS
+        or "\ufe00" <= char <= "\ufe0f"  # variation selectors, as emoji carry them
+        or "\u180b" <= char <= "\u180f"
+        or "\U000e0100" <= char <= "\U000e01ef"
+    )
+
+
+def _is_separator(char: str) -> bool:
+    return _is_invisible(char) or char in _DOTS_AND_DASHES or unicodedata.category(char) == "Pd"
+
+
+def _ascii_digit(char: str) -> str:
+    return char if char.isascii() else str(unicodedata.decimal(char, char))
+
+
+def _may_compose(char: str) -> bool:
+    """Whether a character may melt with the one before it under NFKC: marks, and parts of Hangul."""
+    return unicodedata.category(char)[0] == "M" or "\u1100" <= char <= "\u11ff"
 
 
 class Keyring:
@@ -157,7 +262,7 @@ class Keyring:
 
     Args:
         secret: the current one, or None.
-        previous_secrets: still accepted, none of them for new tokens.
+        previous_secrets: older ones, with which keys are still accepted and no new ones made.
     """
 
     __slots__ = ("_ids", "_secrets")
@@ -169,54 +274,122 @@ class Keyring:
     def __repr__(self) -> str:
         return f"<Keyring of {len(self._secrets)} secrets>"
 
-    def link(self, key: str) -> Digest:
-        """The digest for a new link key."""
-        if not self._secrets:
-            return Digest(hashlib.sha256(key.encode()).digest(), "sha256", "")
-        return Digest(_mac(self._secrets[0], b"vtoken:link:v1" + key.encode()), "hmac-sha256", self._ids[0])
+    @property
+    def has_secret(self) -> bool:
+        """Whether codes and derived keys can be made."""
+        return bool(self._secrets)
 
-    def links(self, key: str) -> Digests:
-        """Where a link key may be stored: under any secret, and from before there was one."""
+    def link(self, key: str) -> Digest:
+        """The digest of a new link key."""
+        return self.links(key)[0]
+
+    def links(self, key: str) -> Candidates:
+        """What may be stored of a link key: made with any secret, or from before there was one."""
         data = key.encode()
-        plain = hashlib.sha256(data).digest()
-        if not self._secrets:
-            return Digests((plain,))
-        return Digests((*(_mac(s, b"vtoken:link:v1" + data) for s in self._secrets), plain))
+        plain = Digest(value=hashlib.sha256(data).digest(), scheme="sha256", secret_id="")
+        return Candidates((*self._macs("hmac-sha256", b"vtoken:link:v1" + data), plain))
 
     def code(self, content_type: str, object_id: str, slug: str, code: str) -> Digest:
-        """The digest for a new code of this object and slug."""
-        scoped = _code_message(content_type, object_id, slug, code)
-        if not self._secrets:  # allow_weak only
-            return Digest(_mac(b"", scoped), "code-hmac-sha256", "")
-        return Digest(_mac(self._secrets[0], scoped), "code-hmac-sha256", self._ids[0])
+        """The digest of a new code of this object and slug.
 
-    def codes(self, content_type: str, object_id: str, slug: str, code: str) -> Digests:
-        """Where a code may be stored: under any secret."""
-        scoped = _code_message(content_type, object_id, slug, code)
-        return Digests(tuple(_mac(s, scoped) for s in self._secrets or (b"",)))
+        Raises:
+            ConfigurationError: there is no secret.
+        """
+        found = self.codes(content_type, object_id, slug, code)
+        del code
+        if not found:
+            raise ConfigurationError("codes need Settings(secret=...)")
+        return found[0]
 
-    def derive(self, nonce: str, content_type: str, object_id: str, slug: str, secret_id: str) -> str | None:
-        """The derived key of a nonce: 43 characters of base64url, 256 bits; None where the secret
-        ``secret_id`` is not here any more (``""`` is the current one)."""
+    def codes(self, content_type: str, object_id: str, slug: str, code: str) -> Candidates:
+        """What may be stored of a code: made with any secret."""
+        message = _prefixed("vtoken:code:v1", content_type, object_id, slug, code)
+        return Candidates(self._macs("code-hmac-sha256", message))
+
+    def derive_link(
+        self, nonce: str, content_type: str, object_id: str, slug: str, secret_id: str = ""
+    ) -> str | None:
+        """The link key that a nonce stands for: 43 characters of base64url, 256 bits.
+
+        Args:
+            nonce: as it is stored with the key.
+            content_type: of the object.
+            object_id: of the object.
+            slug: the stored form.
+            secret_id: which secret; ``""`` for the current one.
+
+        Returns:
+            None where that secret is not in the keyring any more.
+        """
+        secret = self._secret(secret_id)
+        if secret is None:
+            return None
+        message = _prefixed("vtoken:derived:v1", nonce, content_type, object_id, slug)
+        return base64.urlsafe_b64encode(_mac(secret, message)).decode("ascii").rstrip("=")
+
+    def derive_code(
+        self,
+        nonce: str,
+        content_type: str,
+        object_id: str,
+        slug: str,
+        secret_id: str,
+        length: int,
+        chars: str,
+    ) -> str | None:
+        """The code that a nonce stands for, independent of the link key of the same nonce.
+
+        An HMAC in counter mode gives numbers of 32 bits; those that would make some characters likelier
+        are rejected. Arguments and result as of :meth:`derive_link`.
+        """
+        secret = self._secret(secret_id)
+        if secret is None:
+            return None
+        limit = 2**32 - 2**32 % len(chars)
+        code, block = "", 0
+        while len(code) < length:
+            message = _prefixed("vtoken:derived-code:v1", nonce, content_type, object_id, slug, str(block))
+            numbers = struct.unpack(">8I", _mac(secret, message))
+            code += "".join(chars[number % len(chars)] for number in numbers if number < limit)
+            block += 1
+        return code[:length]
+
+    def _secret(self, secret_id: str) -> bytes | None:
         for secret, known_id in zip(self._secrets, self._ids, strict=True):
             if secret_id in ("", known_id):
-                message = _prefixed("vtoken:derived:v1", nonce, content_type, object_id, slug)
-                return base64.urlsafe_b64encode(_mac(secret, message)).decode("ascii").rstrip("=")
+                return secret
         return None
 
+    def _macs(self, scheme: str, message: bytes) -> tuple[Digest, ...]:
+        return tuple(
+            Digest(value=_mac(secret, message), scheme=scheme, secret_id=secret_id)
+            for secret, secret_id in zip(self._secrets, self._ids, strict=True)
+        )
 
-def context_digest(context: str) -> bytes:
-    """The digest of a caller's context: a nonce with entropy of its own, so SHA-256 does."""
-    return hashlib.sha256(b"vtoken:context:v1" + context.encode()).digest()
+
+def batch_nonce(batch: str, content_type: str, object_id: str, slug: str) -> str:
+    """The nonce of an object's token in a batch of ``issue_many``: the same for the same arguments, so that
+    the same batch makes the same keys again. 32 hexadecimal digits."""
+    message = _prefixed("vtoken:batch:v1", batch, content_type, object_id, slug)
+    return hashlib.sha256(message).hexdigest()[:32]
+
+
+def context_digest(context: str | Mapping[str, str]) -> bytes:
+    """The digest of a caller's context. The order of a mapping does not matter, and no text has the digest
+    of a mapping. SHA-256 will do, because a context has entropy of its own.
+
+    Args:
+        context: checked by :func:`vtoken.inputs.context_problem`.
+    """
+    if isinstance(context, str):
+        return hashlib.sha256(b"vtoken:context:v1" + context.encode()).digest()
+    parts = (part for name in sorted(context) for part in (name, context[name]))
+    return hashlib.sha256(_prefixed("vtoken:context-names:v1", *parts)).digest()
 
 
 def use_id(consume_id: str) -> str:
     """What is stored of a ``consume_id``: 32 hexadecimal digits, whatever the caller's id is made of."""
     return hashlib.sha256(b"vtoken:consume-id:v1" + consume_id.encode()).hexdigest()[:32]
-
-
-def _code_message(content_type: str, object_id: str, slug: str, code: str) -> bytes:
-    return _prefixed("vtoken:code:v1", content_type, object_id, slug, code)
 
 
 def _prefixed(*parts: str) -> bytes:
