@@ -1,0 +1,408 @@
+"""From a request for a token to the stored token: its keys, what it costs, and the insert.
+
+1. :class:`IssueRequest` holds the checked arguments. What can be wrong with them has been said by then.
+2. :func:`new_token` draws the keys and makes the record: generated, derived from the secret, or fixed for
+    tests.
+3. :meth:`Issuer.issue` has the store insert it. In the same step the store charges the limits and ends the
+   tokens that the new one replaces, so that whatever fails leaves the old token as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import anyio
+
+from vtoken import inputs
+from vtoken.backend import (
+    NEVER,
+    PRETENDED,
+    Charge,
+    Inserted,
+    InsertMode,
+    InsertResult,
+    Match,
+    State,
+    StoredKey,
+    StoredToken,
+    TokenBackend,
+    is_valid,
+    satisfies,
+)
+from vtoken.errors import CooldownActive, InvalidInput, KeyGenerationError
+from vtoken.ids import IdSequence
+from vtoken.keys import (
+    CHECKSUM_LENGTH,
+    Digest,
+    Hidden,
+    KeyGenerator,
+    Keyring,
+    add_checksum,
+    normalise_code,
+    random_key,
+)
+from vtoken.limits import Limiter, Spends, full_limit, seconds
+from vtoken.policy import ResolvedPolicy
+
+_PAUSES: Final = (0.0, 0.005, 0.02, 0.1)
+"""Seconds: how long ``get_active_or_create`` waits for the token of a concurrent caller who was quicker to
+charge the limits, on a store that cannot charge and insert in one step."""
+
+
+class IssueRequest(NamedTuple):
+    """What a new token is to be like: checked arguments."""
+
+    content_type: str
+    object_id: str
+    slug: str
+    policy: ResolvedPolicy
+    extra_data: str | None
+    lifetime: int | None
+    """Milliseconds; None never expires."""
+    code_lifetime: int | None
+    """Of the short code of a pair."""
+    generator: KeyGenerator
+    generator_kwargs: Mapping[str, Any]
+    context: bytes
+    spends: Spends
+    batch: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<IssueRequest {self.content_type!r}:{self.object_id!r} slug={self.slug!r}>"
+
+
+class NewKey(NamedTuple):
+    """A fresh key, and what is stored of it."""
+
+    text: Hidden
+    kind: str
+    digest: Digest
+    nonce: str = ""
+    also_taken: tuple[bytes, ...] = ()
+    """The digests of the same key under previous secrets."""
+
+    def __repr__(self) -> str:
+        return f"<NewKey {self.kind}>"
+
+
+class NewToken(NamedTuple):
+    """A record that is about to be stored, with its plaintext keys."""
+
+    stored: StoredToken
+    key: Hidden
+    """The link key; of a code policy, the code."""
+    code: Hidden | None
+    """The short code of a pair."""
+    also_taken: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"<NewToken {self.stored.id}>"
+
+
+class Issued(NamedTuple):
+    """How issuing ended."""
+
+    stored: StoredToken
+    key: Hidden | None
+    """None where the token was there already and its key cannot be had again."""
+    code: Hidden | None = None
+    is_new: bool = True
+    charges: tuple[Charge, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Issued {self.stored.id}>"
+
+
+class Issuer:
+    """Makes tokens and has the store insert them.
+
+    Args:
+        keyring: the secrets.
+        max_key_iterations: how many keys are drawn before :class:`KeyGenerationError`.
+        now: the manager's clock, in milliseconds.
+    """
+
+    def __init__(self, keyring: Keyring, max_key_iterations: int, now: Callable[[], int]) -> None:
+        self.keyring = keyring
+        self._iterations = max_key_iterations
+        self._now = now
+        self._ids = IdSequence()
+
+    async def issue(
+        self, store: TokenBackend, request: IssueRequest, mode: InsertMode, *, at_least: int = 0
+    ) -> Issued:
+        """Insert a token with fresh keys, or return the one that ``mode`` finds.
+
+        Raises:
+            CooldownActive: a limit is full; nothing was changed.
+            KeyGenerationError: the generator yielded only keys that are taken.
+        """
+        now = self._now()
+        for _ in range(self._iterations):
+            # What may raise for its arguments, the generator's own exception too, does so before the charge.
+            new = self.new_token(request, now, is_beside=mode is InsertMode.ADD)
+            inserted = await store.insert(
+                new.stored,
+                mode,
+                keep_until=now + request.policy.overlap if request.policy.overlap else 0,
+                wanted_until=now + at_least,
+                also_taken=new.also_taken,
+                spends=request.spends.spends,
+            )
+            if inserted.result is InsertResult.INSERTED:
+                assert inserted.token is not None  # noqa: S101  # the protocol says so
+                return Issued(inserted.token, new.key, new.code, charges=inserted.spending.charges)
+            if inserted.result is InsertResult.LIMITED:
+                raise _limited(request, inserted, now)
+            if inserted.token is not None:  # HAS_VALID, or ONCE has found an earlier run's
+                return self._found(request, inserted.token)
+        raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
+
+    def _found(self, request: IssueRequest, stored: StoredToken) -> Issued:
+        if request.batch is not None and is_valid(stored, self._now()):
+            return Issued(stored, *reveal(self.keyring, request.policy, stored), is_new=False)
+        return Issued(stored, None, is_new=False)
+
+    async def get_or_issue(self, store: TokenBackend, request: IssueRequest, at_least: int) -> Issued:
+        """The newest valid token of a request's line, or a new one. Of concurrent callers all get the
+        same."""
+        line = Match(
+            content_type=request.content_type,
+            object_id=request.object_id,
+            slug=request.slug,
+            context=request.context,
+        )
+        cooling: CooldownActive | None = None
+        for pause in _PAUSES:
+            if pause:
+                await anyio.sleep(pause)
+            now = self._now()
+            for stored in await store.find(line._replace(valid_at=now), 100):
+                if satisfies(stored, now + at_least):
+                    return Issued(stored, None, is_new=False)
+            try:
+                return await self.issue(store, request, InsertMode.IF_NONE_VALID, at_least=at_least)
+            except CooldownActive as error:
+                cooling = error
+        assert cooling is not None  # noqa: S101  # every other way out of the loop returned
+        raise cooling
+
+    async def pretend(self, store: TokenBackend, request: IssueRequest, limiter: Limiter) -> StoredToken:
+        """Do what :meth:`issue` does for somebody who does not exist, and leave nothing that is ever valid.
+
+        The record stands under a digest of the object, is inactive from the start and due for the next purge.
+
+        Raises: as :meth:`issue`.
+        """
+        now = self._now()
+        filler = None if request.extra_data is None else f'"{"x" * (len(request.extra_data.encode()) - 2)}"'
+        for _ in range(self._iterations):
+            new = self.new_token(request, now, is_beside=False)
+            record = new.stored._replace(
+                content_type=PRETENDED,
+                object_id=limiter.object_name(request.content_type, request.object_id).hex(),
+                state=State.ENDED,
+                ends_at=0,
+                extra_data=filler,
+                keys=tuple(
+                    # A digest of a digest: no key that anybody presents has it.
+                    key._replace(digest=hashlib.sha256(b"vtoken:pretended:v1" + key.digest).digest())
+                    for key in new.stored.keys
+                ),
+            )
+            inserted = await store.insert(record, InsertMode.REPLACE, spends=request.spends.spends)
+            if inserted.result is InsertResult.INSERTED:
+                return record
+            if inserted.result is InsertResult.LIMITED:
+                raise _limited(request, inserted, now)
+        raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
+
+    def new_token(self, request: IssueRequest, now: int, *, is_beside: bool) -> NewToken:
+        """Draw the keys of a token and make its record."""
+        expires_at = _expiry(now, request.lifetime)
+        token_id, keys = self._ids.next(now), self._new_keys(request)
+        stored = StoredToken(
+            id=token_id,
+            content_type=request.content_type,
+            object_id=request.object_id,
+            slug=request.slug,
+            context=request.context,
+            is_beside=is_beside,
+            created_at=now,
+            expires_at=expires_at,
+            ends_at=expires_at,
+            state=State.ACTIVE,
+            extra_data=request.extra_data,
+            max_uses=request.policy.max_uses,
+            uses=0,
+            used_at=0,
+            keys=tuple(
+                StoredKey(
+                    digest=new.digest.value,
+                    scheme=new.digest.scheme,
+                    secret_id=new.digest.secret_id,
+                    nonce=new.nonce,
+                    plain_key=new.text.text() if request.policy.storage == "plain" else "",
+                    kind=new.kind,
+                    expires_at=(
+                        min(expires_at, _expiry(now, request.code_lifetime))
+                        if new.kind == "code"
+                        else expires_at
+                    ),
+                    origin=token_id,
+                )
+                for new in keys
+            ),
+            holds=(),
+        )
+        code = keys[1].text if len(keys) > 1 else None
+        return NewToken(stored, keys[0].text, code, tuple(d for new in keys for d in new.also_taken))
+
+    def _new_keys(self, request: IssueRequest) -> list[NewKey]:
+        policy = request.policy
+        nonce = ""
+        if policy.storage == "derived":
+            nonce = secrets.token_hex(16)
+            if request.batch is not None:
+                subject = request.content_type, request.object_id, request.slug
+                nonce = self.keyring.batch_nonce(request.batch, *subject)
+        keys: list[NewKey] = []
+        if policy.has_link:
+            keys.append(self._new_link(request, nonce))
+        if policy.has_code:
+            keys.append(self._new_code(request, nonce))
+        return keys
+
+    def _new_link(self, request: IssueRequest, nonce: str) -> NewKey:
+        policy, keyring = request.policy, self.keyring
+        if nonce:
+            subject = request.content_type, request.object_id, request.slug
+            texts = [
+                Hidden(framed(policy, derived))
+                for secret_id in keyring.secret_ids
+                if (derived := keyring.derive_link(nonce, *subject, secret_id)) is not None
+            ]
+            # A batch that began under a previous secret has stored its keys under that one's digests.
+            older = [keyring.links(text.text()).digests for text in texts[1:]] if request.batch else []
+            taken = tuple(digest for digests in older for digest in digests)
+            return NewKey(texts[0], "link", keyring.link(texts[0].text()), nonce, taken)
+        drawn = drawn_key(
+            request.generator(**request.generator_kwargs), inputs.MAX_KEY_BYTES - _frame_length(policy)
+        )
+        text = Hidden(framed(policy, drawn.text()))
+        # The keys of our own generator are too many to be drawn twice.
+        taken = () if request.generator is random_key else keyring.links(text.text()).digests[1:]
+        return NewKey(text, "link", keyring.link(text.text()), also_taken=taken)
+
+    def _new_code(self, request: IssueRequest, nonce: str) -> NewKey:
+        policy, keyring = request.policy, self.keyring
+        subject = request.content_type, request.object_id, request.slug
+        fixed = policy.test_codes.get((request.content_type, request.object_id))
+        if fixed is not None:
+            text, nonce = Hidden(fixed), ""
+        elif nonce:
+            text = Hidden(derived_code(keyring, policy, nonce, *subject, ""))
+        elif policy.kind == "pair":
+            text = Hidden(random_key(policy.code_length, policy.code_chars or ""))
+        else:
+            text = drawn_key(request.generator(**request.generator_kwargs))
+        normal = Hidden(normalise_code(text.text(), policy.code_chars))
+        if not normal.text():
+            raise InvalidInput("the key generator's code is empty once spaces and separators are dropped")
+        digest = keyring.code(*subject, normal.text())
+        others = keyring.codes(*subject, normal.text()).digests[1:]
+        return NewKey(text, "code", digest, nonce, others)
+
+
+def _limited(request: IssueRequest, inserted: Inserted, now: int) -> CooldownActive:
+    wait = seconds(inserted.spending.until - now)
+    return CooldownActive(wait, full_limit(request.spends, inserted.spending))
+
+
+def _expiry(now: int, lifetime: int | None) -> int:
+    if lifetime is None:
+        return NEVER
+    if now + lifetime >= NEVER:
+        raise InvalidInput("the expiration lies after the year 9999; None means never")
+    return now + lifetime
+
+
+def drawn_key(key: object, limit: int = inputs.MAX_KEY_BYTES) -> Hidden:
+    """Check what a generator returned.
+
+    Raises:
+        InvalidInput: it is no text of 1 to ``limit`` bytes.
+    """
+    hidden = Hidden(key)
+    del key
+    problem = inputs.text_problem(hidden.reveal(), limit)
+    if problem is not None:
+        raise InvalidInput(f"the key generator's key {problem}")
+    return hidden
+
+
+def reveal(
+    keyring: Keyring, policy: ResolvedPolicy, stored: StoredToken
+) -> tuple[Hidden | None, Hidden | None]:
+    """The link key (of a code policy the code) and a pair's code of a stored token: stored plainly, or
+    derived again. None for a key that cannot be had: better no link than a dead one."""
+    texts: dict[str, Hidden] = {}
+    for key in stored.keys:
+        if key.origin == stored.id:
+            text = Hidden(key.plain_key) if key.plain_key else _derived_again(keyring, policy, stored, key)
+            if text is not None:
+                texts[key.kind] = text
+    if policy.kind == "code":
+        return texts.get("code"), None
+    return texts.get("link"), texts.get("code")
+
+
+def _derived_again(
+    keyring: Keyring, policy: ResolvedPolicy, stored: StoredToken, key: StoredKey
+) -> Hidden | None:
+    if not key.nonce:
+        return None
+    subject = stored.content_type, stored.object_id, stored.slug
+    if key.kind == "code":
+        if policy.code_chars is None:
+            return None
+        code = keyring.derive_code(key.nonce, *subject, key.secret_id, policy.code_length, policy.code_chars)
+        if code is None:
+            return None
+        text, found = Hidden(code), keyring.codes(*subject, code).digests
+        return text if key.digest in found else None
+    derived = keyring.derive_link(key.nonce, *subject, key.secret_id)
+    if derived is None:
+        return None
+    text = Hidden(framed(policy, derived))
+    return text if key.digest in keyring.links(text.text()).digests else None
+
+
+def derived_code(
+    keyring: Keyring,
+    policy: ResolvedPolicy,
+    nonce: str,
+    content_type: str,
+    object_id: str,
+    slug: str,
+    secret_id: str,
+) -> str:
+    """The derived code of a nonce."""
+    assert policy.code_chars is not None  # noqa: S101  # the policy has seen to it
+    code = keyring.derive_code(
+        nonce, content_type, object_id, slug, secret_id, policy.code_length, policy.code_chars
+    )
+    assert code is not None  # noqa: S101  # the current secret is always there
+    return code
+
+
+def framed(policy: ResolvedPolicy, body: str) -> str:
+    """A link key with the prefix and checksum of its policy, if it has a prefix."""
+    return add_checksum(policy.prefix, body) if policy.prefix else body
+
+
+def _frame_length(policy: ResolvedPolicy) -> int:
+    return len(policy.prefix.encode()) + CHECKSUM_LENGTH if policy.prefix else 0
