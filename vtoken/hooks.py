@@ -1,4 +1,4 @@
-"""Events of a token's life, and the application's callables that hear of them.
+"""Events of a token's life, and the application's callables that are told of them.
 
 An event never holds a key, a digest or a secret.
 """
@@ -10,32 +10,59 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, cast
+from typing import Literal, TypedDict, Unpack, cast
 
-from vtoken.backend import Match, StoredToken
 from vtoken.errors import ConfigurationError, Reason
-from vtoken.guess import Guess
 from vtoken.loading import import_object
 
 logger = logging.getLogger("vtoken")
 
-EventName = Literal["issued", "verified", "failed", "consumed", "reused", "capped", "deactivated", "purged"]
+EventName = Literal[
+    "issued",
+    "pretended",
+    "revealed",
+    "verified",
+    "failed",
+    "consumed",
+    "replayed",
+    "reused",
+    "busy",
+    "capped",
+    "limited",
+    "deactivated",
+    "erased",
+    "purged",
+]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """Something that happened.
 
     Args:
-        name: ``issued``, ``verified``, ``failed`` (a key was refused), ``consumed``, ``reused`` (a used key
-            was presented again), ``capped`` (an attempt budget is spent), ``deactivated`` or ``purged``.
+        name: what happened:
+
+            * ``issued``, ``pretended`` (``pretend`` stood in for an issue), ``revealed`` (a key was handed
+              out again);
+            * ``limited``: an issue limit refused a new token;
+            * ``verified``, ``consumed``, ``replayed`` (a ``consume_id`` was answered again);
+            * ``failed`` (a key was refused), ``reused`` (a used key was presented again), ``busy`` (all uses
+              are held), ``capped`` (an attempt limit refused a key uncompared);
+            * ``deactivated``, ``erased``, ``purged``.
         at: when, by the manager's clock.
         content_type: of the object, None where the event has none.
         object_id: of the object, None where it is not known.
         slug: the purpose, None for a token without one or an event without a purpose.
         token_id: the token's public id, None where there is none.
         reason: why a key was refused.
-        count: how many tokens were deactivated or purged, else 1.
+        count: how many tokens were deactivated, erased or purged, else 1.
+        limit: the name of the limit that refused, e.g. ``"20 per 1d by object across sms"``.
+        channel: how the policy says that its codes are sent: ``"email"``, or None.
+        batch: the name of the batch that ``issue_many`` works on.
+        attempts_reset_at: of ``issued``: the object's attempts are spent until then, so the new code cannot
+            be used before; None where they are not.
+        in_transaction: the application's own transaction holds the change, and may still roll it back.
+        is_test_code: the code is one of the policy's ``test_codes``.
     """
 
     name: EventName
@@ -46,6 +73,12 @@ class TokenEvent:
     token_id: str | None = None
     reason: Reason | None = None
     count: int = 1
+    limit: str | None = None
+    channel: Literal["email"] | None = None
+    batch: str | None = None
+    attempts_reset_at: datetime | None = None
+    in_transaction: bool = False
+    is_test_code: bool = False
 
 
 Hook = Callable[[TokenEvent], Awaitable[None] | None]
@@ -53,13 +86,25 @@ Hook = Callable[[TokenEvent], Awaitable[None] | None]
 
 @dataclass(frozen=True, slots=True)
 class LazyHook:
-    """A hook that is made when the first event comes: for one whose imports are heavy.
+    """A hook that is made when the first event happens, because its imports are slow, say.
 
     Args:
         factory: a callable without arguments that returns the hook.
     """
 
     factory: Callable[[], Hook]
+
+
+class _Fields(TypedDict, total=False):
+    token_id: str | None
+    reason: Reason | None
+    count: int
+    limit: str | None
+    channel: Literal["email"] | None
+    batch: str | None
+    attempts_reset_at: datetime | None
+    in_transaction: bool
+    is_test_code: bool
 
 
 class Hooks:
@@ -77,31 +122,35 @@ class Hooks:
     async def tell(
         self,
         name: EventName,
-        about: StoredToken | Guess | Match,
         *,
-        token_id: str | None = None,
-        reason: Reason | None = None,
-        count: int = 1,
+        content_type: str | None = None,
+        object_id: str | None = None,
+        slug: str | None = None,
+        **fields: Unpack[_Fields],
     ) -> None:
-        """Tell every hook, in their order; without hooks nothing is built."""
+        """Tell every hook, in their order. Without hooks no event is built.
+
+        Args:
+            name: what happened.
+            content_type: of the object.
+            object_id: of the object.
+            slug: the stored form.
+            **fields: the other fields of :class:`TokenEvent`.
+        """
         if not self._hooks:
             return
-        if isinstance(about, StoredToken):
-            token_id = about.id
         event = TokenEvent(
-            name,
-            self._clock(),
-            about.content_type,
-            about.object_id,
-            about.slug or None,
-            token_id,
-            reason,
-            count,
+            name=name,
+            at=self._clock(),
+            content_type=content_type,
+            object_id=object_id,
+            slug=slug or None,
+            **fields,
         )
         for position, hook in enumerate(self._hooks):
             try:
                 if isinstance(hook, LazyHook):
-                    hook = self._hooks[position] = hook.factory()  # made once, here
+                    hook = self._hooks[position] = hook.factory()  # made once
                 answer = hook(event)
                 if inspect.isawaitable(answer):
                     await answer
@@ -114,5 +163,5 @@ def _checked(hook: Hook | LazyHook | str) -> Hook | LazyHook:
         return hook
     found = import_object(hook) if isinstance(hook, str) else hook
     if not callable(found):
-        raise ConfigurationError(f"a hook is a callable or its path, not {type(found).__name__}")
+        raise ConfigurationError(f"a hook must be a callable or its import path, not {type(found).__name__}")
     return cast("Hook", found)

@@ -191,7 +191,9 @@ def duration(
     """
     milliseconds = _duration(value)
     if milliseconds is None:
-        raise InvalidInput(f"{name} must be a timedelta or a text such as '90s', '15m', '1h' or '7d'{_hint(value)}")
+        raise InvalidInput(
+            f"{name} must be a timedelta or a text such as '90s', '15m', '1h' or '7d'{_hint(value)}"
+        )
     if milliseconds < least // _MILLISECOND:
         raise InvalidInput(f"{name} must be at least {spelled(least // _MILLISECOND)}")
     longest = (_MAX_DURATION if most is None else most) // _MILLISECOND
@@ -214,7 +216,9 @@ def lifetime(name: str, value: object) -> int | None:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not 0 < value <= _MAX_DURATION / timedelta(minutes=1):  # which also refuses NaN
-            raise InvalidInput(f"{name} must be more than 0 minutes and at most 9999 years, or None for never")
+            raise InvalidInput(
+                f"{name} must be more than 0 minutes and at most 9999 years, or None for never"
+            )
         value = timedelta(minutes=value)
     if _duration(value) is None:
         raise InvalidInput(

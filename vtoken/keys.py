@@ -226,7 +226,9 @@ def alphabet_problem(chars: str, *, of_code: bool) -> str | None:
 
 _LOOKALIKES: Final = {"O": "0", "o": "0", "I": "1", "i": "1", "L": "1", "l": "1"}
 _URL_SAFE: Final = frozenset(ALPHANUMERIC + "-._~")
-_DOTS_AND_DASHES: Final = frozenset("._\u00b7\u2022\u2027\u2043\u2212\u22c5\u3002\u30fb\ufe4d\ufe4e\ufe4f\uff61\uff65")
+_DOTS_AND_DASHES: Final = frozenset(
+    "._\u00b7\u2022\u2027\u2043\u2212\u22c5\u3002\u30fb\ufe4d\ufe4e\ufe4f\uff61\uff65"
+)
 """Dots, underscores, and dashes that are not of Unicode's category of dashes."""
 _FILLERS: Final = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Characters without a shape that are not of the categories of controls, formats and spaces."""
@@ -268,7 +270,8 @@ class Keyring:
     __slots__ = ("_ids", "_secrets")
 
     def __init__(self, secret: str | None, previous_secrets: Sequence[str] = ()) -> None:
-        self._secrets = tuple(s.encode() for s in (*((secret,) if secret else ()), *previous_secrets))
+        all_secrets = [secret, *previous_secrets] if secret else previous_secrets
+        self._secrets = tuple(each.encode() for each in all_secrets)
         self._ids = tuple(_mac(s, b"vtoken:secret-id:v1")[:4].hex() for s in self._secrets)
 
     def __repr__(self) -> str:
@@ -278,6 +281,11 @@ class Keyring:
     def has_secret(self) -> bool:
         """Whether codes and derived keys can be made."""
         return bool(self._secrets)
+
+    @property
+    def secret_ids(self) -> tuple[str, ...]:
+        """What stands for each secret in the store, the current one's first."""
+        return self._ids
 
     def link(self, key: str) -> Digest:
         """The digest of a new link key."""

@@ -1,7 +1,8 @@
-"""Whom a token belongs to: from an application's object to (content type, object id), and back."""
+"""The object that a token belongs to: from an application's object to (content type, object id), and back."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from vtoken.inputs import ANY, MAX_NAME_BYTES, Wildcard, check_object_id, check_
 
 T = TypeVar("T")
 Loader = Callable[[str], Awaitable[object | None]]
+AnyLoader = Callable[[str], Awaitable[object | None] | object | None]
+"""A loader as an application registers it, async or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Subject:
 class _ContentType:
     name: str
     get_id: Callable[[Any], object]
-    load: Loader | None
+    load: AnyLoader | None
 
 
 class ContentTypes:
@@ -49,7 +52,7 @@ class ContentTypes:
         cls: type[T],
         name: str,
         get_id: Callable[[T], object] | None = None,
-        load: Loader | None = None,
+        load: AnyLoader | None = None,
     ) -> None:
         """Let tokens belong to the instances of a class and of its subclasses.
 
@@ -57,16 +60,17 @@ class ContentTypes:
             cls: the class.
             name: its content type in the store, 1 to 255 bytes; keep it when the class is renamed.
             get_id: from an instance to its id; left out, the attribute ``id`` or else ``pk``.
-            load: an async callable from an ``object_id`` (always a ``str``) to the object, or
-                to None where it is gone; what :meth:`TokenManager.content_object` calls.
+            load: a callable, async or not, from an ``object_id`` (always a ``str``) to the object, or
+                to None where it is gone; :meth:`TokenManager.content_object` calls it. One that waits
+                without being async blocks the event loop: use it with ``SyncTokenManager`` only.
 
         Raises:
             InvalidInput: ``name`` is out of range.
             ConfigurationError: the class or the name is taken.
         """
-        check_text("content_type", name, MAX_NAME_BYTES)
         if not isinstance(cls, type):
             raise ConfigurationError("register() takes a class and its name: register(User, 'auth.user')")
+        check_text("content_type", name, MAX_NAME_BYTES)
         if cls in self._by_class or name in self._by_name:
             raise ConfigurationError(f"{cls.__qualname__} or the content type {name!r} is registered already")
         content_type = _ContentType(name, get_id or _default_id(cls), load)
@@ -85,29 +89,43 @@ class ContentTypes:
         if isinstance(obj, type):
             return self._of_class(obj).name, None
         if obj is None:
-            raise InvalidInput("a token's object must not be None")
-        content_type_of = self._of_class(type(obj))
+            raise InvalidInput("the object of a token must not be None")
+        # A lazy proxy (Django's SimpleLazyObject, Werkzeug's LocalProxy) says by __class__ what it stands for.
+        cls = type(obj) if self._find(type(obj)) else obj.__class__
+        content_type_of = self._of_class(cls)
         return content_type_of.name, check_object_id(content_type_of.get_id(obj))
 
     def loader(self, content_type: str) -> Loader:
-        """Return the registered loader of a content type.
+        """Return the registered loader of a content type, as an async callable.
 
         Raises:
             ConfigurationError: there is none.
         """
         registered = self._by_name.get(content_type)
-        if registered is None or registered.load is None:
+        load = None if registered is None else registered.load
+        if load is None:
             raise ConfigurationError(
                 f"no loader for the content type {content_type!r}:"
                 f" register(Class, {content_type!r}, load=...),"
-                " where load is an async callable from an object id to the object"
+                " where load is a callable from an object id to the object"
             )
-        return registered.load
 
-    def _of_class(self, cls: type) -> _ContentType:
+        async def load_object(object_id: str) -> object | None:
+            found = load(object_id)
+            return await found if inspect.isawaitable(found) else found
+
+        return load_object
+
+    def _find(self, cls: type) -> _ContentType | None:
         for base in cls.__mro__:  # an ORM's proxy classes are subclasses of the registered one
             if base in self._by_class:
                 return self._by_class[base]
+        return None
+
+    def _of_class(self, cls: type) -> _ContentType:
+        found = self._find(cls)
+        if found is not None:
+            return found
         name = cls.__qualname__
         raise ConfigurationError(
             f"{name} is not a registered content type: call content_types.register({name}, {name.lower()!r}),"

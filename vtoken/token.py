@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn, TypedDict
 
 from vtoken import inputs
+from vtoken.backend import NEVER, STALE_HOLD, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
 
 
@@ -23,25 +25,28 @@ class VerificationToken:
         content_type: what kind of object it belongs to.
         object_id: which one, as text.
         expires_at: the last moment at which it is valid; None never expires.
+        code_expires_at: the last moment at which the code of a pair is good; None for other tokens.
         slug: its purpose, or None.
-        is_active: False once it is used up or deactivated.
+        is_active: False once it is used up, deactivated or replaced.
         extra_data: JSON text or None.
-        max_uses: how many uses it has in all, 1 or more.
-        uses: how many of them are gone.
+        max_uses: how many uses it has in all, 1 or more; None for no bound.
+        uses: how many of them were made.
         used_at: time of the latest use, or None.
-        leased_until: until when a ``redeem`` holds it, or None.
+        is_replay: whether ``consume`` returned it for a ``consume_id`` that had been counted before.
     """
 
     __slots__ = (
+        "_code",
+        "_held_until",
         "_key",
-        "_lease_is_ours",
+        "code_expires_at",
         "content_type",
         "created_at",
         "expires_at",
         "extra_data",
         "id",
         "is_active",
-        "leased_until",
+        "is_replay",
         "max_uses",
         "object_id",
         "slug",
@@ -60,26 +65,31 @@ class VerificationToken:
         slug: str | None = None,
         is_active: bool = True,
         extra_data: str | None = None,
-        max_uses: int = 1,
+        max_uses: int | None = 1,
         uses: int = 0,
         used_at: datetime | None = None,
-        leased_until: datetime | None = None,
-        lease_is_ours: bool = False,
+        *,
+        code: str | None = None,
+        code_expires_at: datetime | None = None,
+        is_replay: bool = False,
+        held_until: tuple[int, ...] = (),
     ) -> None:
         self.id = id
         self.created_at = created_at
         self.content_type = content_type
         self.object_id = object_id
         self._key = key
+        self._code = code
         self.expires_at = expires_at
+        self.code_expires_at = code_expires_at
         self.slug = slug
         self.is_active = is_active
         self.extra_data = extra_data
         self.max_uses = max_uses
         self.uses = uses
         self.used_at = used_at
-        self.leased_until = leased_until
-        self._lease_is_ours = lease_is_ours
+        self.is_replay = is_replay
+        self._held_until = held_until
 
     @property
     def key(self) -> str | None:
@@ -90,8 +100,13 @@ class VerificationToken:
         """
         return self._key
 
+    @property
+    def code(self) -> str | None:
+        """The plaintext short code of a pair, where ``key`` would be there, too; None for other tokens."""
+        return self._code
+
     def is_valid(self, now: datetime | None = None) -> bool:
-        """Say whether the token is active, not leased to someone else and not expired.
+        """Say whether the token is active, not expired, and has a use that nobody else holds.
 
         It is valid at exactly ``expires_at`` and not one millisecond later. What is stored may have
         changed since the token was loaded: to let somebody in, use ``TokenManager.consume``.
@@ -107,8 +122,8 @@ class VerificationToken:
             return False
         if self.expires_at is not None and moment > inputs.milliseconds(self.expires_at):
             return False
-        leased = self.leased_until is not None and moment < inputs.milliseconds(self.leased_until)
-        return self._lease_is_ours or not leased
+        held = sum(moment < until <= moment + STALE_HOLD for until in self._held_until)
+        return self.max_uses is None or self.uses + held < self.max_uses
 
     def set_extra_data(self, data: object) -> None:
         """Set ``extra_data`` on this copy; ``TokenManager.save`` stores it.
@@ -146,14 +161,20 @@ class VerificationToken:
         return f"<{type(self).__name__} {self.id} {subject!r} slug={self.slug!r} {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles leave the key behind: they outlive the moment in which it is needed."""
+        """Pickles and copies leave the key behind, because they outlive the moment in which it is needed."""
         return _unpickle, (
-            {name: getattr(self, name) for name in VerificationToken.__slots__ if name[0] != "_"},
+            {
+                "held_until": self._held_until,
+                **{name: getattr(self, name) for name in VerificationToken.__slots__ if name[0] != "_"},
+            },
         )
 
 
 class IssuedToken(VerificationToken):
-    """A token at the moment of its issue: the one time that ``key`` is sure to be there."""
+    """A token at the moment of its issue: the one time that ``key`` is sure to be there.
+
+    It cannot be pickled or copied, because the copy would lack the key.
+    """
 
     __slots__ = ()
 
@@ -162,6 +183,106 @@ class IssuedToken(VerificationToken):
         """The plaintext key, to be sent to its owner and kept nowhere."""
         assert self._key is not None  # noqa: S101  # the manager constructs it so
         return self._key
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an IssuedToken cannot be pickled or copied, because its key must not be stored: send token.key"
+            " now, or pass token.id to the worker and ask manager.reveal(...) there (key_storage='derived')"
+        )
+
+
+class _Fields(TypedDict):
+    """What a stored token says, by the names of a token's arguments."""
+
+    id: str
+    created_at: datetime
+    content_type: str
+    object_id: str
+    expires_at: datetime | None
+    code_expires_at: datetime | None
+    slug: str | None
+    is_active: bool
+    extra_data: str | None
+    max_uses: int | None
+    uses: int
+    used_at: datetime | None
+    held_until: tuple[int, ...]
+
+
+def issued(stored: StoredToken, key: str, code: str | None = None) -> IssuedToken:
+    """A token at its issue.
+
+    Args:
+        stored: the record.
+        key: its key, of a code policy the code.
+        code: the code of a pair.
+    """
+    return IssuedToken(key=key, code=code, **_fields(stored))
+
+
+def loaded(
+    stored: StoredToken,
+    *,
+    key: str | None = None,
+    code: str | None = None,
+    own_holds: AbstractSet[str] = frozenset(),
+    is_replay: bool = False,
+) -> VerificationToken:
+    """A token as it was loaded, with its key only where the store holds it or the caller knows it.
+
+    Args:
+        stored: the record.
+        key: its key, if it was derived again.
+        code: the code of a pair, likewise.
+        own_holds: the ``hold_id`` of holds that are the caller's and so don't make it less valid.
+        is_replay: see :class:`VerificationToken`.
+    """
+    link, own_code = _own_keys(stored)
+    first = link or own_code
+    if key is None and first is not None:
+        key = first.plain_key or None
+    if code is None and link is not None and own_code is not None:
+        code = own_code.plain_key or None
+    return VerificationToken(key=key, code=code, is_replay=is_replay, **_fields(stored, own_holds))
+
+
+def _own_keys(stored: StoredToken) -> tuple[StoredKey | None, StoredKey | None]:
+    """The link key and the code key that a token was issued with, as far as it still has them."""
+    link = code = None
+    for key in stored.keys:
+        if key.origin == stored.id:
+            if key.kind == "link":
+                link = key
+            else:
+                code = key
+    return link, code
+
+
+def _fields(stored: StoredToken, own_holds: AbstractSet[str] = frozenset()) -> _Fields:
+    link, code = _own_keys(stored)
+    return {
+        "id": stored.id,
+        "created_at": _moment(stored.created_at),
+        "content_type": stored.content_type,
+        "object_id": stored.object_id,
+        "expires_at": None if stored.expires_at >= NEVER else _moment(stored.expires_at),
+        "code_expires_at": _moment(code.expires_at) if code is not None and link is not None else None,
+        "slug": stored.slug or None,
+        "is_active": stored.is_active,
+        "extra_data": stored.extra_data,
+        "max_uses": stored.max_uses,
+        "uses": stored.uses,
+        "used_at": _moment(stored.used_at) if stored.used_at else None,
+        "held_until": tuple(hold.until for hold in stored.holds if hold.hold_id not in own_holds),
+    }
+
+
+def _moment(milliseconds: int) -> datetime:
+    try:
+        return inputs.from_milliseconds(milliseconds)
+    except OverflowError:
+        pass
+    raise CorruptStore("a stored token has a time past the year 9999")
 
 
 def _unpickle(fields: dict[str, Any]) -> VerificationToken:
