@@ -1,4 +1,4 @@
-"""What the cases stand on: the suite's three questions to an author, a bench, a clock, a few verbs."""
+"""What the cases stand on: an author's three methods, a bench, a clock, records to store, and races."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import asyncio
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
-from vtoken.backend import Match, StoredToken, TokenBackend
-from vtoken.manager import TokenManager
-from vtoken.policy import Settings, TokenPolicy
-from vtoken.subject import Subject
+from vtoken.backend import (
+    Budget,
+    InsertMode,
+    InsertResult,
+    Match,
+    Spend,
+    State,
+    StoredKey,
+    StoredToken,
+    TokenBackend,
+)
+from vtoken.testing.clock import Clock
 
 SuiteT = TypeVar("SuiteT", bound="Suite")
 T = TypeVar("T")
@@ -26,44 +34,11 @@ E = TypeVar("E", bound=BaseException)
 # sweep the tokens away under a case; with odd milliseconds, so that rounding shows.
 NOW: Final = 4_102_444_800_123
 MINUTE: Final = 60_000
-SECRET: Final = "a secret of the conformance suite, 32 bytes or more"
-USER: Final = Subject("auth.user", "42")
+DAY: Final = 24 * 60 * MINUTE
 PATIENCE: Final = 120
 """Seconds after which a case that hangs is failed."""
-
-
-class Clock:
-    """A clock for tests: it stands still until it is moved.
-
-    Pass it to a manager as ``clock``. Moving it back is allowed.
-
-    Args:
-        start: an aware datetime.
-    """
-
-    def __init__(self, start: datetime = datetime(2100, 1, 1, tzinfo=UTC)) -> None:
-        if start.tzinfo is None:
-            raise ValueError("start must be an aware datetime")
-        self._now = start
-
-    def __call__(self) -> datetime:
-        """The time it shows, aware and in UTC."""
-        return self._now.astimezone(UTC)
-
-    def advance(self, by: timedelta) -> None:
-        """Move by that much; a negative timedelta moves it back."""
-        self._now += by
-
-    def set(self, to: datetime) -> None:
-        """Move to an aware datetime."""
-        if to.tzinfo is None:
-            raise ValueError("to must be an aware datetime")
-        self._now = to
-
-    @property
-    def milliseconds(self) -> int:
-        """The time it shows, in whole milliseconds since 1970-01-01 UTC."""
-        return (self._now - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+MINIMUMS: Final[Mapping[str, int]] = {"rounds": 3, "tasks": 6, "processes": 2, "kills": 1}
+"""A suite that asks for less proves too little, and refuses to run."""
 
 
 class Case(NamedTuple):
@@ -109,28 +84,18 @@ class Bench:
         self.suite = suite
         self.store = store
         self.clock = Clock(datetime.fromtimestamp(NOW / 1000, UTC))
-        self._stack = AsyncExitStack()
+        self.stack = AsyncExitStack()
 
     async def backend(self) -> TokenBackend:
         """Another backend on the store, open."""
         backend = self.suite.backend(self.store)
         await backend.open()
-        self._stack.push_async_callback(backend.close)
+        self.stack.push_async_callback(backend.close)
         return backend
 
-    async def manager(self, *policies: TokenPolicy, settings: Settings | None = None) -> TokenManager:
-        """Another manager on another backend of the store, open."""
-        manager = self.new_manager(*policies, settings=settings)
-        return await self._stack.enter_async_context(manager)
-
-    def new_manager(self, *policies: TokenPolicy, settings: Settings | None = None) -> TokenManager:
-        """The same, not yet open."""
-        return TokenManager(
-            self.suite.backend(self.store),
-            settings=settings or Settings(secret=SECRET),
-            policies=policies,
-            clock=self.clock,
-        )
+    async def two_backends(self) -> list[TokenBackend]:
+        """Two backends on the store, open, to race on."""
+        return [await self.backend(), await self.backend()]
 
     async def stored(self) -> list[StoredToken]:
         """All tokens of the store, newest first, as another backend sees them."""
@@ -142,10 +107,8 @@ class Bench:
             await backend.close()
 
     def raw(self) -> bytes:
+        """Everything the store holds, read past the backend."""
         return self.suite.raw(self.store)
-
-    async def aclose(self) -> None:
-        await self._stack.aclose()
 
 
 def case(
@@ -162,6 +125,7 @@ def case(
         def test(self: SuiteT, tmp_path: Path) -> None:
             if not __debug__:
                 raise RuntimeError("the cases are made of assert statements: run them without python -O")
+            _refuse_too_little(self)
             asyncio.run(_play(self, scenario, tmp_path))
 
         # Not functools.wraps: pytest would read the arguments of the coroutine.
@@ -174,49 +138,95 @@ def case(
     return decorate
 
 
+def _refuse_too_little(suite: Suite) -> None:
+    for name, least in MINIMUMS.items():
+        asked = getattr(suite, name, least)
+        if asked < least:
+            raise RuntimeError(f"{type(suite).__name__}.{name} is {asked}: {least} or more prove something")
+
+
 async def _play(
     suite: SuiteT, scenario: Callable[[SuiteT, Bench], Coroutine[Any, Any, None]], directory: Path
 ) -> None:
     bench = Bench(suite, suite.new_store(directory))
-    async with asyncio.timeout(PATIENCE):
-        try:
-            await scenario(suite, bench)
-        finally:
-            await bench.aclose()
+    async with asyncio.timeout(PATIENCE), bench.stack:
+        await scenario(suite, bench)
 
+
+# Records ------------------------------------------------------------------------------------------
 
 _numbers = itertools.count(1)
 
 
-def a_token(**fields: Any) -> StoredToken:
-    """A record for the store, of its own id and digest, valid at ``NOW``, with these fields instead."""
-    number = next(_numbers)
+def a_token(*keys: Mapping[str, Any], **fields: Any) -> StoredToken:
+    """A record for the store with an id and digests of its own, valid at ``NOW``.
+
+    Args:
+        *keys: for each key, the fields that differ from a link key that is good as long as the token.
+        **fields: the fields of the token that differ.
+    """
+    token_id = fields.get("id", f"{next(_numbers):016x}")
+    expires_at = fields.get("expires_at", NOW + 60 * MINUTE)
     token = StoredToken(
-        id=f"{number:032x}",
+        id=token_id,
         content_type="auth.user",
         object_id="42",
         slug="reset",
-        digest=a_digest(number),
-        scheme="sha256",
-        secret_id="",
-        plain_key="",
-        nonce="",
         context=b"",
+        is_beside=False,
         created_at=NOW,
-        expires_at=NOW + 60 * MINUTE,
-        ends_at=NOW + 60 * MINUTE,
-        is_active=True,
+        expires_at=expires_at,
+        ends_at=expires_at,
+        state=State.ACTIVE,
         extra_data=None,
         max_uses=1,
         uses=0,
         used_at=0,
-        use_ids=(),
-        lease_id="",
-        lease_until=0,
+        keys=tuple(a_key(origin=token_id, expires_at=expires_at)._replace(**key) for key in keys or ({},)),
+        holds=(),
     )
-    if "expires_at" in fields and "ends_at" not in fields:
-        fields["ends_at"] = fields["expires_at"]
     return token._replace(**fields)
+
+
+def a_key(**fields: Any) -> StoredKey:
+    """A link key with a digest of its own."""
+    key = StoredKey(
+        digest=a_digest(f"key {next(_numbers)}"),
+        scheme="sha256",
+        secret_id="",
+        nonce="",
+        plain_key="",
+        kind="link",
+        expires_at=NOW + 60 * MINUTE,
+        origin="",
+    )
+    return key._replace(**fields)
+
+
+def a_digest(seed: object) -> bytes:
+    """32 bytes, the same for the same seed."""
+    return hashlib.sha256(str(seed).encode()).digest()
+
+
+def a_budget(seed: object, of: object = None) -> Budget:
+    """The name of a budget, the same for the same seed and object."""
+    of_object = bytes(16) if of is None else a_digest(f"object {of}")[:16]
+    return Budget(object=of_object, name=a_digest(f"budget {seed}")[:16])
+
+
+def a_spend(budget: Budget, limit: int = 1, window: int = MINUTE, max_window: int | None = None) -> Spend:
+    """One to be taken from a budget."""
+    return Spend(budget=budget, limit=limit, window=window, max_window=max_window or window)
+
+
+def by_key(token: StoredToken, place: int = 0) -> Match:
+    """What somebody presents who has one of the token's keys."""
+    return Match(
+        digests=(token.keys[place].digest,),
+        content_type=token.content_type,
+        object_id=token.object_id,
+        slug=token.slug,
+    )
 
 
 def where(**fields: Any) -> Match:
@@ -229,23 +239,32 @@ def dice(seed: int) -> Random:
     return Random(seed)  # noqa: S311 - it guards nothing
 
 
-def a_digest(seed: object) -> bytes:
-    return hashlib.sha256(str(seed).encode()).digest()
+# Calls --------------------------------------------------------------------------------------------
 
 
-def ended(token: StoredToken, at: int) -> StoredToken:
-    """The token as :meth:`TokenBackend.deactivate` leaves it."""
-    return token._replace(is_active=False, ends_at=min(token.ends_at, at - 1))
+async def put(backend: TokenBackend, *keys: Mapping[str, Any], **fields: Any) -> StoredToken:
+    """Store a token with these fields beside all others, and return it."""
+    token = a_token(*keys, **fields)
+    inserted = await backend.insert(token, InsertMode.ADD)
+    assert (inserted.result, inserted.token) == (InsertResult.INSERTED, token)
+    return token
 
 
-async def find_all(backend: TokenBackend) -> list[StoredToken]:
-    """Everything, page by page."""
+async def one(backend: TokenBackend, token: StoredToken) -> StoredToken:
+    """The token as it is stored now."""
+    found = await backend.find(Match(id=token.id), 2)
+    assert len(found) == 1
+    return found[0]
+
+
+async def find_all(backend: TokenBackend, match: Match | None = None) -> list[StoredToken]:
+    """Everything that matches, page by page."""
     found: list[StoredToken] = []
-    page = await backend.find(Match(), 500)
+    page = await backend.find(match or Match(), 500)
     while page:
         found += page
         assert len({token.id for token in found}) == len(found), "a page repeats the one before"
-        page = await backend.find(Match(), 500, (found[-1].created_at, found[-1].id))
+        page = await backend.find(match or Match(), 500, found[-1].id)
     return found
 
 
