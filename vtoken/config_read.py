@@ -1,6 +1,8 @@
-"""Reading settings and policies from text, TOML and mappings; every mistake names the nearest right spelling.
+"""Reading settings and policies from text, TOML and mappings.
 
-Values are not repeated in messages: a secret may have been put into the wrong place.
+What a value may be is checked where it is used, by :class:`Settings` and :class:`TokenPolicy`; here it only
+becomes a value of the right type. A message says where a value was found and never repeats it: a secret may
+have been put into the wrong place.
 """
 
 from __future__ import annotations
@@ -9,41 +11,37 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from datetime import timedelta
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast, get_args
+from typing import Any, Final, TypeVar, cast
 
-from vtoken.errors import ConfigurationError
-from vtoken.policy import KeyStorage, Settings, TokenPolicy
+from vtoken.errors import ConfigurationError, InvalidInput
+from vtoken.inputs import nearest
+from vtoken.limits import Limit
+from vtoken.policy import Settings, TokenPolicy
+from vtoken.subject import Subject
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 SETTINGS: Final = tuple(field.name for field in fields(Settings))
 _POLICY: Final = tuple(field.name for field in fields(TokenPolicy) if field.name != "slug")
-_UNITS: Final = {
-    "ms": timedelta(milliseconds=1),
-    "s": timedelta(seconds=1),
-    "m": timedelta(minutes=1),
-    "h": timedelta(hours=1),
-    "d": timedelta(days=1),
-}
+_LIMIT: Final = tuple(field.name for field in fields(Limit) if field.init)
+_FILES: Final = ("vtoken.toml", "pyproject.toml")
 
 Found = tuple[str, object]
 """Where a value was found (for the message about it) and the value."""
 
 
 def policies_from_mapping(mapping: Mapping[str, Any], source: str = "policies") -> tuple[TokenPolicy, ...]:
-    """Make policies from tables by slug, e.g. those of a TOML file.
+    """Make policies from tables by slug, such as those of a TOML file.
 
     Args:
         mapping: slug -> table; the slug ``""`` stands for tokens without one. A table holds ``preset``
-            (``"link"`` or ``"code"``, the latter with ``digits``) or none, and the arguments of
-            :class:`TokenPolicy` by their names: ``expiration`` in minutes, the other durations in
-            seconds, each also as text with a unit such as ``"90s"``, ``"15m"``, ``"1h"``, ``"2d"``;
-            ``expiration = "never"``.
+            (``"link"``, ``"code"`` or ``"pair"``; the latter two with ``digits``) or none, and the arguments
+            of :class:`TokenPolicy` by their names. Durations are texts such as ``"90s"``, ``"15m"``,
+            ``"1h"``, ``"7d"``; ``expiration`` may also be a number of minutes or ``"never"``, ``max_uses``
+            may be ``"unlimited"``. A limit is a table, ``{count = 5, per = "1d", by = "ip"}``.
         source: what messages call the mapping.
 
     Raises:
@@ -51,24 +49,25 @@ def policies_from_mapping(mapping: Mapping[str, Any], source: str = "policies") 
             its range or below its floor.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigurationError(f"{source} must be tables by slug, e.g. [policies.password-reset]")
+        raise ConfigurationError(f"{source} must be tables by slug, such as [policies.password-reset]")
     return tuple(_policy(slug, table, f"{source}.{slug or repr('')}") for slug, table in mapping.items())
 
 
 def _policy(slug: object, table: object, where: str) -> TokenPolicy:
     if not isinstance(slug, str) or not isinstance(table, Mapping):
-        raise ConfigurationError(f"{where} must be a table, e.g. [policies.password-reset]")
+        raise ConfigurationError(f"{where} must be a table, such as [policies.password-reset]")
     options = dict(cast("Mapping[str, object]", table))
     preset = options.pop("preset", None)
     if preset is not None:
-        convert(f"{where}.preset", _choice("link", "code"), preset)
-    check_names(options, (*_POLICY, "preset", *(("digits",) if preset == "code" else ())), where)
+        convert(f"{where}.preset", _preset, preset)
+    digits = ("digits",) if preset in ("code", "pair") else ()
+    check_names(options, dict.fromkeys((*_POLICY, "preset", *digits)), where)
     values: dict[str, Any] = {
-        name: convert(f"{where}.{name}", _POLICY_VALUES.get(name, _as_it_is), value)
+        name: convert(f"{where}.{name}", _VALUES[name], value) if name in _VALUES else value
         for name, value in options.items()
     }
-    make = {"link": TokenPolicy.link, "code": TokenPolicy.code}.get(cast("str", preset), TokenPolicy)
-    return convert(where, lambda _: make(slug or None, **values), None)
+    make: Any = TokenPolicy if preset is None else getattr(TokenPolicy, cast("str", preset))
+    return convert(where, lambda _: cast("TokenPolicy", make(slug or None, **values)), None)
 
 
 def settings_from(found: Mapping[str, Found]) -> Settings:
@@ -78,10 +77,11 @@ def settings_from(found: Mapping[str, Found]) -> Settings:
         ConfigurationError: a value is out of its range; the message says where it came from.
     """
     settings = Settings()
-    for name in SETTINGS:  # one by one, so that an error can be laid at its value's door
+    for name in SETTINGS:  # one by one, so that an error can say where its value came from
         if name in found:
-            where, raw = found[name]
-            value = convert(where, _SETTINGS_VALUES.get(name, _as_it_is), raw)
+            where, value = found[name]
+            if name in _VALUES:
+                value = convert(where, _VALUES[name], value)
             settings = convert(where, partial(_with, settings, name), value)
     return settings
 
@@ -90,31 +90,50 @@ def _with(settings: Settings, name: str, value: Any) -> Settings:
     return replace(settings, **{name: value})
 
 
-def read_file(path: str) -> dict[str, Any]:
+def read_file(path: str | Path) -> dict[str, Any]:
     """Read a TOML file: settings, ``url``, ``hooks``, ``[policies.<slug>]``; or all in ``[tool.vtoken]``.
 
     Raises:
-        ConfigurationError: it cannot be read, is no TOML, or holds an unknown name.
+        ConfigurationError: it cannot be read, is not TOML, or holds an unknown name.
     """
-    document: Any = {}
-    problem: str | None = None
+    document = _document(path)
+    if "tool" in document:
+        table = _tool_table(document)
+        if table is None:
+            raise ConfigurationError(f"the configuration file {str(path)!r} has no table [tool.vtoken]")
+        document = table
+    check_names(document, (*SETTINGS, "url", "hooks", "policies"), str(path))
+    return document
+
+
+def file_in(folder: Path) -> Path | None:
+    """The configuration file of a folder: ``vtoken.toml``, else a ``pyproject.toml`` with ``[tool.vtoken]``.
+
+    Raises:
+        ConfigurationError: ``pyproject.toml`` cannot be read, or is not TOML.
+    """
+    own, project = (folder / name for name in _FILES)
+    if own.is_file():
+        return own
+    return project if project.is_file() and _tool_table(_document(project)) is not None else None
+
+
+def _document(path: str | Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         problem = f"cannot be read: {error.strerror or type(error).__name__}"
     except tomllib.TOMLDecodeError as error:
         problem = f"is not TOML: {str(error).splitlines()[0]}"
-    except ValueError:  # no UTF-8, or a NUL in the path
+    except ValueError:  # not UTF-8, or a NUL in the path
         problem = "is not TOML: not UTF-8 text"
-    if problem is None and "tool" in document:
-        tables = document["tool"]
-        document = tables.get("vtoken") if isinstance(tables, dict) else None
-        if not isinstance(document, dict):
-            problem = "has no table [tool.vtoken]"
-    if problem is not None:
-        raise ConfigurationError(f"the configuration file {path!r} {problem}")
-    check_names(document, (*SETTINGS, "url", "hooks", "policies"), path)
-    return cast("dict[str, Any]", document)
+    raise ConfigurationError(f"the configuration file {str(path)!r} {problem}")
+
+
+def _tool_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    tools = document.get("tool")
+    table = cast("dict[str, Any]", tools).get("vtoken") if isinstance(tools, dict) else None
+    return cast("dict[str, Any]", table) if isinstance(table, dict) else None
 
 
 def check_names(given: Iterable[object], known: Iterable[str], where: str) -> None:
@@ -126,8 +145,7 @@ def check_names(given: Iterable[object], known: Iterable[str], where: str) -> No
     known = tuple(known)
     for name in given:
         if name not in known:
-            near = get_close_matches(str(name), known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            hint = nearest(str(name), known) or f"known are {', '.join(sorted(known))}"
             raise ConfigurationError(f"{where}: unknown name {name!r}; {hint}")
 
 
@@ -136,7 +154,7 @@ def convert(where: str, converter: Callable[[T], U], value: T) -> U:
     problem: str
     try:
         return converter(value)
-    except ConfigurationError as error:
+    except (ConfigurationError, InvalidInput) as error:
         problem = str(error)
     except TypeError:  # of a table where a number belongs, say
         problem = "a value has the wrong type"
@@ -159,80 +177,82 @@ def text(value: object) -> str:
     raise ConfigurationError("must be a text")
 
 
-def _whole(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        return int(value)
-    raise ConfigurationError("must be a whole number")
-
-
-def minutes(value: object) -> float | None:
-    """A lifetime: minutes as a number, a text with a unit, or "never"."""
+def lifetime(value: object) -> object:
+    """A lifetime: a number of minutes, a text with a unit, or "never", which is None."""
     if isinstance(value, str) and value.strip().lower() == "never":
         return None
-    number = _duration(value, "m") / _UNITS["m"]
-    return int(number) if number.is_integer() else number
+    return _number(value)
 
 
-def seconds(value: object) -> timedelta:
-    """A duration: seconds as a number, or a text with a unit."""
-    return _duration(value, "s")
-
-
-def _duration(value: object, default_unit: str) -> timedelta:
-    amount, unit = value, default_unit
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h|d)?\s*", value)
-        amount, unit = (float(found[1]), found[2] or default_unit) if found else (None, "")
-    if isinstance(amount, int | float) and not isinstance(amount, bool) and 0 <= amount < 1e12:
-        days = amount * (_UNITS[unit] / _UNITS["d"])
-        if days <= timedelta.max.days:
-            return amount * _UNITS[unit]
-    never = ' or "never"' if default_unit == "m" else ""
-    what = "minutes" if default_unit == "m" else "seconds"
-    raise ConfigurationError(f'must be a number of {what} or a duration such as "90s", "15m" or "1h"{never}')
-
-
-def _choice(*known: str) -> Callable[[object], str]:
-    def choose(value: object) -> str:
-        if isinstance(value, str) and value in known:
-            return value
-        near = get_close_matches(str(value).strip().lower(), known, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigurationError(f"must be one of {', '.join(known)}{hint}")
-
-    return choose
-
-
-def _as_it_is(value: object) -> object:
+def _number(value: object) -> object:
+    """A number where a text holds one, as an environment variable or an option does."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,12}(\.[0-9]{1,9})?\s*", value, re.ASCII):
+        return float(value) if "." in value else int(value)
     return value
 
 
-_SETTINGS_VALUES: Final[dict[str, Callable[[object], object]]] = {
-    "default_expiration": minutes,
-    "default_key_generator": text,
-    "default_key_length": _whole,
+def _count(value: object) -> int:
+    number = _number(value)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return number
+    raise ConfigurationError("must be a whole number")
+
+
+def _uses(value: object) -> int | None:
+    return None if isinstance(value, str) and value.strip().lower() == "unlimited" else _count(value)
+
+
+def _preset(value: object) -> str:
+    known = ("link", "code", "pair")
+    if value in known:
+        return cast("str", value)
+    hint = nearest(str(value).strip(), known)
+    raise ConfigurationError(f"must be one of {', '.join(known)}{hint and f'; {hint}'}")
+
+
+def _limits(value: object) -> tuple[Limit, ...]:
+    """Limits, each a table: ``[{count = 5, per = "1d", by = "ip"}]``."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ConfigurationError('must be a list of tables, such as [{count = 5, per = "1d", by = "ip"}]')
+    limits: list[Limit] = []
+    for item in cast("list[dict[str, Any]]", value):
+        check_names(item, _LIMIT, "a limit")
+        missing = [name for name in ("count", "per") if name not in item]
+        if missing:
+            raise ConfigurationError(f"a limit needs {missing[0]}")
+        limits.append(Limit(**item))
+    return tuple(limits)
+
+
+def _test_codes(value: object) -> dict[Subject, Any]:
+    """Fixed codes by ``content_type:object_id``."""
+    if not isinstance(value, dict):
+        raise ConfigurationError('must be a table, such as {"auth.phone:+15550100" = "123456"}')
+    codes: dict[Subject, Any] = {}
+    for name, code in cast("dict[str, Any]", value).items():
+        content_type, colon, object_id = name.partition(":")
+        if not colon:
+            raise ConfigurationError("each name must be content_type:object_id, such as auth.phone:+15550100")
+        codes[Subject(content_type, object_id)] = code
+    return codes
+
+
+_VALUES: Final[dict[str, Callable[[object], object]]] = {
+    "attempt_limits": _limits,
+    "default_expiration": lifetime,
     "default_key_chars": text,
-    "max_key_iterations": _whole,
-    "secret": text,
-    "previous_secrets": texts,
-    "key_storage": _choice(*get_args(KeyStorage)),
-}
-_POLICY_VALUES: Final[dict[str, Callable[[object], object]]] = {
-    "expiration": minutes,
-    "key_generator": text,
-    "key_length": _whole,
+    "default_key_generator": text,
+    "default_key_length": _count,
+    "expiration": lifetime,
+    "issue_limits": _limits,
     "key_chars": text,
-    "key_storage": _choice(*get_args(KeyStorage)),
-    "max_attempts": _whole,
-    "attempt_window": seconds,
-    "cooldown": seconds,
-    "max_uses": _whole,
-    "overlap": seconds,
-    "prefix": text,
-    "context": _choice("required", "ignored"),
-    "kind": _choice("link", "code"),
-    "allow_weak": text,
-    "digits": _whole,
+    "key_generator": text,
+    "key_length": _count,
+    "max_attempts": _count,
+    "max_key_iterations": _count,
+    "max_uses": _uses,
+    "previous_secrets": texts,
+    "secret": text,
+    "test_codes": _test_codes,
 }
+"""From what a file or a variable holds to what a field takes; other values are passed on as they are."""

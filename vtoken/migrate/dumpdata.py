@@ -13,18 +13,17 @@ What has any other shape is refused, and no message repeats a value: it may be a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, tzinfo
-from difflib import get_close_matches
 from typing import Any, Final, TextIO, cast
 
 from vtoken import inputs
-from vtoken.backend import NEVER, StoredToken
+from vtoken.backend import NEVER, State, StoredKey, StoredToken
 from vtoken.errors import InvalidInput
 from vtoken.ids import IdSequence
-from vtoken.keys import Digest, Hidden, Keyring, normalise_code
-from vtoken.policy import NO_POLICY, Rules, Settings, TokenPolicy
+from vtoken.keys import Digest, Hidden, Keyring, normalise_code, normalise_link
+from vtoken.policy import Policies, ResolvedPolicy, Settings
 
 CONTENT_TYPES: Final = "contenttypes.contenttype"
 _FIELDS: Final = frozenset(
@@ -49,8 +48,8 @@ class DumpReader:
     """Reads a dump record by record, so a large one needs no more memory than a small one.
 
     Args:
-        settings: say how keys are digested.
-        policies: the same for one slug each: a code is digested with its object.
+        settings: with their secrets keys are digested.
+        policies: tell codes, which are digested with their object, from links.
         content_types: names (``"auth.user"``) by primary key, for a dump without ``--natural-foreign``. A
             dump that holds ``contenttypes`` before the tokens names them itself.
         timezone: of times without an offset (``USE_TZ = False``); None refuses them.
@@ -60,18 +59,19 @@ class DumpReader:
     def __init__(
         self,
         settings: Settings,
-        policies: Iterable[TokenPolicy] = (),
+        policies: Policies,
         *,
         content_types: Mapping[int, str] | None = None,
         timezone: tzinfo | None = None,
         now: int,
     ) -> None:
         self._keyring = Keyring(settings.secret, settings.previous_secrets)
-        self._rules = {policy.slug or "": Rules.of(policy, settings) for policy in policies}
-        self._default_rules = Rules.of(NO_POLICY, settings)
+        self._policies = policies
         self._given = dict(content_types or {})
         self._timezone = timezone
         self._now = now
+        self.models: set[str] = set()
+        """The names of the models whose records were read, such as ``"accounts.verificationtoken"``."""
 
     def tokens(self, file: TextIO) -> Iterator[StoredToken]:
         """The tokens of a dump, in its order; their ids are new ones.
@@ -93,6 +93,7 @@ class DumpReader:
                     dumped |= _named(record)
                 else:
                     token = self._token(record, dumped | self._given)
+                    self.models.add(str(model).lower())
             except InvalidInput as error:
                 problem = str(error)
             if problem is not None:
@@ -107,47 +108,53 @@ class DumpReader:
         slug = fields.get("slug") or ""
         if slug != "":
             slug = inputs.check_text("slug", slug, inputs.MAX_NAME_BYTES)
-        rules = self._rules.get(slug, self._default_rules)
+        policy = self._policies.get(slug)
         content_type = _content_type(fields["content_type"], content_types)
         object_id = inputs.check_object_id(fields["object_id"])
-        digest = self._digest(rules, content_type, object_id, slug, key)
+        digest = self._digest(policy, content_type, object_id, key)
         created_at = self._time(fields, "created_at" if "created_at" in fields else "created")
         expires_at = NEVER if fields.get("expires_at") is None else self._time(fields, "expires_at")
         is_active = fields.get("is_active", True)
         if not isinstance(is_active, bool):
             raise InvalidInput("is_active must be true or false")
-        return StoredToken(
-            id=IdSequence().next(created_at),
-            content_type=content_type,
-            object_id=object_id,
-            slug=slug,
+        token_id = IdSequence().next(created_at)
+        stored_key = StoredKey(
             digest=digest.value,
             scheme=digest.scheme,
             secret_id=digest.secret_id,
-            plain_key=key.text() if rules.storage == "plain" else "",
             nonce="",
+            plain_key=key.text() if policy.storage == "plain" else "",
+            kind="code" if policy.kind == "code" else "link",
+            expires_at=expires_at,
+            origin=token_id,
+        )
+        return StoredToken(
+            id=token_id,
+            content_type=content_type,
+            object_id=object_id,
+            slug=slug,
             context=b"",
+            is_beside=True,  # nobody knows which of an object's tokens replaced which
             created_at=created_at,
             expires_at=expires_at,
             ends_at=expires_at if is_active else min(expires_at, self._now - 1),
-            is_active=is_active,
+            state=State.ACTIVE if is_active else State.ENDED,
             extra_data=_extra_data(fields.get("extra_data")),
-            max_uses=rules.max_uses,
+            max_uses=policy.max_uses,
             uses=0,
             used_at=0,
-            use_ids=(),
-            lease_id="",
-            lease_until=0,
+            keys=(stored_key,),
+            holds=(),
         )
 
-    def _digest(self, rules: Rules, content_type: str, object_id: str, slug: str, key: Hidden) -> Digest:
+    def _digest(self, policy: ResolvedPolicy, content_type: str, object_id: str, key: Hidden) -> Digest:
         problem = inputs.text_problem(key.reveal(), inputs.MAX_KEY_BYTES)
         if problem is not None:
             raise InvalidInput(f"key {problem}")
-        if rules.is_code:
-            code = Hidden(normalise_code(key.text(), rules.key_chars))
-            return self._keyring.code(content_type, object_id, slug, code.text())
-        return self._keyring.link(key.text())
+        if policy.kind == "code":
+            code = Hidden(normalise_code(key.text(), policy.code_chars))
+            return self._keyring.code(content_type, object_id, policy.slug, code.text())
+        return self._keyring.link(normalise_link(key.text()))
 
     def _time(self, fields: Mapping[str, Any], name: str) -> int:
         try:
@@ -169,20 +176,19 @@ class DumpReader:
 def _fields(record: Any) -> dict[str, Any]:
     """The fields of a record, by names that are known."""
     if not isinstance(record, dict) or not isinstance(record.get("model"), str):
-        raise InvalidInput("no record of dumpdata: it needs model and fields")
+        raise InvalidInput("not a record of dumpdata: it needs model and fields")
     fields: Any = record.get("fields")
     if not isinstance(fields, dict):
-        raise InvalidInput("no record of dumpdata: it needs model and fields")
+        raise InvalidInput("not a record of dumpdata: it needs model and fields")
     for name in fields:
         if name not in _FIELDS:
-            near = get_close_matches(name, _FIELDS, 1)
-            hint = f"did you mean {near[0]}?" if near else "dump the model of the tokens only"
+            hint = inputs.nearest(name, _FIELDS) or "dump the model of the tokens only"
             raise InvalidInput(f"unknown field {name!r:.80}; {hint}")
     for name in ("key", "content_type", "object_id"):
         if name not in fields:
             raise InvalidInput(f"{name} is missing")
     if ("created" in fields) == ("created_at" in fields):
-        raise InvalidInput("one of created and created_at is wanted")
+        raise InvalidInput("either created or created_at must be given")
     return fields
 
 
@@ -191,7 +197,7 @@ def _named(record: Any) -> dict[int, str]:
     pk, fields = record.get("pk"), record.get("fields")
     name = _joined(fields.get("app_label"), fields.get("model")) if isinstance(fields, dict) else None
     if not isinstance(pk, int) or name is None:
-        raise InvalidInput("no content type: it needs pk, app_label and model")
+        raise InvalidInput("not a content type: it needs pk, app_label and model")
     return {pk: name}
 
 
