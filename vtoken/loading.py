@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from vtoken.errors import ConfigurationError
+from vtoken.inputs import nearest
 
 
 class MissingModule(ConfigurationError):
@@ -41,10 +42,13 @@ def import_object(path: str) -> object:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
     if missing is not None:
-        # Where the module is there and lacks a package of its own, it is this that must be named.
+        # A module that is there may need a package that is missing; the message then names that package.
         raise MissingModule(f"cannot import {path!r}: there is no module {missing!r}", missing)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ConfigurationError(f"cannot import {path!r}: {module_name!r} has no {name!r}")
+            hint = nearest(part, dir(found))
+            raise ConfigurationError(
+                f"cannot import {path!r}: {module_name!r} has no {name!r}{'; ' if hint else ''}{hint}"
+            )
         found = getattr(found, part)
     return found

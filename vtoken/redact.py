@@ -1,4 +1,4 @@
-"""URLs without their passwords, and errors without the arguments that led to them: for what is printed."""
+"""URLs without their passwords, and errors without the arguments that led to them, for what is printed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _USERINFO: Final = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:/+)?+[^:]*):(.*)@", re.DOTALL)
-_PARAMETER: Final = re.compile(r"([?&;])([^=&;?]*)=([^&;]*)")
+_PARAMETER: Final = re.compile(r"([?&;])([^=&;?#]*)=([^&;#]*)")
 _SECRET_NAME: Final = re.compile(
-    r"pass|pwd|secret|token|credential|api_?key|authmechanismproperties", re.IGNORECASE
+    r"pass|pwd|^pw|secret|token|cred|key|auth(?!source|mechanism$)|signature|^sig$", re.IGNORECASE
 )
+_FRAGMENT: Final = re.compile(r"#.*", re.DOTALL)
 
 
 def redact_url(url: str) -> str:
-    """A URL with ``***`` for its passwords: before the host, and in its query.
+    """A URL with ``***`` for its passwords: before the host, in its query, and for its whole fragment.
 
     It errs towards hiding too much: in a URL that is mistyped (a ``/`` or ``@`` of the password not
     percent-encoded), all up to the last ``@`` is hidden.
@@ -27,7 +28,8 @@ def redact_url(url: str) -> str:
     Args:
         url: any text.
     """
-    return _PARAMETER.sub(_redact_parameter, _USERINFO.sub(r"\1:***@", url))
+    without_userinfo = _USERINFO.sub(r"\1:***@", url)
+    return _FRAGMENT.sub("#***", _PARAMETER.sub(_redact_parameter, without_userinfo))
 
 
 def _redact_parameter(found: re.Match[str]) -> str:

@@ -61,7 +61,7 @@ class ContentTypes:
             name: its content type in the store, 1 to 255 bytes; keep it when the class is renamed.
             get_id: from an instance to its id; left out, the attribute ``id`` or else ``pk``.
             load: a callable, async or not, from an ``object_id`` (always a ``str``) to the object, or
-                to None where it is gone; :meth:`TokenManager.content_object` calls it. One that waits
+                to None where it is gone. :meth:`TokenManager.content_object` calls it. One that waits
                 without being async blocks the event loop: use it with ``SyncTokenManager`` only.
 
         Raises:
@@ -90,7 +90,7 @@ class ContentTypes:
             return self._of_class(obj).name, None
         if obj is None:
             raise InvalidInput("the object of a token must not be None")
-        # A lazy proxy (Django's SimpleLazyObject, Werkzeug's LocalProxy) says by __class__ what it stands for.
+        # A lazy proxy (Django's SimpleLazyObject, Werkzeug's LocalProxy) has its object's __class__.
         cls = type(obj) if self._find(type(obj)) else obj.__class__
         content_type_of = self._of_class(cls)
         return content_type_of.name, check_object_id(content_type_of.get_id(obj))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
 from datetime import timedelta
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import anyio
-from anyio.abc import TaskGroup
 
 from vtoken import inputs
-from vtoken.backend import TokenBackend
-from vtoken.budgets import MAX_WINDOW_MS
+from vtoken.backend import Purged, TokenBackend
 from vtoken.errors import BackendError
+from vtoken.inputs import Duration
+from vtoken.limits import REMEMBERED
 
 logger = logging.getLogger("vtoken")
 
@@ -25,20 +28,23 @@ _JITTER = 0.1
 
 async def purge_in_steps(
     store: TokenBackend, before: int, now: int, limit: int, progress: Callable[[int], object] | None
-) -> int:
-    """Purge until nothing is left to be purged, and return how many tokens were deleted.
+) -> Purged:
+    """Purge until no token and no budget is left to be purged, and return how many of each were deleted.
 
     Args:
         store: open. For ``before``, ``now`` and ``limit`` see :meth:`TokenBackend.purge`.
-        progress: is told after each step how many were deleted so far.
+        before: likewise.
+        now: likewise.
+        limit: likewise.
+        progress: is told after each step how many tokens were deleted so far.
     """
-    total = 0
+    total = Purged(tokens=0, budgets=0)
     while True:
-        deleted = await store.purge(before, now, limit, now - MAX_WINDOW_MS)
-        total += deleted
+        step = await store.purge(before, now, limit, now - REMEMBERED)
+        total = Purged(tokens=total.tokens + step.tokens, budgets=total.budgets + step.budgets)
         if progress is not None:
-            progress(total)
-        if deleted < limit:
+            progress(total.tokens)
+        if max(step) < limit:
             return total
 
 
@@ -58,31 +64,36 @@ class Sweeper:
 
     def __init__(
         self,
-        purge: Callable[[int, timedelta], Awaitable[object]],
-        every: timedelta,
-        keep: timedelta,
+        purge: Callable[[int, Duration], Awaitable[object]],
+        every: Duration,
+        keep: Duration,
         batch_size: int,
         sleep: Callable[[float], Awaitable[object]],
     ) -> None:
-        inputs.check_duration("keep", keep, least=timedelta(0))
+        inputs.duration("keep", keep, least=timedelta(0))
         self._purge = partial(purge, inputs.check_count("batch_size", batch_size), keep)
-        self._every = inputs.check_duration("every", every) / 1000
+        self._every = inputs.duration("every", every) / 1000
         self._sleep = sleep
-        self._group: TaskGroup | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._task: object = None
 
     async def __aenter__(self) -> Self:
-        if self._group is not None:
+        if self._scope is not None:
             raise RuntimeError("a sweeper is for one block: ask the manager for another one")
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
-        self._group.start_soon(self._sweep, name="vtoken sweeper")
+        self._scope, self._has_ended = anyio.CancelScope(), anyio.Event()
+        # A task group would have to be left in the task that entered it; this block may be left in another.
+        self._task = _start(partial(self._run, self._scope), self._has_ended)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._group is not None  # noqa: S101  # __aenter__ has set it
-        self._group.cancel_scope.cancel()
-        # The block's own exception is not the group's: given to it, it would come out as an ExceptionGroup.
-        await self._group.__aexit__(None, None, None)
+        assert self._scope is not None  # noqa: S101  # __aenter__ has set it
+        self._scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._has_ended.wait()
+
+    async def _run(self, scope: anyio.CancelScope) -> None:
+        with scope:
+            await self._sweep()
 
     async def _sweep(self) -> None:
         # Processes that were started together, by a deployment say, spread over the whole period.
@@ -93,6 +104,26 @@ class Sweeper:
                 await self._purge()
             except BackendError as error:
                 logger.warning("a purge in the background failed; the next one will try again: %r", error)
-            except Exception:  # a defect of ours or a backend's, and no reason to end the application
+            except Exception:  # a fault in here or in a backend must not end the application
                 logger.exception("a purge in the background failed; the next one will try again")
             pause = self._every * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311  # no secret
+
+
+def _start(function: Callable[[], Coroutine[Any, Any, None]], ended: anyio.Event) -> object:
+    """Start a task that outlives the caller's, without its context variables. Keep what is returned."""
+
+    async def run() -> None:
+        try:
+            await function()
+        finally:
+            ended.set()
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        trio: Any = sys.modules["trio"]  # the only other event loop that anyio knows
+        return trio.lowlevel.spawn_system_task(run, name="vtoken sweeper", context=Context())
+    task = loop.create_task(run(), name="vtoken sweeper", context=Context())
+    # A task that is cancelled before its first step, as a loop does that shuts down, does not run at all.
+    task.add_done_callback(lambda _: ended.set())
+    return task
