@@ -287,6 +287,11 @@ class Keyring:
         """What stands for each secret in the store, the current one's first."""
         return self._ids
 
+    @property
+    def secret_ids(self) -> tuple[str, ...]:
+        """Which secrets there are, the current one first: what a stored key's ``secret_id`` says."""
+        return self._ids
+
     def link(self, key: str) -> Digest:
         """The digest of a new link key."""
         return self.links(key)[0]
