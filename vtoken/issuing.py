@@ -41,6 +41,7 @@ from vtoken.keys import (
     KeyGenerator,
     Keyring,
     add_checksum,
+    batch_nonce,
     normalise_code,
     random_key,
 )
@@ -268,7 +269,7 @@ class Issuer:
             nonce = secrets.token_hex(16)
             if request.batch is not None:
                 subject = request.content_type, request.object_id, request.slug
-                nonce = self.keyring.batch_nonce(request.batch, *subject)
+                nonce = batch_nonce(request.batch, *subject)
         keys: list[NewKey] = []
         if policy.has_link:
             keys.append(self._new_link(request, nonce))

@@ -1,8 +1,8 @@
 """Limits: what may happen so often, and the budgets that count it.
 
-A limit is what a policy says; a budget is what the store counts. A budget's name is a digest of fixed size, made
-with a random value that the store keeps, so that nothing personal and nothing of an attacker's length is stored,
-and rotating secrets renames none.
+A limit is what a policy says; a budget is what the store counts. A budget's name is a digest of fixed size,
+made with a random value that the store keeps, so that nothing personal and nothing of an attacker's length is
+stored, and rotating secrets renames none.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _DAY: Final = 24 * 60 * 60 * 1000
 MAX_ATTEMPT_WINDOW: Final = _DAY
-"""How far an object's attempt window grows, in milliseconds. A budget slows an attacker down and never locks the
-account (OWASP Forgot Password Cheat Sheet, "Account Lockout")."""
+"""How far an object's attempt window grows, in milliseconds. A budget slows an attacker down and never locks
+the account (OWASP Forgot Password Cheat Sheet, "Account Lockout")."""
 REMEMBERED: Final = _DAY
 """How long after its end, in milliseconds, a budget is remembered, so that the next window can have grown."""
 LONGEST_WINDOW: Final = timedelta(days=366)
@@ -59,7 +59,7 @@ class Limit:
     Raises:
         ConfigurationError: a value is out of its range.
 
-    .. versionadded:: 0.2
+    .. versionadded:: 0.1
     """
 
     count: int
@@ -121,9 +121,24 @@ class Limiter:
         return self._digest("object", content_type, object_id)
 
     def attempts(
-        self, policy: ResolvedPolicy, slug: str, content_type: str, object_id: str | None, by: By
+        self,
+        policy: ResolvedPolicy,
+        slug: str,
+        content_type: str,
+        object_id: str | None,
+        by: By,
+        *,
+        lenient: bool = False,
     ) -> Spends:
         """What a wrong key costs. Where the object is not known, limits by object do not apply.
+
+        Args:
+            policy: of the slug.
+            slug: in its stored form.
+            content_type: of the object.
+            object_id: None where it is not known.
+            by: the dimensions that the call passes.
+            lenient: leave out limits whose dimension ``by`` lacks.
 
         Raises:
             InvalidInput: a limit asks for a dimension that ``by`` lacks.
@@ -136,7 +151,19 @@ class Limiter:
         if object_id is None:
             plan = [(kind, limit) for kind, limit in plan if limit.by != "object"]
         # Only an object's attempt windows grow: nobody may lock a whole address block or a purpose for a day.
-        return self._spends(plan, slug, content_type, object_id, b"", by, grows=True)
+        return self._spends(_known(plan, by, lenient), slug, content_type, object_id, b"", by, grows=True)
+
+    def attempts_of_object(
+        self, policy: ResolvedPolicy, slug: str, content_type: str, object_id: str
+    ) -> Spends:
+        """The part of :meth:`attempts` that the object alone decides."""
+        found = self.attempts(policy, slug, content_type, object_id, {}, lenient=True)
+        own = [
+            (limit, spend)
+            for limit, spend in zip(found.limits, found.spends, strict=True)
+            if spend.budget.object != NO_OBJECT
+        ]
+        return Spends(tuple(limit for limit, _ in own), tuple(spend for _, spend in own))
 
     def issues(
         self,
@@ -146,8 +173,11 @@ class Limiter:
         object_id: str,
         context: bytes,
         by: By,
+        *,
+        lenient: bool = False,
     ) -> Spends:
-        """What a new token costs. The first one is the cooldown's, if the policy has one.
+        """What a new token costs. The first one is the cooldown's, if the policy has one. Arguments as of
+        :meth:`attempts`.
 
         Raises:
             InvalidInput: a limit asks for a dimension that ``by`` lacks.
@@ -157,7 +187,9 @@ class Limiter:
         plan: list[tuple[str, Limit]] = [("issues", limit) for limit in policy.issue_limits]
         if policy.cooldown:
             plan.insert(0, ("cooldown", _usual(1, policy.cooldown)))
-        return self._spends(plan, slug, content_type, object_id, context, by, grows=False)
+        return self._spends(
+            _known(plan, by, lenient), slug, content_type, object_id, context, by, grows=False
+        )
 
     def first_reveal(self, content_type: str, object_id: str, token_id: str, lifetime: int) -> Spend:
         """The one time that a token's key is revealed without counting toward its issue limits."""
@@ -204,6 +236,13 @@ class Limiter:
 def _usual(count: int, window: int) -> Limit:
     """The limit that ``max_attempts`` or ``cooldown`` stands for."""
     return Limit(count, timedelta(milliseconds=window))
+
+
+def _known(plan: list[tuple[str, Limit]], by: By, lenient: bool) -> list[tuple[str, Limit]]:
+    """The limits whose dimension is known, or all of them where one that is missing is an error."""
+    if not lenient:
+        return plan
+    return [(kind, limit) for kind, limit in plan if limit.by in ("object", "slug") or limit.by in by]
 
 
 def checked_by(by: By | None) -> By:

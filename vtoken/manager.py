@@ -1,44 +1,98 @@
 """The life of a token, top to bottom: issued, checked, used, ended.
 
-The manager owns the clock, the policies and the keys, and composes the backend's atomic steps. It
-keeps nothing about any token, so any number of managers may work on one store.
+Every public method is here, with its arguments checked. What it takes to issue a token is in
+:mod:`vtoken.issuing`; what becomes of a presented key is in :mod:`vtoken.redeeming`; what may happen how
+often is in :mod:`vtoken.limits`. The manager keeps nothing about any token, so any number of managers may
+work on one store.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import inspect
+import secrets
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from time import perf_counter
+from typing import Any, Final, Self
 
 import anyio
 
 from vtoken import inputs
-from vtoken.backend import InsertMode, Match, SetExtraData, TokenBackend, Use
-from vtoken.config import Configuration, create_backend
+from vtoken.backend import (
+    PRETENDED,
+    InsertMode,
+    Match,
+    SetExtraData,
+    StoredToken,
+    TokenBackend,
+    Use,
+    has_free_use,
+    is_valid,
+)
+from vtoken.config import Configuration
 from vtoken.errors import (
+    BackendError,
     ConfigurationError,
+    CooldownActive,
+    InvalidInput,
     InvalidToken,
     KeyGenerationError,
     TooManyAttempts,
 )
-from vtoken.guess import make_guess
-from vtoken.hooks import Hook, Hooks, LazyHook
-from vtoken.inputs import ANY, DEFAULT, Unset, Wildcard
-from vtoken.issue import drawn_key
-from vtoken.keys import NOTHING, Hidden, KeyGenerator
-from vtoken.lifecycle import CLOSED, Lifecycle, checked_use_id, one_slug, slug_text
-from vtoken.loaded import loaded
-from vtoken.policy import Settings, TokenPolicy, load_generator
+from vtoken.hooks import EventName, Hook, Hooks, LazyHook, logger
+from vtoken.inputs import ANY, DEFAULT, Duration, Lifetime, Unset, Wildcard
+from vtoken.issuing import Issued, Issuer, IssueRequest, drawn_key, reveal
+from vtoken.keys import Hidden, KeyGenerator, Keyring, context_digest, use_id
+from vtoken.limits import (
+    NOTHING_TO_SPEND,
+    By,
+    Limiter,
+    Spends,
+    allowed_at,
+    attempts_left,
+    checked_by,
+    window_end,
+)
+from vtoken.opening import Opening
+from vtoken.policy import (
+    NO_POLICY,
+    Policies,
+    ResolvedPolicy,
+    Settings,
+    TokenPolicy,
+    check_call,
+    load_generator,
+)
 from vtoken.redact import without_locals
-from vtoken.stats import SlugStats, Stats
+from vtoken.redeeming import (
+    MAX_LEASE,
+    Context,
+    PresentedKey,
+    Redeemer,
+    Redemption,
+    bound,
+    own_holds,
+    presented_key,
+)
+from vtoken.registry import create_backend
+from vtoken.stats import SlugStats, Stats, Status
 from vtoken.subject import ContentTypes
 from vtoken.sweeper import Sweeper, purge_in_steps
-from vtoken.token import IssuedToken, VerificationToken
+from vtoken.token import IssuedToken, VerificationToken, issued, loaded
 
-_PAGE = 100
+_PAGE: Final = 100
+_AT_ONCE: Final = 256
+"""How many tokens ``issue_many`` has in flight: as many as two batches of a backend that gathers them."""
+_BATCH_BYTES: Final = 128
 
 
 def utc_now() -> datetime:
@@ -48,6 +102,12 @@ def utc_now() -> datetime:
 
 class TokenManager:
     """Issues and redeems tokens, on any backend.
+
+    Example::
+
+        manager = TokenManager.from_url("sqlite:///tokens.db", policies=[TokenPolicy.link("password-reset")])
+        async with manager:
+            token = await manager.issue(Subject("auth.user", "ada"), "password-reset")
 
     Args:
         backend: where tokens are kept. Two managers may share one backend object.
@@ -59,12 +119,12 @@ class TokenManager:
             :class:`LazyHook` too. One that fails is logged and changes nothing.
 
     Raises:
-        ConfigurationError: two policies of one slug, a code or derived keys without a secret, a
-            generator or hook that cannot be imported.
+        ConfigurationError: two policies of one slug, a code or derived keys without a secret, a generator or
+            hook that cannot be imported.
 
-    Use it as ``async with manager:``. Every other method raises :class:`BackendClosed` before opening and
-    after closing, :class:`InvalidInput` for an argument out of its range, before anything is stored, and
-    :class:`BackendError` or a subclass when the store fails.
+    Use it as ``async with manager:``, as often and from as many tasks as you like. Every other method raises
+    :class:`BackendClosed` before opening and after closing, :class:`InvalidInput` for an argument out of its
+    range, before anything is stored, and :class:`BackendError` or a subclass when the store fails.
     """
 
     def __init__(
@@ -78,7 +138,8 @@ class TokenManager:
     ) -> None:
         if not isinstance(backend, TokenBackend):
             raise ConfigurationError(
-                "a backend is wanted: use create_backend(url), or TokenManager.from_url(url)"
+                f"backend must be a TokenBackend, not {type(backend).__name__}: use create_backend(url), or"
+                " TokenManager.from_url(url)"
             )
         self.backend = backend
         self.settings = Settings() if settings is None else settings
@@ -86,10 +147,15 @@ class TokenManager:
         inputs.check_kind("settings", self.settings, Settings)
         inputs.check_kind("content_types", self.content_types, ContentTypes)
         inputs.check_kind("clock", clock, Callable)
-        policies, hooks = inputs.several("policies", policies, TokenPolicy), inputs.several("hooks", hooks)
-        self._life = Lifecycle(self.settings, policies, self.content_types, clock, Hooks(hooks, clock))
-        self._opening = threading.Lock()
-        self._pid = 0
+        self._policies = Policies(inputs.several("policies", policies, TokenPolicy), self.settings)
+        self._default_policy = ResolvedPolicy.of(NO_POLICY, self.settings)
+        self._clock = clock
+        self._hooks = Hooks(inputs.several("hooks", hooks), clock)
+        self._keyring = Keyring(self.settings.secret, self.settings.previous_secrets)
+        self._opening = Opening(backend, self._prepare)
+        self._issuer = Issuer(self._keyring, self.settings.max_key_iterations, self._now)
+        self._redeemer = Redeemer(self._opening, self._hooks, self._now, self._policies.get)
+        self._limiter = Limiter(b"")
 
     @classmethod
     @without_locals(ConfigurationError)
@@ -106,58 +172,110 @@ class TokenManager:
         return cls(create_backend(url), **keywords)
 
     @classmethod
-    def from_env(cls, **keywords: Any) -> Self:
+    def from_env(cls, default_url: str | None = None, **keywords: Any) -> Self:
         """A manager as ``VTOKEN_URL`` and the other ``VTOKEN_*`` variables say; see :class:`Configuration`.
 
         Args:
-            **keywords: arguments of :class:`TokenManager`, which go before the environment's.
+            default_url: the store where ``VTOKEN_URL`` is not set.
+            **keywords: arguments of :class:`TokenManager`, which override the environment's.
 
         Raises:
             ConfigurationError: a variable is missing or not understood.
         """
-        found = Configuration.from_env()
+        found = Configuration.from_env(default_url=default_url)
         said = {"settings": found.settings, "policies": found.policies, "hooks": found.hooks}
         return cls.from_url(found.url, **(said | keywords))
 
+    # Opened and closed --------------------------------------------------------------------------
+
     async def open(self) -> None:
-        """Open the backend, unless this manager has opened it already, in this process.
+        """Open the backend. Opens are counted for each event loop, so that blocks may be nested or
+        concurrent.
 
         Raises:
             BackendError: the store cannot be used; the subclass and the message say why.
         """
-        async with self._one_at_a_time():
-            if self._life.store is CLOSED or self._pid != os.getpid():
-                await self.backend.open()
-                self._life.store, self._pid = self.backend, os.getpid()
+        await self._opening.open()
 
     async def aclose(self) -> None:
-        """Close what this manager opened. May be called again, and before :meth:`open`."""
-        async with self._one_at_a_time():
-            if self._life.store is not CLOSED:
-                self._life.store = CLOSED
-                await self.backend.close()
+        """Undo one :meth:`open`; the last one of an event loop closes the backend there.
 
-    @asynccontextmanager
-    async def _one_at_a_time(self) -> AsyncGenerator[None]:
-        while not self._opening.acquire(blocking=False):  # noqa: ASYNC110  # who waits may be in other loops
-            await anyio.sleep(0.005)
-        try:
-            yield
-        finally:
-            self._opening.release()
+        It waits, up to 5 seconds, for calls that are running and for ``redeem`` blocks that are being
+        cancelled to give their holds back. A block that still runs normally then ends with
+        :class:`BackendClosed`. May be called again, and before :meth:`open`.
+        """
+        with anyio.CancelScope(shield=True):
+            await self._opening.aclose()
 
     async def __aenter__(self) -> Self:
         await self.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.aclose()
+        await self.aclose()
 
     def __repr__(self) -> str:
         return f"<TokenManager on {self.backend!r}>"
 
-    # Issued ------------------------------------------------------------------------------------
+    async def _prepare(self, store: TokenBackend) -> None:
+        """Learn the store's random value, by which budgets are named; the first manager on a store draws
+        it."""
+        self._limiter = Limiter(bytes.fromhex(await store.note("seed", secrets.token_hex(32))))
+
+    # Issued -------------------------------------------------------------------------------------
+
+    async def issue(
+        self,
+        obj: object,
+        slug: str | None = None,
+        *,
+        extra_data: object = None,
+        replace: bool = True,
+        expires_in: Lifetime | Unset = DEFAULT,
+        key_generator_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+        using: object = None,
+    ) -> IssuedToken:
+        """Create a token and, in the same atomic step, end the older ones of its object, slug and context.
+
+        Whatever fails here leaves the old token as it is.
+
+        Example::
+
+            token = await manager.issue(ada, "password-reset")
+            send_mail(ada, f"https://example.org/reset?key={token.key}")
+
+        Args:
+            obj: an instance of a registered class, or a ``Subject`` with its ``object_id``.
+            slug: the purpose, 1 to 255 bytes of UTF-8, or None for none.
+            extra_data: any JSON value, see :meth:`VerificationToken.set_extra_data`.
+            replace: False leaves the older tokens valid.
+            expires_in: a number of minutes greater than 0, a ``timedelta`` or a text such as ``"1h"``; None
+                never expires; left out, the policy's or settings'. Held to the policy's floors.
+            key_generator_kwargs: arguments for the key generator; ``"generator"`` names another one.
+            context: what the token is bound to, where the policy asks for it: a text of at most 512 bytes, a
+                mapping of names to such texts, or an async callable that is given the ``object_id`` and
+                returns one of them.
+            by: the dimensions that the policy's limits count by, e.g. ``{"ip": request.client.host}``.
+            using: a connection or session of the application's own, with a transaction under way: the token
+                is stored when that commits.
+
+        Returns:
+            The token with its ``key``, and of a pair with its ``code``: the only time that they are there.
+
+        Raises:
+            CooldownActive: one of the policy's limits for issuing is full.
+            KeyGenerationError: the generator yielded only keys that are taken.
+            ConfigurationError: the object's class is not registered.
+
+        .. versionadded:: 0.1
+        """
+        hidden = Hidden(context)
+        del context
+        request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
+        mode = InsertMode.REPLACE if replace else InsertMode.ADD
+        return self._with_keys(await self._issue(request, mode, using))
 
     async def deactivate_and_create(
         self,
@@ -165,63 +283,334 @@ class TokenManager:
         slug: str | None = None,
         extra_data: object = None,
         deactivate_old_tokens: bool = True,
-        expiration_in_minutes: float | Unset | None = DEFAULT,
+        expiration_in_minutes: Lifetime | Unset = DEFAULT,
         key_generator_kwargs: Mapping[str, Any] | None = None,
         *,
-        context: str | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+        using: object = None,
     ) -> IssuedToken:
-        """Create a token and, in the same atomic step, deactivate the old ones of its object and slug.
-
-        Whatever fails here leaves the old token as it is.
+        """:meth:`issue` under the name and with the arguments of the Django app that vtoken grew out of.
 
         Args:
-            obj: an instance of a registered class, or a ``Subject`` with its ``object_id``.
-            slug: the purpose, 1 to 255 bytes of UTF-8, or None for none.
-            extra_data: any JSON value, see :meth:`VerificationToken.set_extra_data`.
-            deactivate_old_tokens: False leaves the old ones valid.
-            expiration_in_minutes: greater than 0; None never expires; left out, the policy's or settings'.
-            key_generator_kwargs: arguments for the key generator; ``"generator"`` names another one.
-            context: what the token is bound to, where the policy asks for it; at most 512 bytes.
+            obj: as in :meth:`issue`.
+            slug: as in :meth:`issue`.
+            extra_data: as in :meth:`issue`.
+            deactivate_old_tokens: ``replace`` of :meth:`issue`.
+            expiration_in_minutes: ``expires_in`` of :meth:`issue`.
+            key_generator_kwargs: as in :meth:`issue`.
+            context: as in :meth:`issue`.
+            by: as in :meth:`issue`.
+            using: as in :meth:`issue`.
 
-        Returns:
-            The token with its ``key``: the only time that the key is there.
+        Raises: as in :meth:`issue`.
+        """
+        hidden = Hidden(context)
+        del context
+        request = await self._request(
+            obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, hidden, by
+        )
+        mode = InsertMode.REPLACE if deactivate_old_tokens else InsertMode.ADD
+        return self._with_keys(await self._issue(request, mode, using))
+
+    @asynccontextmanager
+    async def issuing(
+        self,
+        obj: object,
+        slug: str | None = None,
+        *,
+        extra_data: object = None,
+        replace: bool = True,
+        expires_in: Lifetime | Unset = DEFAULT,
+        key_generator_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+    ) -> AsyncGenerator[IssuedToken]:
+        """Issue a token and send it inside the block.
+
+        An exception ends the new token and gives the policy's cooldown back, so that people can ask again at
+        once; the other limits stay spent. A cancellation ends the token and gives nothing back: the provider
+        may have sent the message all the same, and a dropped connection must not buy messages.
+
+        Example::
+
+            async with manager.issuing(phone, "sms-login") as token:
+                await sms_provider.send(phone.number, f"Your code is {token.key}")
+
+        Args: as in :meth:`issue`.
+
+        Raises: as in :meth:`issue`, on entry.
+
+        .. versionadded:: 0.1
+        """
+        hidden = Hidden(context)
+        del context
+        request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
+        made = await self._issue(request, InsertMode.REPLACE if replace else InsertMode.ADD, None)
+        try:
+            yield self._with_keys(made)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._take_back(request, made, refund=isinstance(error, Exception))
+            raise
+
+    async def _take_back(self, request: IssueRequest, made: Issued, *, refund: bool) -> None:
+        """End a token that could not be sent. The block's own exception matters more than what fails here."""
+        try:
+            with self._opening.calls() as store:
+                await store.deactivate(Match(id=made.stored.id), self._now())
+                if refund and request.policy.cooldown:
+                    await store.refund(made.charges[:1])  # the cooldown's comes first
+        except BackendError as error:
+            logger.warning("a token that was not sent could not be ended: %r", error)
+
+    async def issue_many(
+        self,
+        subjects: Iterable[object] | AsyncIterable[object],
+        slug: str | None = None,
+        *,
+        batch: str | None = None,
+        extra_data: object = None,
+        replace: bool = True,
+        expires_in: Lifetime | Unset = DEFAULT,
+        key_generator_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> AsyncGenerator[VerificationToken]:
+        """Issue a token for each of many objects, in bounded memory and grouped writes.
+
+        With ``batch``, the batch and the object name each token: the same call again, after a crash or beside
+        the first, creates nothing twice, charges nothing twice, and yields the same keys.
+
+        Example::
+
+            async for token in manager.issue_many(addresses, "invitation", batch="spring-26"):
+                await outbox.put(token.object_id, token.key)
+
+        Args:
+            subjects: the objects, an iterable or async iterable of any length.
+            slug: as in :meth:`issue`.
+            batch: 1 to 128 bytes; needs a policy with ``key_storage="derived"``, because a key that was
+                stored but not yet handed out must be had again.
+            extra_data: as in :meth:`issue`, for each of them.
+            replace: as in :meth:`issue`; with ``batch`` always True.
+            expires_in: as in :meth:`issue`.
+            key_generator_kwargs: as in :meth:`issue`.
+            context: as in :meth:`issue`.
+            by: as in :meth:`issue`.
+            progress: is told after each group how many tokens were yielded or are about to be.
+
+        Yields:
+            The tokens in the order of the objects, each an :class:`IssuedToken`, except those that an earlier
+            run of the batch created and that are over: they come with ``key=None``.
 
         Raises:
-            CooldownActive: the policy's cooldown since the last token of this object and slug runs.
-            KeyGenerationError: the generator yielded only keys that are taken.
-            ConfigurationError: the object's class is not registered.
+            ConfigurationError: ``batch`` without derived keys.
+            CooldownActive: at the first object that is over a limit. A later call goes on from there.
+            Exception: else as in :meth:`issue`.
+
+        .. versionadded:: 0.1
         """
-        bound_to = Hidden(context) if context is not None else NOTHING
+        hidden = Hidden(context)
         del context
-        order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
-        mode = InsertMode.REPLACE if deactivate_old_tokens else InsertMode.ADD
-        token = await self._life.issue(order, mode)
-        assert token is not None  # noqa: S101  # only IF_NONE_VALID finds a valid token
-        return token
+        policy = self._policies.of(_slug_text(slug))
+        if batch is not None:
+            inputs.check_text("batch", batch, _BATCH_BYTES)
+            if policy.storage != "derived":
+                raise ConfigurationError(
+                    f"batch needs a policy with key_storage='derived' for the slug {slug!r}, so that a run"
+                    " that was interrupted can have its keys again"
+                )
+        mode = InsertMode.ONCE if batch is not None else InsertMode.REPLACE if replace else InsertMode.ADD
+
+        async def one(obj: object) -> VerificationToken:
+            request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
+            made = await self._issue(request._replace(batch=batch), mode, None)
+            return loaded(made.stored) if made.key is None else self._with_keys(made)
+
+        done = 0
+        async for group in _groups(subjects, _AT_ONCE):
+            tokens, failure = await _all_of(one, group)
+            done += len(tokens)
+            if progress is not None:
+                progress(done)
+            for token in tokens:
+                yield token
+            if failure is not None:
+                raise failure
+
+    async def pretend(
+        self,
+        obj: object,
+        slug: str | None = None,
+        *,
+        extra_data: object = None,
+        replace: bool = True,
+        expires_in: Lifetime | Unset = DEFAULT,
+        key_generator_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+    ) -> None:
+        """Do for somebody who does not exist what :meth:`issue` does, so that nobody can tell the difference.
+
+        It meets the same checks, limits, errors, writes and time, and leaves nothing that is ever valid,
+        active or counted as such, and nothing at all after a purge. :meth:`status` answers for it as for a
+        real one (OWASP Forgot Password Cheat Sheet: "Return a consistent message for both existent and
+        non-existent accounts").
+
+        Example::
+
+            user = await find_user(address)
+            if user is None:
+                await manager.pretend(Subject("auth.user", address), "password-reset")
+            else:
+                send_mail(user, await manager.issue(user, "password-reset"))
+
+        Args: as in :meth:`issue`.
+
+        Raises: as in :meth:`issue`.
+
+        .. versionadded:: 0.1
+        """
+        hidden = Hidden(context)
+        del context, replace
+        request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
+        try:
+            with self._opening.calls() as store:
+                await self._issuer.pretend(store, request, self._limiter)
+        except CooldownActive as error:
+            await self._tell_limited(request, error)
+            raise
+        if self._hooks:
+            await self._hooks.tell("pretended", content_type=request.content_type, slug=slug)
 
     async def get_active_or_create(
         self,
         obj: object,
         slug: str | None = None,
         extra_data: object = None,
-        expiration_in_minutes: float | Unset | None = DEFAULT,
+        expiration_in_minutes: Lifetime | Unset = DEFAULT,
         key_generator_kwargs: Mapping[str, Any] | None = None,
         *,
-        context: str | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+        at_least: Duration = timedelta(0),
     ) -> VerificationToken:
-        """The newest valid token of an object and slug, or a new one; concurrent callers get the same one.
+        """The newest valid token of an object, slug and context, or a new one; concurrent callers get the
+        same.
 
         A token that was there already has ``key=None`` unless its policy says ``key_storage="derived"`` (or
-        ``"plain"``), because only a digest is stored: check for None before you mail it.
+        ``"plain"``), because only a digest is stored. An answer that carries a key again counts toward the
+        policy's limits for issuing, because it will be sent again; where they are spent, it comes without the
+        key. Check for None before you mail it.
 
-        Args: as in :meth:`deactivate_and_create`; they are for the new token.
+        Example::
 
-        Raises: as in :meth:`deactivate_and_create`.
+            token = await manager.get_active_or_create(team, "invitation")
+            if token.key is not None:
+                send_mail(ada, f"https://example.org/join?key={token.key}")
+
+        Args:
+            obj: as in :meth:`issue`, like the next four, which are for the new token.
+            slug: as in :meth:`issue`.
+            extra_data: as in :meth:`issue`.
+            expiration_in_minutes: ``expires_in`` of :meth:`issue`.
+            key_generator_kwargs: as in :meth:`issue`.
+            context: as in :meth:`issue`.
+            by: as in :meth:`issue`.
+            at_least: a token that lives for less than this is replaced; of a pair, the shorter-lived of its
+                two keys decides. At most the new token's lifetime.
+
+        Raises: as in :meth:`issue`.
         """
-        bound_to = Hidden(context) if context is not None else NOTHING
+        hidden = Hidden(context)
         del context
-        order = self._life.order(obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, bound_to)
-        return await self._life.get_or_issue(order)
+        request = await self._request(
+            obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, hidden, by
+        )
+        least = inputs.duration("at_least", at_least, least=timedelta(0))
+        if any(life is not None and least > life for life in (request.lifetime, request.code_lifetime)):
+            raise InvalidInput("at_least must be no longer than the lifetime of a new token and its keys")
+        try:
+            with self._opening.calls() as store:
+                made = await self._issuer.get_or_issue(store, request, least)
+                if made.is_new:
+                    await self._after_issue(store, request, made)
+                    return self._with_keys(made)
+                key, code = reveal(self._keyring, request.policy, made.stored)
+                if key is None and code is None:
+                    return loaded(made.stored)
+                spending = await store.spend(request.spends.spends, self._now())
+        except CooldownActive as error:
+            await self._tell_limited(request, error)
+            raise
+        if spending.full is not None:
+            return loaded(made.stored)
+        return loaded(
+            made.stored,
+            key=None if key is None else key.text(),
+            code=None if code is None else code.text(),
+        )
+
+    async def reveal(self, token: VerificationToken) -> IssuedToken | None:
+        """The key and the code of a derived token again: for an outbox that holds no secret, or a second
+        channel.
+
+        The first time is free; each further time counts toward the policy's limits for issuing.
+
+        Example::
+
+            token = await manager.get(job.token_id)
+            fresh = token and await manager.reveal(token)
+            if fresh is not None:
+                send_mail(job.address, fresh.key)
+
+        Args:
+            token: a token of this store, by whose ``id`` it is looked up.
+
+        Returns:
+            The token with its keys; None where it is over, or its secret is not among the settings' any more.
+
+        Raises:
+            ConfigurationError: its policy does not say ``key_storage="derived"``.
+            CooldownActive: the limits are spent.
+            InvalidInput: a limit of the policy counts by a dimension that only a request has.
+
+        .. versionadded:: 0.1
+        """
+        token_id = _token_id(token)
+        with self._opening.calls() as store:
+            found = await store.find(Match(id=token_id), 1)
+            if not found:
+                return None
+            stored = found[0]
+            policy = self._policies.of(stored.slug)
+            if policy.storage != "derived":
+                raise ConfigurationError(
+                    f"the keys of the slug {stored.slug!r} cannot be had again: its policy must say"
+                    " key_storage='derived'"
+                )
+            now = self._now()
+            key, code = reveal(self._keyring, policy, stored)
+            if not is_valid(stored, now) or key is None:
+                return None
+            await self._charge_reveal(store, policy, stored, now)
+        await self._tell_of("revealed", stored)
+        return issued(stored, key.text(), None if code is None else code.text())
+
+    async def _charge_reveal(
+        self, store: TokenBackend, policy: ResolvedPolicy, stored: StoredToken, now: int
+    ) -> None:
+        subject = stored.content_type, stored.object_id
+        first = self._limiter.first_reveal(*subject, stored.id, stored.expires_at - now)
+        if (await store.spend((first,), now)).full is None:
+            return
+        spends = self._limiter.issues(policy, stored.slug, *subject, stored.context, {})
+        spending = await store.spend(spends.spends, now)
+        if spending.full is not None:
+            wait = max(spending.until - now, 1) / 1000
+            raise CooldownActive(wait, spends.limits[spending.full])
 
     async def generate_key(
         self, generator: KeyGenerator | str | None = None, *args: Any, **kwargs: Any
@@ -237,17 +626,128 @@ class TokenManager:
             KeyGenerationError: ``Settings.max_key_iterations`` draws yielded only keys that are taken.
             InvalidInput: the generator returned no text of 1 to 512 bytes.
         """
-        rules = self._life.default_rules
-        draw = rules.generator if generator is None else load_generator(generator)
-        kwargs = {**(rules.generator_kwargs if generator is None and not args else {}), **kwargs}
-        for _ in range(self.settings.max_key_iterations):
-            key = drawn_key(draw(*args, **kwargs))
-            guess = make_guess(self._life.keyring, rules, ("", None), None, key, NOTHING)
-            if not await self._life.store.find(Match(digests=guess.digests), 1):
-                return key.text()
+        policy = self._default_policy
+        draw = policy.generator if generator is None else load_generator(generator)
+        kwargs = {**(policy.generator_kwargs if generator is None and not args else {}), **kwargs}
+        with self._opening.calls() as store:
+            for _ in range(self.settings.max_key_iterations):
+                key = drawn_key(draw(*args, **kwargs))
+                if not await store.find(Match(digests=self._keyring.links(key.text()).digests), 1):
+                    return key.text()
         raise KeyGenerationError(f"{self.settings.max_key_iterations} draws yielded only keys that are taken")
 
-    # Checked -----------------------------------------------------------------------------------
+    async def _request(
+        self,
+        obj: object,
+        slug: str | None,
+        extra_data: object,
+        expires_in: Lifetime | Unset,
+        key_generator_kwargs: Mapping[str, Any] | None,
+        context: Hidden,
+        by: By | None,
+    ) -> IssueRequest:
+        """Check the arguments of issuing, and put them together."""
+        content_type, object_id = self.content_types.resolve(obj)
+        if object_id is None:
+            raise InvalidInput("a new token belongs to one object: pass the object, not its class")
+        slug_text = _slug_text(slug)
+        policy = self._policies.of(slug_text)
+        lifetime = (
+            policy.expiration
+            if isinstance(expires_in, Unset)
+            else inputs.lifetime("the token's lifetime", expires_in)
+        )
+        generator, kwargs = check_call(policy, lifetime, key_generator_kwargs)
+        bound_to = await self._bound_at_issue(policy, context, object_id)
+        return IssueRequest(
+            content_type=content_type,
+            object_id=object_id,
+            slug=slug_text,
+            policy=policy,
+            extra_data=None if extra_data is None else inputs.dump_json(extra_data),
+            lifetime=lifetime,
+            code_lifetime=policy.code_expiration if policy.kind == "pair" else lifetime,
+            generator=generator,
+            generator_kwargs=kwargs,
+            context=bound_to,
+            spends=self._limiter.issues(policy, slug_text, content_type, object_id, bound_to, checked_by(by)),
+        )
+
+    async def _bound_at_issue(self, policy: ResolvedPolicy, context: Hidden, object_id: str) -> bytes:
+        given = context.reveal() is not None
+        if not policy.needs_context:
+            if given:
+                raise InvalidInput(_CONTEXT_NOT_HEEDED)
+            return b""
+        digest = await bound(context, object_id) if given else context_digest("")
+        if digest == context_digest(""):
+            raise InvalidInput("context must be given and not be empty: the policy binds tokens to one")
+        return digest
+
+    async def _issue(self, request: IssueRequest, mode: InsertMode, using: object) -> Issued:
+        try:
+            with self._opening.calls() as store:
+                made = await self._issuer.issue(
+                    store if using is None else store.within(using), request, mode
+                )
+                await self._after_issue(store, request, made, in_transaction=using is not None)
+        except CooldownActive as error:
+            await self._tell_limited(request, error)
+            raise
+        return made
+
+    async def _after_issue(
+        self, store: TokenBackend, request: IssueRequest, made: Issued, *, in_transaction: bool = False
+    ) -> None:
+        """Tell the hooks of a new token."""
+        if not self._hooks or not made.is_new:
+            return
+        policy = request.policy
+        resets_at: int | None = None
+        if policy.is_capped and not in_transaction:
+            resets_at = await self._locked_until(store, request)
+        await self._hooks.tell(
+            "issued",
+            content_type=request.content_type,
+            object_id=request.object_id,
+            slug=request.slug or None,
+            token_id=made.stored.id,
+            channel=policy.channel,
+            batch=request.batch,
+            attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
+            in_transaction=in_transaction,
+            is_test_code=(request.content_type, request.object_id) in policy.test_codes,
+        )
+
+    async def _locked_until(self, store: TokenBackend, request: IssueRequest) -> int | None:
+        """Until when the object's attempts are spent, or None: the new token cannot be used before."""
+        now = self._now()
+        subject = request.content_type, request.object_id
+        spends = self._limiter.attempts_of_object(request.policy, request.slug, *subject)
+        try:
+            states = await store.budgets(tuple(spend.budget for spend in spends.spends))
+        except BackendError as error:  # the token is issued, whatever fails here
+            logger.warning("the attempts of an object could not be read: %r", error)
+            return None
+        until = allowed_at(states, spends, now)
+        return until if until > now else None
+
+    def _with_keys(self, made: Issued) -> IssuedToken:
+        assert made.key is not None  # noqa: S101  # it is new, or was found with its key
+        return issued(made.stored, made.key.text(), None if made.code is None else made.code.text())
+
+    async def _tell_limited(self, request: IssueRequest, error: CooldownActive) -> None:
+        if self._hooks:
+            await self._hooks.tell(
+                "limited",
+                content_type=request.content_type,
+                object_id=request.object_id,
+                slug=request.slug or None,
+                limit=None if error.limit is None else error.limit.name,
+                channel=request.policy.channel,
+            )
+
+    # Checked ------------------------------------------------------------------------------------
 
     async def exists_valid(
         self,
@@ -255,7 +755,8 @@ class TokenManager:
         slug: str | Wildcard | None = ANY,
         key: str | Wildcard = ANY,
         *,
-        context: str | None = None,
+        context: Context | None = None,
+        by: By | None = None,
     ) -> bool:
         """Say whether there is such a valid token. Consumes nothing.
 
@@ -264,45 +765,150 @@ class TokenManager:
             slug: left out, any; None, tokens without one.
             key: left out, any. With any slug, a key matches link tokens only. ``""`` is a wrong key.
             context: what the token was bound to, where the policy asks for it.
+            by: as in :meth:`issue`, for the limits of attempts.
 
         Raises:
-            TooManyAttempts: a key was given and the policy's budget is spent; a wrong one counts as
-                in :meth:`verify`.
+            TooManyAttempts: a key was given and a limit for attempts is full; a wrong one counts as in
+                :meth:`verify`.
             InvalidInput: ``key=None``, so that a missing form field can't pass as "any".
         """
-        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
-        del context
-        if key is ANY:
-            content_type, object_id = self.content_types.resolve(obj)
-            wanted = None if slug is ANY else slug_text(slug)
-            match = Match(None, None, content_type, object_id, wanted, False, self._life.now())
-            return bool(await self._life.store.find(match, 1))
-        del key
-        guess = self._life.guess(obj, slug, presented, bound_to)
+        presented, hidden = Hidden(key), Hidden(context)
+        any_key = key is ANY
+        del key, context
+        if any_key:
+            return await self._has_free(obj, slug, hidden)
         try:
-            await self._life.check(guess)
+            await self._verify(obj, slug, presented, hidden, by)
         except TooManyAttempts:
             raise
         except InvalidToken:
             return False
         return True
 
+    async def _has_free(self, obj: object, slug: str | Wildcard | None, context: Hidden) -> bool:
+        content_type, object_id = self.content_types.resolve(obj)
+        wanted = Match(content_type=content_type, object_id=object_id)
+        if not isinstance(slug, Wildcard):
+            slug_text = _slug_text(slug)
+            policy = self._policies.of(slug_text)
+            if context.reveal() is not None and not policy.needs_context:
+                raise InvalidInput(_CONTEXT_NOT_HEEDED)
+            given = await bound(context, object_id) if context.reveal() is not None else None
+            wanted = wanted._replace(slug=slug_text, context=given)
+        now = self._now()
+        async for stored in self._pages(wanted._replace(valid_at=now)):
+            if has_free_use(stored, now) and stored.content_type != PRETENDED:
+                return True
+        return False
+
     async def verify(
-        self, obj: object, slug: str | None, key: str, *, context: str | None = None
+        self,
+        obj: object,
+        slug: str | None,
+        key: str,
+        *,
+        context: Context | None = None,
+        by: By | None = None,
     ) -> VerificationToken:
         """Check a key without consuming the token: for the GET request that shows the form.
+
+        Example::
+
+            token = await manager.verify(ada, "password-reset", key)
 
         Args: as in :meth:`consume`.
 
         Raises: as in :meth:`consume`.
         """
-        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
+        presented, hidden = Hidden(key), Hidden(context)
         del key, context
-        return loaded(await self._life.check(self._life.guess(obj, one_slug(slug), presented, bound_to)))
+        return loaded(await self._verify(obj, _one_slug(slug), presented, hidden, by))
+
+    async def _verify(
+        self,
+        obj: object,
+        slug: str | Wildcard | None,
+        key: Hidden,
+        context: Hidden,
+        by: By | None,
+    ) -> StoredToken:
+        asked = await self._presented(obj, slug, key, context, by)
+        stored, _ = await self._redeemer.present(asked, None)
+        await self._tell_of("verified", stored)
+        return stored
+
+    async def status(
+        self,
+        obj: object,
+        slug: str | None,
+        *,
+        context: Context | None = None,
+        by: By | None = None,
+    ) -> Status:
+        """What a screen wants to show: is a token under way, how many attempts are left, when may one ask
+        again.
+
+        It consumes, charges and writes nothing.
+
+        Example::
+
+            status = await manager.status(phone, "sms-login")
+            page = f"{status.attempts_left} attempts left; new code at {status.can_issue_at:%H:%M:%S}"
+
+        Args:
+            obj: the object, not its class.
+            slug: the purpose; None for tokens without one.
+            context: as in :meth:`issue`; where the policy asks for one and it is left out, tokens of any
+                context are looked at, and the cooldown of none.
+            by: as in :meth:`issue`; limits by dimensions that are left out are left out here, too.
+
+        .. versionadded:: 0.1
+        """
+        hidden = Hidden(context)
+        del context
+        content_type, object_id = self.content_types.resolve(obj)
+        if object_id is None:
+            raise InvalidInput("status is of one object: pass the object, not its class")
+        slug_text, dimensions = _slug_text(_one_slug(slug)), checked_by(by)
+        policy = self._policies.of(slug_text)
+        if hidden.reveal() is not None and not policy.needs_context:
+            raise InvalidInput(_CONTEXT_NOT_HEEDED)
+        given = await bound(hidden, object_id) if hidden.reveal() is not None else None
+        now, limiter = self._now(), self._limiter
+        attempts = limiter.attempts(policy, slug_text, content_type, object_id, dimensions, lenient=True)
+        issues = limiter.issues(
+            policy, slug_text, content_type, object_id, given or b"", dimensions, lenient=True
+        )
+        with self._opening.calls() as store:
+            expiries = await self._expiries(store, (content_type, object_id), slug_text, given, now)
+            budgets = tuple(spend.budget for spend in (*attempts.spends, *issues.spends))
+            states = await store.budgets(budgets) if budgets else []
+        of_attempts, of_issues = states[: len(attempts.spends)], states[len(attempts.spends) :]
+        resets_at = window_end(of_attempts, attempts, now)
+        return Status(
+            has_valid=bool(expiries),
+            expires_at=expiries[0] if expiries else None,
+            attempts_left=attempts_left(of_attempts, attempts, now),
+            attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
+            can_issue_at=inputs.from_milliseconds(allowed_at(of_issues, issues, now)),
+        )
+
+    async def _expiries(
+        self, store: TokenBackend, subject: tuple[str, str], slug: str, context: bytes | None, now: int
+    ) -> list[datetime | None]:
+        """When the valid tokens of a line expire, the newest's first. One that was pretended counts like a
+        real one, and is looked for in either case, so that neither the answer nor its time tells them
+        apart."""
+        real = Match(content_type=subject[0], object_id=subject[1], slug=slug, context=context, valid_at=now)
+        name = self._limiter.object_name(*subject).hex()
+        stand_in = Match(content_type=PRETENDED, object_id=name, slug=slug, context=context)
+        found = await store.find(real, 1)
+        pretended = [one for one in await store.find(stand_in, 1) if one.expires_at >= now]
+        return [loaded(one).expires_at for one in found or pretended]
 
     async def filter_active_tokens(
         self, obj: object, slug: str | Wildcard | None = ANY, key: str | Wildcard = ANY
-    ) -> AsyncIterator[VerificationToken]:
+    ) -> AsyncGenerator[VerificationToken]:
         """Iterate over active tokens, expired ones included, newest first, in batches of 100.
 
         Args: as in :meth:`exists_valid`.
@@ -310,18 +916,50 @@ class TokenManager:
         Raises:
             InvalidInput: a key was given and the policy caps attempts: this method counts none.
         """
-        presented = Hidden(key)
-        any_key = key is ANY
+        presented = None if key is ANY else Hidden(key)
         del key
-        match = await self._life.active(obj, slug, None if any_key else presented)
-        after: tuple[int, str] | None = None
+        match = await self._active(obj, slug, presented)
+        if match is None:
+            return
+        async for stored in self._pages(match._replace(active=True)):
+            yield loaded(stored)
+
+    async def history(
+        self, obj: object, slug: str | Wildcard | None = ANY
+    ) -> AsyncGenerator[VerificationToken]:
+        """Iterate over every stored token of an object, whatever its state, newest first, in batches of 100.
+
+        Example::
+
+            async for token in manager.history(ada):
+                print(token.created_at, token.slug, token.is_active, token.used_at)
+
+        Args:
+            obj: the object, not its class.
+            slug: left out, any; None, tokens without one.
+
+        Raises:
+            InvalidInput: a class was given.
+
+        .. versionadded:: 0.1
+        """
+        content_type, object_id = self.content_types.resolve(obj)
+        if object_id is None:
+            raise InvalidInput("history is of one object: pass the object, not its class")
+        wanted = None if isinstance(slug, Wildcard) else _slug_text(slug)
+        async for stored in self._pages(Match(content_type=content_type, object_id=object_id, slug=wanted)):
+            yield loaded(stored)
+
+    async def _pages(self, match: Match) -> AsyncIterator[StoredToken]:
+        after: str | None = None
         while True:
-            page = await self._life.store.find(match, _PAGE, after)
+            with self._opening.calls() as store:
+                page = await store.find(match, _PAGE, after)
             for stored in page:
-                yield loaded(stored)
+                yield stored
             if len(page) < _PAGE:
                 return
-            after = page[-1].created_at, page[-1].id
+            after = page[-1].id
 
     async def get(self, id: str) -> VerificationToken | None:  # noqa: A002  # the contract's name
         """One token as it is stored now, whatever its state, or None.
@@ -329,8 +967,10 @@ class TokenManager:
         Args:
             id: its public id.
         """
-        found = await self._life.store.find(Match(id=inputs.check_text("id", id, inputs.MAX_NAME_BYTES)), 1)
-        return loaded(found[0]) if found else None
+        token_id = inputs.check_text("id", id, inputs.MAX_NAME_BYTES)
+        with self._opening.calls() as store:
+            found = await store.find(Match(id=token_id), 1)
+        return loaded(found[0]) if found and found[0].content_type != PRETENDED else None
 
     async def content_object(self, token: VerificationToken) -> object | None:
         """The application's object that a token belongs to, by the registered loader; None where it is gone.
@@ -338,10 +978,11 @@ class TokenManager:
         Raises:
             ConfigurationError: no loader is registered for its content type.
         """
-        self._life.require_open()
-        return await self.content_types.loader(token.content_type)(token.object_id)
+        self._opening.require_open()
+        found = self.content_types.loader(token.content_type)(token.object_id)
+        return await found if inspect.isawaitable(found) else found
 
-    # Used --------------------------------------------------------------------------------------
+    # Used ---------------------------------------------------------------------------------------
 
     async def consume(
         self,
@@ -350,37 +991,47 @@ class TokenManager:
         key: str,
         *,
         consume_id: str | None = None,
-        context: str | None = None,
+        context: Context | None = None,
+        by: By | None = None,
     ) -> VerificationToken:
-        """Use a token once; of any number of concurrent callers exactly one gets it.
+        """Use a token once; of any number of concurrent callers exactly one gets each of its uses.
+
+        Example::
+
+            try:
+                token = await manager.consume(phone, "sms-login", typed, consume_id=form_id)
+            except InvalidToken as error:
+                page = f"That is not the code. {error.attempts_left} attempts left."
 
         Args:
             obj: the object, or its class or ``Subject(content_type)`` where a link carries only the key.
                 Codes need the object.
             slug: the purpose; None for tokens without one. A token for one purpose never passes for another.
-            key: what was presented, at most 512 bytes.
-            consume_id: the caller's name for this use, 1 to 128 bytes: the same one again gives the same
-                answer until purge removes the token, which settles an :class:`OutcomeUnknown`.
+            key: what was presented. White space, dashes and the like don't matter in codes.
+            consume_id: the caller's name for this use, 1 to 128 bytes, unguessable and per person: the same
+                one again gets the same answer for 15 minutes, which settles an :class:`OutcomeUnknown`.
             context: what the token was bound to, where the policy asks for it.
+            by: as in :meth:`issue`, for the limits of attempts.
 
         Returns:
-            The token after its use.
+            The token after its use; ``is_replay`` is True where this ``consume_id`` had been counted before.
 
         Raises:
-            InvalidToken: wrong, expired, used, leased or unknown; ``reason`` is for the server side only.
-            TooManyAttempts: the policy's attempt budget is spent; nothing was compared.
+            InvalidToken: wrong, expired, used or unknown; ``reason`` is for the server side only.
+            TokenBusy: all of its uses are held by ``redeem`` blocks.
+            TooManyAttempts: a limit for attempts is full; nothing was compared.
             OutcomeUnknown: the connection broke; the use may have been counted.
         """
-        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
+        presented, hidden = Hidden(key), Hidden(context)
         del key, context
-        guess = self._life.guess(obj, one_slug(slug), presented, bound_to)
-        use = "" if consume_id is None else checked_use_id(consume_id)
-        now = self._life.now()
-        charge = await self._life.charge(guess, now) if guess.is_charged else None
-        stored, is_new = await self._life.take(guess, now, Use(now, use), charge)
-        if is_new:
-            await self._life.settle(guess, stored)
-        return loaded(stored)
+        name = "" if consume_id is None else _use_id(consume_id)
+        asked = await self._presented(obj, _one_slug(slug), presented, hidden, by)
+        use = Use(at=self._now(), use_id=name, resets=asked.spends.of_the_object)
+        stored, is_replay = await self._redeemer.present(asked, use)
+        if not is_replay:
+            with self._opening.calls() as store:
+                await self._redeemer.after_use(store, asked, stored)
+        return loaded(stored, is_replay=is_replay)
 
     def redeem(
         self,
@@ -388,95 +1039,336 @@ class TokenManager:
         slug: str | None,
         key: str,
         *,
-        lease: timedelta = timedelta(seconds=60),
-        context: str | None = None,
-    ) -> AbstractAsyncContextManager[VerificationToken]:
-        """Use a token around a side effect: ``async with manager.redeem(user, slug, key) as token:``.
+        lease: Duration = "60s",
+        wait: Duration = timedelta(0),
+        consume_id: str | None = None,
+        context: Context | None = None,
+        by: By | None = None,
+    ) -> AbstractAsyncContextManager[VerificationToken, None]:
+        """Use a token around a side effect.
 
-        The token is leased on entry, marked used when the block ends normally, and given back when it ends
-        with an exception or a cancellation. After a crash it is free again when the lease ends: a crash after
-        the side effect and before the mark means that the side effect can happen again (at least once).
+        One use is held on entry, counted when the block ends normally, and given back when it ends with an
+        exception or a cancellation. After a crash it is free again when the lease ends: a crash after the
+        side effect and before the use was counted means that the side effect can happen again (at least
+        once). Inside the block the application may deactivate the person's tokens, this one included, or
+        issue the next one.
+
+        Example::
+
+            async with manager.redeem(User, "password-reset", key) as token:
+                await set_password(token.object_id, new_password)
 
         Args:
             obj: as in :meth:`consume`.
             slug: as in :meth:`consume`.
             key: as in :meth:`consume`.
-            lease: how long the block may take, 1 millisecond or more.
+            lease: how long the block may take, 1 millisecond to a day.
+            wait: how long to wait, in real time, where all uses are held by others.
+            consume_id: as in :meth:`consume`. A block cannot be skipped: where this id was counted before,
+                entry raises :class:`AlreadyUsed`, for which the application shows success.
             context: as in :meth:`consume`.
+            by: as in :meth:`consume`.
 
         Raises:
-            InvalidInput: by the call itself, not on entry; but for a lease that ends after the year 9999.
+            InvalidInput: by the call itself, not on entry, where an argument is out of its range.
             InvalidToken, TooManyAttempts: on entry, as in :meth:`consume`.
-            LeaseLost: on exit: the lease ended before the block did, or the token was deactivated meanwhile.
+            TokenBusy: on entry: all uses are held, for longer than ``wait``.
+            AlreadyUsed: on entry: see ``consume_id``.
+            LeaseLost: on exit: the lease ended before the block did, or the token was deactivated or erased
+                from outside.
+            BackendClosed: on exit: the manager was closed meanwhile, and the use was not counted.
         """
-        presented, bound_to = Hidden(key), Hidden(context) if context is not None else NOTHING
+        presented, hidden = Hidden(key), Hidden(context)
         del key, context
-        guess = self._life.guess(obj, one_slug(slug), presented, bound_to)
-        return self._life.redeem(guess, inputs.check_duration("lease", lease))
+        self._check_presented(obj, _one_slug(slug), presented, hidden)
+        checked_by(by)
+        name = "" if consume_id is None else _use_id(consume_id)
+        length = inputs.duration("lease", lease, most=timedelta(milliseconds=MAX_LEASE))
+        patience = inputs.duration("wait", wait, least=timedelta(0))
 
-    # Ended -------------------------------------------------------------------------------------
+        async def asked() -> PresentedKey:
+            return await self._presented(obj, slug, presented, hidden, by)
+
+        return Redemption(self._redeemer, asked, length, patience, name)
+
+    async def mark_used(self, token: VerificationToken, *, using: object) -> None:
+        """Inside a ``redeem`` block: count the use in the application's own transaction, so that both happen
+        or neither. The transaction must have ended when the block ends.
+
+        Example::
+
+            async with manager.redeem(ada, "password-reset", key) as token, session.begin():
+                user.password = new
+                await manager.mark_used(token, using=session)
+
+        Args:
+            token: what ``redeem`` gave to the block.
+            using: a connection or session of the store's own kind, with a transaction under way.
+
+        Raises:
+            InvalidInput: the token is not held by a block of this manager, it was marked already, or the
+                handle does not fit.
+            LeaseLost: the lease ended, or the token was deactivated or erased from outside.
+
+        .. versionadded:: 0.1
+        """
+        block = self._opening.block_of(token)
+        if not isinstance(block, Redemption):
+            raise InvalidInput("mark_used takes the token of a redeem block, inside that block")
+        await block.mark_used(using)
+
+    async def _presented(
+        self,
+        obj: object,
+        slug: str | Wildcard | None,
+        key: Hidden,
+        context: Hidden,
+        by: By | None,
+    ) -> PresentedKey:
+        """Work what somebody presents into what the store is asked for."""
+        asked = self._check_presented(obj, slug, key, context)
+        spends = self._spends_of(asked, by)
+        needs = asked.policy.code_needs_context if asked.kind == "code" else asked.policy.needs_context
+        if not needs:
+            return asked._replace(spends=spends)
+        object_id = asked.object_id
+        if object_id is None and callable(context.reveal()) and asked.candidates:
+            # The context is computed for the object, which the key alone has to find.
+            with self._opening.calls() as store:
+                found = await store.find(asked.match, 1)
+            object_id = found[0].object_id if found else None
+        return asked._replace(context=await bound(context, object_id), spends=spends)
+
+    def _check_presented(
+        self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden
+    ) -> PresentedKey:
+        subject = self.content_types.resolve(obj)
+        if isinstance(slug, Wildcard):
+            policy, slug_text = self._default_policy, None
+        else:
+            slug_text = _slug_text(slug)
+            policy = self._policies.of(slug_text)
+        if context.reveal() is not None and not policy.needs_context:
+            raise InvalidInput(_CONTEXT_NOT_HEEDED)
+        return presented_key(self._keyring, policy, subject, slug_text, key)
+
+    def _spends_of(self, asked: PresentedKey, by: By | None) -> Spends:
+        """What a wrong key costs. Of a pair, only what has the shape of a code is a guess."""
+        dimensions = checked_by(by)
+        if asked.slug is None or (asked.policy.kind == "pair" and asked.kind == "link"):
+            return NOTHING_TO_SPEND
+        return self._limiter.attempts(
+            asked.policy, asked.slug, asked.content_type, asked.object_id, dimensions
+        )
+
+    # Ended --------------------------------------------------------------------------------------
 
     async def deactivate(
-        self, obj: object, slug: str | Wildcard | None = ANY, key: str | Wildcard = ANY
+        self,
+        obj: object,
+        slug: str | Wildcard | None = ANY,
+        key: str | Wildcard = ANY,
+        *,
+        all_objects: bool = False,
+        using: object = None,
     ) -> int:
-        """Deactivate an object's active tokens, and return how many there were.
+        """End an object's active tokens, and return how many there were.
 
-        Args: as in :meth:`exists_valid`; with ``slug`` or ``key`` only those.
+        Holds on them are revoked, except those of the ``redeem`` blocks that this call runs in: such a block
+        may end all of a person's tokens and still count its own use. By a key that a newer token has taken
+        over, the key alone ends.
+
+        Example::
+
+            await manager.deactivate(ada, "password-reset")
+
+        Args:
+            obj: the object, one token of it (by its id), or with ``all_objects`` its class.
+            slug: left out, any; None, tokens without one.
+            key: left out, any; with a key, the token that it fits.
+            all_objects: True, to end the tokens of every object of a class.
+            using: as in :meth:`issue`.
 
         Raises:
-            InvalidInput: a key was given and the policy caps attempts: this method counts none.
+            InvalidInput: a key was given and the policy caps attempts: this method counts none. Or a class
+                was given without ``all_objects=True``.
         """
-        presented = Hidden(key)
-        any_key = key is ANY
+        presented = None if key is ANY else Hidden(key)
         del key
-        match = await self._life.active(obj, slug, None if any_key else presented)
-        count = await self._life.store.deactivate(match, self._life.now())
-        if count:
-            await self._life.hooks.tell("deactivated", match, count=count)
+        if isinstance(obj, VerificationToken):
+            if presented is not None or not isinstance(slug, Wildcard):
+                raise InvalidInput("a token is named by its id alone: leave out slug and key")
+            match: Match | None = Match(id=_token_id(obj))
+        else:
+            if presented is None and not all_objects and self.content_types.resolve(obj)[1] is None:
+                raise InvalidInput("pass all_objects=True to end the tokens of every object of a class")
+            match = await self._active(obj, slug, presented)
+        with self._opening.calls() as store:
+            if match is None:
+                return 0
+            target = store if using is None else store.within(using)
+            count = await target.deactivate(match, self._now(), own_holds(self._redeemer))
+        if count and self._hooks:
+            await self._hooks.tell(
+                "deactivated",
+                content_type=match.content_type,
+                object_id=match.object_id,
+                slug=match.slug or None,
+                token_id=match.id,
+                count=count,
+                in_transaction=using is not None,
+            )
         return count
 
-    async def save(self, token: VerificationToken) -> None:
+    async def _active(self, obj: object, slug: str | Wildcard | None, key: Hidden | None) -> Match | None:
+        """The tokens that ``deactivate`` and ``filter_active_tokens`` are about; None for a key that cannot
+        be any token's."""
+        if key is None:
+            content_type, object_id = self.content_types.resolve(obj)
+            wanted = None if isinstance(slug, Wildcard) else _slug_text(slug)
+            return Match(content_type=content_type, object_id=object_id, slug=wanted)
+        subject = self.content_types.resolve(obj)
+        slug_text = None if isinstance(slug, Wildcard) else _slug_text(slug)
+        policy = self._default_policy if slug_text is None else self._policies.get(slug_text)
+        asked = presented_key(self._keyring, policy, subject, slug_text, key)
+        if policy.is_capped and (policy.kind != "pair" or asked.kind == "code"):
+            raise InvalidInput("the policy caps attempts: use verify() or consume(), which count them")
+        if not asked.candidates:
+            return None
+        if slug_text is not None:
+            return asked.match
+        # With any slug, a key says nothing about tokens whose slug caps attempts.
+        with self._opening.calls() as store:
+            found = await store.find(asked.match, len(asked.candidates))
+        free = {key.digest for one in found if not self._policies.get(one.slug).is_capped for key in one.keys}
+        digests = tuple(digest for digest in asked.candidates.digests if digest in free)
+        return asked.match._replace(digests=digests) if digests else None
+
+    async def save(self, token: VerificationToken, *, using: object = None) -> None:
         """Store a token's ``extra_data`` and nothing else: a stale copy can never revive a used token.
+
+        Args:
+            token: the token, changed by :meth:`VerificationToken.set_extra_data`.
+            using: as in :meth:`issue`.
 
         Raises:
             InvalidToken: it is not stored any more.
             InvalidInput: ``extra_data`` is no JSON text; see :meth:`VerificationToken.set_extra_data`.
         """
         text = None if token.extra_data is None else inputs.check_json_text(token.extra_data)
-        match = Match(id=inputs.check_text("id", token.id, inputs.MAX_NAME_BYTES))
-        if await self._life.store.update(match, SetExtraData(text)) is None:
-            raise InvalidToken("unknown")
+        match = Match(id=_token_id(token))
+        with self._opening.calls() as store:
+            target = store if using is None else store.within(using)
+            if await target.update(match, SetExtraData(text)) is None:
+                raise InvalidToken("unknown")
+
+    async def erase(self, obj: object, *, using: object = None) -> int:
+        """Delete every stored token of an object, whatever its state, and its budgets (data protection).
+
+        Args:
+            obj: the object, not its class.
+            using: as in :meth:`issue`.
+
+        Returns:
+            How many tokens were deleted.
+
+        Raises:
+            InvalidInput: a class was given.
+
+        .. versionadded:: 0.1
+        """
+        content_type, object_id = self._one_object(obj, "erase")
+        name = self._limiter.object_name(content_type, object_id)
+        with self._opening.calls() as store:
+            target = store if using is None else store.within(using)
+            count = await target.erase(content_type, object_id, name)
+            await target.erase(PRETENDED, name.hex(), name)
+        if self._hooks:
+            await self._hooks.tell(
+                "erased",
+                content_type=content_type,
+                object_id=object_id,
+                count=count,
+                in_transaction=using is not None,
+            )
+        return count
+
+    async def reset_limits(self, obj: object, slug: str | Wildcard | None = ANY) -> int:
+        """Start an object's budgets afresh: support unlocks an account. Budgets that it shares with others,
+        by address say, stay as they are.
+
+        Args:
+            obj: the object, not its class.
+            slug: left out, those of every purpose; None, of tokens without one.
+
+        Returns:
+            How many budgets were forgotten.
+
+        Raises:
+            InvalidInput: a class was given.
+
+        .. versionadded:: 0.1
+        """
+        content_type, object_id = self._one_object(obj, "reset_limits")
+        name = self._limiter.object_name(content_type, object_id)
+        if isinstance(slug, Wildcard):
+            with self._opening.calls() as store:
+                return await store.reset(name, None)
+        slug_text = _slug_text(slug)
+        policy = self._policies.get(slug_text)
+        # Cooldowns belong to a context: those that the object's stored tokens tell of are known.
+        contexts = {b""}
+        match = Match(content_type=content_type, object_id=object_id, slug=slug_text)
+        async for stored in self._pages(match):
+            contexts.add(stored.context)
+        subject = content_type, object_id
+        budgets = {
+            spend.budget.name
+            for spends in (
+                self._limiter.attempts_of_object(policy, slug_text, *subject),
+                *(
+                    self._limiter.issues(policy, slug_text, *subject, context, {}, lenient=True)
+                    for context in contexts
+                ),
+            )
+            for spend in spends.spends
+            if spend.budget.object == name
+        }
+        with self._opening.calls() as store:
+            return await store.reset(name, tuple(sorted(budgets)))
 
     async def purge(
         self,
         batch_size: int = 1000,
-        keep: timedelta = timedelta(0),
+        keep: Duration = timedelta(0),
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete the tokens that were inactive or expired when it began; leased tokens stay.
+        """Delete the tokens that were inactive or expired when it began, and budgets that are over. Held
+        tokens stay.
 
         Used tokens that are kept for a while (``keep``) let a second use be told from a guess.
 
         Args:
             batch_size: how many tokens are deleted in one step, beside which live traffic goes on.
             keep: tokens that ended no longer ago than this stay, 0 or more.
-            progress: is told after each step how many were deleted so far.
+            progress: is told after each step how many tokens were deleted so far.
 
         Returns:
-            How many were deleted.
+            How many tokens were deleted.
         """
         limit = inputs.check_count("batch_size", batch_size)
-        now = self._life.now()
-        before = now - inputs.check_duration("keep", keep, least=timedelta(0))
-        total = await purge_in_steps(self._life.store, before, now, limit, progress)
-        if total:
-            await self._life.hooks.tell("purged", Match(), count=total)
-        return total
+        now = self._now()
+        before = now - inputs.duration("keep", keep, least=timedelta(0))
+        with self._opening.calls() as store:
+            total = await purge_in_steps(store, before, now, limit, progress)
+        if total.tokens and self._hooks:
+            await self._hooks.tell("purged", count=total.tokens)
+        return total.tokens
 
     def sweeper(
         self,
-        every: timedelta = timedelta(minutes=10),
-        keep: timedelta = timedelta(hours=24),
+        every: Duration = timedelta(minutes=10),
+        keep: Duration = timedelta(hours=24),
         batch_size: int = 1000,
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
@@ -487,14 +1379,142 @@ class TokenManager:
 
         Args: ``every`` is 1 millisecond or more, ``sleep`` waits for seconds; else as in :meth:`purge`.
         """
-        self._life.require_open()
+        self._opening.require_open()
         return Sweeper(self.purge, every, keep, batch_size, sleep)
 
     async def stats(self) -> Stats:
         """Count the tokens, in all and by slug."""
-        rows = await self._life.store.count(self._life.now())
-        by_slug = {row.slug or None: SlugStats(*row[1:]) for row in rows}
-        total, active, expired, used = (
-            sum(numbers) for numbers in zip((0,) * 4, *(r[1:] for r in rows), strict=True)
+        with self._opening.calls() as store:
+            rows = await store.count(self._now())
+        return Stats(
+            total=sum(row.total for row in rows),
+            active=sum(row.active for row in rows),
+            expired=sum(row.expired for row in rows),
+            used=sum(row.used for row in rows),
+            by_slug={
+                row.slug or None: SlugStats(
+                    total=row.total, active=row.active, expired=row.expired, used=row.used
+                )
+                for row in rows
+            },
         )
-        return Stats(total=total, active=active, expired=expired, used=used, by_slug=by_slug)
+
+    async def ping(self) -> float:
+        """Ask the store for an answer: for health probes.
+
+        Returns:
+            The seconds that it took.
+
+        Raises:
+            BackendError: the store does not answer, or what it needs is gone.
+
+        .. versionadded:: 0.1
+        """
+        started = perf_counter()
+        with self._opening.calls() as store:
+            await store.ping()
+        return perf_counter() - started
+
+    # Helpers ------------------------------------------------------------------------------------
+
+    def _now(self) -> int:
+        """The injected clock's time, in milliseconds."""
+        try:
+            now = inputs.milliseconds(self._clock())
+        except InvalidInput as error:
+            problem = str(error)
+        else:
+            if now >= 0:
+                return now
+            problem = "it shows a time before 1970"  # what it would store, no backend would take for a token
+        raise ConfigurationError(f"the manager's clock: {problem}")
+
+    def _one_object(self, obj: object, method: str) -> tuple[str, str]:
+        content_type, object_id = self.content_types.resolve(obj)
+        if object_id is None:
+            raise InvalidInput(f"{method} is for one object: pass the object, not its class")
+        return content_type, object_id
+
+    async def _tell_of(self, name: EventName, stored: StoredToken) -> None:
+        if self._hooks:
+            await self._hooks.tell(
+                name,
+                content_type=stored.content_type,
+                object_id=stored.object_id,
+                slug=stored.slug or None,
+                token_id=stored.id,
+            )
+
+
+_CONTEXT_NOT_HEEDED: Final = (
+    "context was given, but the slug's policy does not ask for one, so that it would not be heeded: give the"
+    " policy context='required'"
+)
+
+
+def _slug_text(slug: object) -> str:
+    """The stored form of a slug: ``""`` for none, which no real slug is."""
+    return "" if slug is None else inputs.check_text("slug", slug, inputs.MAX_NAME_BYTES)
+
+
+def _one_slug(slug: str | Wildcard | None) -> str | None:
+    """Refuse ``ANY`` where a token for one purpose must not pass for another."""
+    if isinstance(slug, Wildcard):
+        raise InvalidInput("slug must be given: a token for one purpose never passes for another")
+    return slug
+
+
+def _use_id(consume_id: str) -> str:
+    """What is stored of a checked ``consume_id``."""
+    return use_id(inputs.check_text("consume_id", consume_id, inputs.MAX_CONSUME_ID_BYTES))
+
+
+def _token_id(token: VerificationToken) -> str:
+    if not isinstance(token, VerificationToken):
+        raise InvalidInput(f"token must be a VerificationToken, not {type(token).__name__}")
+    return inputs.check_text("id", token.id, inputs.MAX_NAME_BYTES)
+
+
+async def _groups(
+    subjects: Iterable[object] | AsyncIterable[object], size: int
+) -> AsyncIterator[list[object]]:
+    """The objects in groups, without reading further ahead than one group."""
+    group: list[object] = []
+    if isinstance(subjects, AsyncIterable):
+        async for subject in subjects:
+            group.append(subject)
+            if len(group) == size:
+                yield group
+                group = []
+    else:
+        for subject in subjects:
+            group.append(subject)
+            if len(group) == size:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+async def _all_of(
+    one: Callable[[object], Awaitable[VerificationToken]], group: list[object]
+) -> tuple[list[VerificationToken], Exception | None]:
+    """The tokens of a group up to the first object that failed, and its error."""
+    results: list[VerificationToken | Exception | None] = [None] * len(group)
+
+    async def run(place: int) -> None:
+        try:
+            results[place] = await one(group[place])
+        except Exception as error:  # told to the caller in the order of the objects
+            results[place] = error
+
+    async with anyio.create_task_group() as tasks:
+        for place in range(len(group)):
+            tasks.start_soon(run, place)
+    tokens: list[VerificationToken] = []
+    for result in results:
+        if isinstance(result, Exception):
+            return tokens, result
+        assert result is not None  # noqa: S101  # the task group has waited for it
+        tokens.append(result)
+    return tokens, None

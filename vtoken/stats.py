@@ -1,9 +1,10 @@
-"""What ``TokenManager.stats`` returns."""
+"""What ``TokenManager.stats`` and ``TokenManager.status`` return."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +33,24 @@ class Stats(SlugStats):
     """
 
     by_slug: Mapping[str | None, SlugStats] = field(default_factory=dict[str | None, SlugStats])
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How an object and slug stand, for a screen.
+
+    Args:
+        has_valid: whether there is a valid token.
+        expires_at: when the newest valid token expires; None never, or where there is none.
+        attempts_left: how many wrong keys the limits allow now; None without limits.
+        attempts_reset_at: when the running window of attempts ends; None where nothing is spent.
+        can_issue_at: when a token may be issued; now, or in the past, if at once.
+
+    .. versionadded:: 0.1
+    """
+
+    has_valid: bool
+    expires_at: datetime | None
+    attempts_left: int | None
+    attempts_reset_at: datetime | None
+    can_issue_at: datetime

@@ -1,0 +1,524 @@
+"""From a presented key to its use.
+
+1. :class:`PresentedKey` is what somebody typed or clicked, worked into what the store is asked for: what the
+   policy says about its form, its digests under every secret, its context, and what a wrong key costs.
+2. :meth:`Redeemer.present` asks the store, in one step, to compare the key and to use the token, to hold it,
+   or only to look, and turns the answer into a token or an error.
+3. :class:`Redemption` is the two-phase use of ``redeem``: a hold on entry, a use or a release on exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any, Final, NamedTuple
+
+import anyio
+
+from vtoken import inputs
+from vtoken.backend import (
+    ForgetKey,
+    Hold,
+    Match,
+    Outcome,
+    Presented,
+    Release,
+    StoredKey,
+    StoredToken,
+    TokenBackend,
+    Use,
+    UseHeld,
+    key_of,
+    refusal,
+    running_holds,
+)
+from vtoken.errors import (
+    AlreadyUsed,
+    BackendError,
+    InvalidInput,
+    InvalidToken,
+    LeaseLost,
+    Reason,
+    TokenBusy,
+    TooManyAttempts,
+)
+from vtoken.hooks import EventName, Hooks, logger
+from vtoken.keys import (
+    Candidates,
+    Hidden,
+    Keyring,
+    code_shape_ok,
+    context_digest,
+    has_checksum,
+    is_possible_key,
+    normalise_code,
+    normalise_link,
+)
+from vtoken.limits import NOTHING_TO_SPEND, Spends, full_limit, seconds
+from vtoken.opening import Opening
+from vtoken.policy import ResolvedPolicy
+from vtoken.token import VerificationToken, loaded
+
+Context = str | Mapping[str, str] | Callable[[str], Awaitable[str | Mapping[str, str]]]
+"""What a token is bound to: a text, several named texts, or an async callable that is given the object's
+id."""
+
+REPLAY_WINDOW: Final = 15 * 60 * 1000
+"""Milliseconds, from a use, in which its ``consume_id`` gets the same answer again."""
+MAX_LEASE: Final = 24 * 60 * 60 * 1000
+_NO_CANDIDATES: Final = Candidates(())
+_LONGEST_PAUSE: Final = 0.25
+"""Seconds between two tries of a ``redeem`` that waits for a hold."""
+
+
+class PresentedKey(NamedTuple):
+    """A key that somebody presents for an object and a slug, as digests only."""
+
+    content_type: str
+    object_id: str | None
+    slug: str | None
+    """``""`` without one, None for any."""
+    policy: ResolvedPolicy
+    kind: str
+    candidates: Candidates
+    """The digests that the key may be stored under, the current secret's first. Empty where it cannot be one
+    of
+    ours: a typing error, a wrong checksum, or what no form should send."""
+    context: bytes | None
+    """None where the key is not bound to one."""
+    spends: Spends
+
+    def __repr__(self) -> str:
+        return "<PresentedKey>"
+
+    @property
+    def match(self) -> Match:
+        """The tokens that the key fits, whatever their state."""
+        return Match(
+            digests=self.candidates.digests,
+            kind=self.kind,
+            content_type=self.content_type,
+            object_id=self.object_id,
+            slug=self.slug,
+            context=self.context,
+        )
+
+
+def presented_key(
+    keyring: Keyring,
+    policy: ResolvedPolicy,
+    subject: tuple[str, str | None],
+    slug: str | None,
+    key: Hidden,
+) -> PresentedKey:
+    """Work a presented key into digests. Its context and what it costs come later.
+
+    Raises:
+        InvalidInput: the key is no text, or a code comes without its object.
+    """
+    content_type, object_id = subject
+    if not isinstance(key.reveal(), str):
+        kind = type(key.reveal()).__name__
+        raise InvalidInput(f"key must be a str, not {kind}: a form field that is missing is no key")
+    if policy.kind == "code" and object_id is None:
+        raise InvalidInput("a code is checked for one object: pass the object, not its class")
+    kind, candidates = _kind_and_candidates(keyring, policy, content_type, object_id, slug, key)
+    return PresentedKey(
+        content_type=content_type,
+        object_id=object_id,
+        slug=slug,
+        policy=policy,
+        kind=kind,
+        candidates=candidates,
+        context=None,
+        spends=NOTHING_TO_SPEND,
+    )
+
+
+def _kind_and_candidates(
+    keyring: Keyring,
+    policy: ResolvedPolicy,
+    content_type: str,
+    object_id: str | None,
+    slug: str | None,
+    key: Hidden,
+) -> tuple[str, Candidates]:
+    """Whether a key is a link's or a code, by its form, and what it may be stored under."""
+    if not is_possible_key(key.text()):
+        return "code" if policy.kind == "code" else "link", _NO_CANDIDATES
+    if policy.has_code:
+        code = Hidden(normalise_code(key.text(), policy.code_chars))
+        if code.text() and code_shape_ok(code.text(), policy.code_length, policy.code_chars):
+            if object_id is None:
+                raise InvalidInput("a code is checked for one object: pass the object, not its class")
+            return "code", keyring.codes(content_type, object_id, slug or "", code.text())
+        if not policy.has_link:
+            return "code", _NO_CANDIDATES
+    link = Hidden(normalise_link(key.text()))
+    # The prefix is a shortcut only: a key from before the policy had this prefix is asked of the store.
+    mistyped = (
+        policy.prefix
+        and link.text().startswith(policy.prefix)
+        and not has_checksum(policy.prefix, link.text())
+    )
+    if mistyped or not link.text():
+        return "link", _NO_CANDIDATES
+    return "link", keyring.links(link.text())
+
+
+async def bound(context: Hidden, object_id: str | None) -> bytes:
+    """The digest of the context that a key comes with. Where there is none, or an empty one, it is that of
+    the empty text, which no token is bound to.
+
+    Raises:
+        InvalidInput: it is neither a text, nor a mapping of texts, nor an async callable that returns one.
+    """
+    value: Any = context.reveal()
+    if callable(value):
+        # Where no token was found, there is no object that the context could be computed for.
+        value = None if object_id is None else await value(object_id)
+    if value is None or value == "":
+        return context_digest("")
+    problem = inputs.context_problem(value)
+    if problem is not None:
+        del value
+        raise InvalidInput(f"context {problem}")
+    return context_digest(value)
+
+
+class Redeemer:
+    """What is done with a presented key.
+
+    Args:
+        opening: whether the manager is open, and its store.
+        hooks: hear what happens.
+        now: the manager's clock, in milliseconds.
+        policy_of: the policy of a slug in its stored form.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        hooks: Hooks,
+        now: Callable[[], int],
+        policy_of: Callable[[str], ResolvedPolicy],
+    ) -> None:
+        self.opening = opening
+        self.hooks = hooks
+        self.now = now
+        self._policy_of = policy_of
+
+    async def present(self, key: PresentedKey, change: Use | Hold | None) -> tuple[StoredToken, bool]:
+        """Have the store compare a key and make a change; the token, and whether this was a replay.
+
+        Raises:
+            InvalidToken: the key was refused.
+            TooManyAttempts: a limit is full; nothing was compared.
+        """
+        with self.opening.calls() as store:
+            if not key.candidates:  # a typing error: refused without a charge and without asking the store
+                await self._tell("failed", key, reason="unknown")
+                raise InvalidToken("unknown")
+            now = self.now() if change is None or isinstance(change, Hold) else change.at
+            if key.slug is None:
+                answer = await self._among_any_slug(store, key, now)
+            else:
+                answer = await store.present(key.match, change, now, key.spends.spends)
+            if answer.outcome is Outcome.RIGHT and answer.token is not None:
+                stored = answer.token
+                if self._is_genuine(key, stored):
+                    if change is None:
+                        await self._forget_plain_keys(store, key, stored)
+                    return stored, False
+                if isinstance(change, Hold):
+                    await store.update(Match(id=stored.id), Release(change.hold_id))
+                raise await self._refused(key, None, now, answer)
+            if answer.outcome is Outcome.REPLAYED and answer.token is not None:
+                return await self._replay(key, change, answer, now), True
+            if answer.outcome is Outcome.LIMITED:
+                limit = full_limit(key.spends, answer.spending)
+                await self._tell("capped", key, limit=limit.name if limit else None)
+                raise TooManyAttempts(seconds(answer.spending.until - now), limit)
+            raise await self._refused(key, answer.token, now, answer)
+
+    async def _among_any_slug(self, store: TokenBackend, key: PresentedKey, now: int) -> Presented:
+        """With any slug, a key says nothing about tokens whose slug caps attempts or asks for a context."""
+        found = await store.find(key.match, len(key.candidates))
+        free = [stored for stored in found if not self._policy_of(stored.slug).is_guarded]
+        right = [stored for stored in free if refusal(stored, key_of(stored, key.match), now) is None]
+        if right:
+            return Presented(Outcome.RIGHT, right[0])
+        return Presented(Outcome.REFUSED, free[0] if free else None)
+
+    def _is_genuine(self, key: PresentedKey, stored: StoredToken) -> bool:
+        """Whether the stored key says of its digest what is true of it. It does not where somebody who can
+        write to the store has replaced a digest: without the secret, by one that needs none."""
+        own = key_of(stored, key.match)
+        if own is None:
+            return False
+        if key.candidates.fit(own):
+            return True
+        logger.warning("the stored digest of token %s was not made as its row says: refused", stored.id)
+        return False
+
+    async def _replay(
+        self, key: PresentedKey, change: Use | Hold | None, answer: Presented, now: int
+    ) -> StoredToken:
+        stored = answer.token
+        assert stored is not None  # noqa: S101  # present() has seen to it
+        if now - answer.used_at > REPLAY_WINDOW:
+            await self._tell("reused", key, token_id=stored.id, reason="used")
+            raise InvalidToken("used", token=loaded(stored) if key.kind == "link" else None)
+        await self._tell("replayed", key, token_id=stored.id)
+        if isinstance(change, Hold):
+            raise AlreadyUsed(loaded(stored))
+        return stored
+
+    async def _refused(
+        self, key: PresentedKey, stored: StoredToken | None, now: int, answer: Presented
+    ) -> InvalidToken:
+        """The error for a key that was refused."""
+        left = answer.spending.left
+        if stored is None:
+            await self._tell("failed", key, reason="unknown")
+            return InvalidToken("unknown", attempts_left=left)
+        own = key_of(stored, key.match)
+        reason: Reason = refusal(stored, own, now) or "unknown"
+        events: dict[Reason, EventName] = {"used": "reused", "leased": "busy"}
+        await self._tell(events.get(reason, "failed"), key, token_id=stored.id, reason=reason)
+        if reason == "leased":
+            free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
+            return TokenBusy(seconds(free_at - now))
+        shown = loaded(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
+        return InvalidToken(reason, attempts_left=left, token=shown)
+
+    async def _tell(
+        self,
+        name: EventName,
+        key: PresentedKey,
+        *,
+        token_id: str | None = None,
+        reason: Reason | None = None,
+        limit: str | None = None,
+    ) -> None:
+        if self.hooks:
+            await self.hooks.tell(
+                name,
+                content_type=key.content_type,
+                object_id=key.object_id,
+                slug=key.slug or None,
+                token_id=token_id,
+                reason=reason,
+                limit=limit,
+            )
+
+    async def _forget_plain_keys(self, store: TokenBackend, key: PresentedKey, stored: StoredToken) -> None:
+        """Rewrite a row from the time of ``key_storage="plain"``: its digests are there already."""
+        if key.policy.storage != "plain" and any(own.plain_key for own in stored.keys):
+            await store.update(Match(id=stored.id), ForgetKey())
+
+    async def after_use(self, store: TokenBackend, key: PresentedKey, stored: StoredToken) -> None:
+        """What follows a use. The use stands, whatever fails here."""
+        try:
+            await self._forget_plain_keys(store, key, stored)
+        except BackendError as error:
+            logger.warning("a token was used, but its plain key could not be cleared: %r", error)
+        if self.hooks:
+            await self.hooks.tell(
+                "consumed",
+                content_type=stored.content_type,
+                object_id=stored.object_id,
+                slug=stored.slug or None,
+                token_id=stored.id,
+            )
+
+
+_entered: ContextVar[tuple[Redemption, ...]] = ContextVar("vtoken_redemptions", default=())
+"""The ``redeem`` blocks that the running task is in, those of the tasks that started it included."""
+
+
+def own_holds(redeemer: Redeemer) -> tuple[str, ...]:
+    """The holds of the ``redeem`` blocks of a manager that this code runs in: ``deactivate`` spares them."""
+    return tuple(one.hold_id for one in _entered.get() if one.redeemer is redeemer and one.stored is not None)
+
+
+class Redemption:
+    """What ``TokenManager.redeem`` returns: ``async with`` holds one use while its block runs."""
+
+    def __init__(
+        self,
+        redeemer: Redeemer,
+        make_key: Callable[[], Awaitable[PresentedKey]],
+        lease: int,
+        wait: int,
+        use_id: str,
+    ) -> None:
+        self.redeemer = redeemer
+        self.hold_id = secrets.token_hex(8)  # the fencing id: nobody else's hold can pass for this one
+        self.stored: StoredToken | None = None
+        self.token: VerificationToken | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self._make_key = make_key
+        self._lease = lease
+        self._wait = wait
+        self._use_id = use_id
+        self._key: PresentedKey | None = None
+        self._marked: tuple[object, int] | None = None
+
+    def __repr__(self) -> str:
+        return "<Redemption>"
+
+    @property
+    def is_being_cancelled(self) -> bool:
+        """Whether the task of the block was cancelled and is about to give its hold back."""
+        return self.task is not None and not self.task.done() and self.task.cancelling() > 0
+
+    async def __aenter__(self) -> VerificationToken:
+        if self._key is not None:
+            raise RuntimeError("a redemption is for one block: ask the manager for another one")
+        opening = self.redeemer.opening
+        opening.require_open()
+        self._key = await self._make_key()
+        self.task = _current_task()
+        opening.enter(self)
+        try:
+            self.stored = await self._hold(self._key)
+        except InvalidToken:
+            opening.leave(self)
+            raise  # no hold was taken
+        except BaseException:
+            await self._give_back()
+            opening.leave(self)
+            raise
+        _entered.set((*_entered.get(), self))
+        self.token = loaded(self.stored, own_holds=frozenset({self.hold_id}))
+        return self.token
+
+    async def _hold(self, key: PresentedKey) -> StoredToken:
+        """Take the hold; wait for it, in real time, where all uses are held."""
+        give_up_at = monotonic() + self._wait / 1000
+        pause = 0.01
+        while True:
+            change = Hold(hold_id=self.hold_id, until=self.redeemer.now() + self._lease, use_id=self._use_id)
+            try:
+                stored, _ = await self.redeemer.present(key, change)
+            except TokenBusy as busy:
+                rest = give_up_at - monotonic()
+                if rest <= 0:
+                    raise
+                pause = min(pause * 2, _LONGEST_PAUSE, rest, max(busy.retry_after, 0.01))
+            else:
+                return stored
+            await anyio.sleep(pause)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _entered.set(tuple(one for one in _entered.get() if one is not self))
+        try:
+            if kind is not None:
+                await self._give_back()
+            elif self._marked is not None:
+                await self._after_transaction()
+            else:
+                await self._use()
+        finally:
+            self.stored = None
+            self.redeemer.opening.leave(self)
+
+    async def _use(self) -> None:
+        stored, key = self.stored, self._key
+        assert stored is not None  # noqa: S101  # __aenter__ has set both
+        assert key is not None  # noqa: S101
+        try:
+            with self.redeemer.opening.calls() as store:
+                used = await store.update(Match(id=stored.id), self._use_held())
+                if used is not None:
+                    await self.redeemer.after_use(store, key, used)
+        except BaseException:
+            await self._give_back()
+            raise
+        if used is None:
+            raise LeaseLost(
+                "the hold ended, or the token was deactivated from outside, before the block was done"
+            )
+
+    def _use_held(self) -> UseHeld:
+        assert self._key is not None  # noqa: S101  # __aenter__ has set it
+        return UseHeld(
+            hold_id=self.hold_id,
+            at=self.redeemer.now(),
+            use_id=self._use_id,
+            resets=self._key.spends.of_the_object,
+        )
+
+    async def mark_used(self, using: object) -> None:
+        """Count the use on a transaction of the application's own.
+
+        Raises:
+            LeaseLost: the hold is gone.
+            InvalidInput: it was marked already, or the handle does not fit.
+        """
+        if self._marked is not None:
+            raise InvalidInput("this token was marked as used already: once in a block")
+        assert self.stored is not None  # noqa: S101  # the manager has seen to it
+        change = self._use_held()
+        with self.redeemer.opening.calls() as store:
+            used = await store.within(using).update(Match(id=self.stored.id), change)
+        if used is None:
+            raise LeaseLost(
+                "the hold ended, or the token was deactivated from outside, before it was marked as used"
+            )
+        self._marked = using, change.at
+
+    async def _after_transaction(self) -> None:
+        """Find out what became of the transaction that the use was marked in."""
+        stored, key, marked = self.stored, self._key, self._marked
+        assert stored is not None  # noqa: S101  # __aenter__ and mark_used have set them
+        assert key is not None  # noqa: S101
+        assert marked is not None  # noqa: S101
+        using, at = marked
+        with self.redeemer.opening.calls() as store:
+            if _is_under_way(store, using):
+                raise InvalidInput(
+                    "the transaction that marked the token as used is still open: commit or roll it back"
+                    " inside the redeem block (async with manager.redeem(...) as token, session.begin():)"
+                )
+            if await store.update(Match(id=stored.id), Release(self.hold_id)) is not None:
+                return  # rolled back: the hold was still there, and is given back now
+            found = await store.find(Match(id=stored.id), 1)
+            if found and found[0].used_at >= at:
+                await self.redeemer.after_use(store, key, found[0])
+
+    async def _give_back(self) -> None:
+        """Drop the hold, whatever became of the token: this never revives it."""
+        assert self._key is not None  # noqa: S101  # __aenter__ has set it
+        match = self._key.match if self.stored is None else Match(id=self.stored.id)
+        with anyio.CancelScope(shield=True):
+            try:
+                with self.redeemer.opening.calls() as store:
+                    await store.update(match, Release(self.hold_id))
+            except BackendError as error:  # the block's own exception matters more
+                logger.warning("a hold could not be given back and ends by itself: %r", error)
+
+
+def _is_under_way(store: TokenBackend, using: object) -> bool:
+    """Whether a transaction is open on a handle: else no backend lets itself be used within it."""
+    try:
+        store.within(using)
+    except InvalidInput:
+        return False
+    return True
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # trio's tasks are not asyncio's
+        return None
+
+
+def is_over(stored: StoredToken, key: StoredKey | None, now: int) -> bool:
+    """Whether a token can never be used again."""
+    return refusal(stored, key, now) not in (None, "leased")
