@@ -1127,23 +1127,17 @@ class TokenManager:
     ) -> PresentedKey:
         """Work what somebody presents into what the store is asked for."""
         asked = self._check_presented(obj, slug, key, context)
-        spends = self._spends_of(asked, by)
-        needs = asked.policy.code_needs_context if asked.kind == "code" else asked.policy.needs_context
-        if not needs:
-            return asked._replace(spends=spends)
-        object_id = asked.object_id
-        if object_id is None and callable(context.reveal()) and asked.candidates:
-            # The context is computed for the object, which the key alone has to find.
-            with self._opening.calls() as store:
-                found = await store.find(asked.match, 1)
-            object_id = found[0].object_id if found else None
-        return asked._replace(context=await bound(context, object_id), spends=spends)
+        if by is not None or asked.policy.is_capped:
+            asked.spends = self._spends_of(asked, checked_by(by))
+        if asked.needs_context:
+            asked.context = await self._bound_when_presented(asked, context)
+        return asked
 
     def _check_presented(
         self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden
     ) -> PresentedKey:
         subject = self.content_types.resolve(obj)
-        if isinstance(slug, Wildcard):
+        if slug is ANY:
             policy, slug_text = self._default_policy, None
         else:
             slug_text = _slug_text(slug)
@@ -1152,14 +1146,20 @@ class TokenManager:
             raise InvalidInput(_CONTEXT_NOT_HEEDED)
         return presented_key(self._keyring, policy, subject, slug_text, key)
 
-    def _spends_of(self, asked: PresentedKey, by: By | None) -> Spends:
+    def _spends_of(self, asked: PresentedKey, by: By) -> Spends:
         """What a wrong key costs. Of a pair, only what has the shape of a code is a guess."""
-        dimensions = checked_by(by)
         if asked.slug is None or (asked.policy.kind == "pair" and asked.kind == "link"):
             return NOTHING_TO_SPEND
-        return self._limiter.attempts(
-            asked.policy, asked.slug, asked.content_type, asked.object_id, dimensions
-        )
+        return self._limiter.attempts(asked.policy, asked.slug, asked.content_type, asked.object_id, by)
+
+    async def _bound_when_presented(self, asked: PresentedKey, context: Hidden) -> bytes:
+        object_id = asked.object_id
+        if object_id is None and callable(context.reveal()) and asked.candidates:
+            # The context is computed for the object, which the key alone has to find.
+            with self._opening.calls() as store:
+                found = await store.find(asked.match, 1)
+            object_id = found[0].object_id if found else None
+        return await bound(context, object_id)
 
     # Ended --------------------------------------------------------------------------------------
 

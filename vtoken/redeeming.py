@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import anyio
 
@@ -57,7 +57,7 @@ from vtoken.keys import (
     normalise_code,
     normalise_link,
 )
-from vtoken.limits import NOTHING_TO_SPEND, Spends, full_limit, seconds
+from vtoken.limits import NOTHING_TO_SPEND, full_limit, seconds
 from vtoken.opening import Opening
 from vtoken.policy import ResolvedPolicy
 from vtoken.token import VerificationToken, loaded
@@ -74,37 +74,73 @@ _LONGEST_PAUSE: Final = 0.25
 """Seconds between two tries of a ``redeem`` that waits for a hold."""
 
 
-class PresentedKey(NamedTuple):
-    """A key that somebody presents for an object and a slug, as digests only."""
+class PresentedKey:
+    """A key that somebody presents for an object and a slug, as digests only.
 
-    content_type: str
-    object_id: str | None
-    slug: str | None
-    """``""`` without one, None for any."""
-    policy: ResolvedPolicy
-    kind: str
-    candidates: Candidates
-    """The digests that the key may be stored under, the current secret's first. Empty where it cannot be one
-    of
-    ours: a typing error, a wrong checksum, or what no form should send."""
-    context: bytes | None
-    """None where the key is not bound to one."""
-    spends: Spends
+    Args:
+        content_type: of the object.
+        object_id: None where only the class is known.
+        slug: ``""`` without one, None for any.
+        policy: of the slug.
+        kind: ``"link"`` or ``"code"``.
+        candidates: the digests that the key may be stored under, the current secret's first. Empty where it
+            cannot be one of ours: a typing error, a wrong checksum, or what no form should send.
+    """
+
+    __slots__ = (
+        "_match",
+        "candidates",
+        "content_type",
+        "context",
+        "kind",
+        "object_id",
+        "policy",
+        "slug",
+        "spends",
+    )
+
+    def __init__(
+        self,
+        content_type: str,
+        object_id: str | None,
+        slug: str | None,
+        policy: ResolvedPolicy,
+        kind: str,
+        candidates: Candidates,
+    ) -> None:
+        self.content_type = content_type
+        self.object_id = object_id
+        self.slug = slug
+        self.policy = policy
+        self.kind = kind
+        self.candidates = candidates
+        self.context: bytes | None = None
+        """None where the key is not bound to one."""
+        self.spends = NOTHING_TO_SPEND
+        """What a wrong key costs."""
+        self._match: Match | None = None
 
     def __repr__(self) -> str:
         return "<PresentedKey>"
 
     @property
+    def needs_context(self) -> bool:
+        """Whether the key is good only together with the context that it was bound to."""
+        return self.policy.code_needs_context if self.kind == "code" else self.policy.needs_context
+
+    @property
     def match(self) -> Match:
         """The tokens that the key fits, whatever their state."""
-        return Match(
-            digests=self.candidates.digests,
-            kind=self.kind,
-            content_type=self.content_type,
-            object_id=self.object_id,
-            slug=self.slug,
-            context=self.context,
-        )
+        if self._match is None or self._match.context != self.context:
+            self._match = Match(
+                digests=self.candidates.digests,
+                kind=self.kind,
+                content_type=self.content_type,
+                object_id=self.object_id,
+                slug=self.slug,
+                context=self.context,
+            )
+        return self._match
 
 
 def presented_key(
@@ -116,6 +152,8 @@ def presented_key(
 ) -> PresentedKey:
     """Work a presented key into digests. Its context and what it costs come later.
 
+    A key of a pair is a code if it has the shape of one, and else a link key.
+
     Raises:
         InvalidInput: the key is no text, or a code comes without its object.
     """
@@ -123,50 +161,36 @@ def presented_key(
     if not isinstance(key.reveal(), str):
         kind = type(key.reveal()).__name__
         raise InvalidInput(f"key must be a str, not {kind}: a form field that is missing is no key")
-    if policy.kind == "code" and object_id is None:
+    if object_id is None and policy.kind == "code":
         raise InvalidInput("a code is checked for one object: pass the object, not its class")
-    kind, candidates = _kind_and_candidates(keyring, policy, content_type, object_id, slug, key)
-    return PresentedKey(
-        content_type=content_type,
-        object_id=object_id,
-        slug=slug,
-        policy=policy,
-        kind=kind,
-        candidates=candidates,
-        context=None,
-        spends=NOTHING_TO_SPEND,
-    )
-
-
-def _kind_and_candidates(
-    keyring: Keyring,
-    policy: ResolvedPolicy,
-    content_type: str,
-    object_id: str | None,
-    slug: str | None,
-    key: Hidden,
-) -> tuple[str, Candidates]:
-    """Whether a key is a link's or a code, by its form, and what it may be stored under."""
-    if not is_possible_key(key.text()):
-        return "code" if policy.kind == "code" else "link", _NO_CANDIDATES
-    if policy.has_code:
-        code = Hidden(normalise_code(key.text(), policy.code_chars))
-        if code.text() and code_shape_ok(code.text(), policy.code_length, policy.code_chars):
+    kind, candidates = "link" if policy.has_link else "code", _NO_CANDIDATES
+    if is_possible_key(key.text()):
+        code = _as_code(policy, key) if policy.has_code else None
+        if code is not None:
             if object_id is None:
                 raise InvalidInput("a code is checked for one object: pass the object, not its class")
-            return "code", keyring.codes(content_type, object_id, slug or "", code.text())
-        if not policy.has_link:
-            return "code", _NO_CANDIDATES
+            kind = "code"
+            candidates = keyring.codes(content_type, object_id, slug or "", code.text())
+        elif kind == "link":
+            candidates = _of_link(keyring, policy, key)
+    return PresentedKey(content_type, object_id, slug, policy, kind, candidates)
+
+
+def _as_code(policy: ResolvedPolicy, key: Hidden) -> Hidden | None:
+    """What was typed, as a code of this policy; None where it does not have the shape of one."""
+    code = Hidden(normalise_code(key.text(), policy.code_chars))
+    return code if code_shape_ok(code.text(), policy.code_length, policy.code_chars) else None
+
+
+def _of_link(keyring: Keyring, policy: ResolvedPolicy, key: Hidden) -> Candidates:
     link = Hidden(normalise_link(key.text()))
+    if not link.text():
+        return _NO_CANDIDATES
     # The prefix is a shortcut only: a key from before the policy had this prefix is asked of the store.
-    mistyped = (
-        policy.prefix
-        and link.text().startswith(policy.prefix)
-        and not has_checksum(policy.prefix, link.text())
-    )
-    if mistyped or not link.text():
-        return "link", _NO_CANDIDATES
-    return "link", keyring.links(link.text())
+    prefix = policy.prefix
+    if prefix and link.text().startswith(prefix) and not has_checksum(prefix, link.text()):
+        return _NO_CANDIDATES
+    return keyring.links(link.text())
 
 
 async def bound(context: Hidden, object_id: str | None) -> bytes:
