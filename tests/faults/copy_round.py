@@ -10,20 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tests.migrate_tools import fill, of_every_kind, opened, plain
 from tests.servers import fresh_database, start_mongod
-from tests.sqlite_tools import NOW, digest, token
-from vtoken.backend import NEVER, InsertMode, InsertResult, StoredToken, TokenBackend
-from vtoken.config import create_backend
-from vtoken.transfer import PAGE, add, copy, pages
+from vtoken.backend import Inserted, InsertMode, InsertResult, Spend, StoredToken
+from vtoken.migrate import copy, pages
+from vtoken.migrate.stores import PAGE
 from vtoken_backends.memory import MemoryBackend
 
 _ROOT: Final = Path(__file__).parents[2]
-_HOUR: Final = 3_600_000
 _INTERRUPTED: Final = ((0.25, signal.SIGKILL), (0.5, signal.SIGINT), (1.25, signal.SIGKILL))
 """After which part of the tokens, and how; what is past 1 is in the middle of the comparison."""
 _GROWTH: Final = 1.25
@@ -116,7 +113,7 @@ def _run(source: str, destination: str, tokens: int, *interruption: int) -> _Run
 
 async def _fill(url: str, tokens: int) -> None:
     async with opened(url) as backend:
-        assert (await add(backend, of_every_kind(tokens))).inserted == tokens
+        await fill(backend, of_every_kind(tokens))
 
 
 async def _listed(url: str) -> tuple[int, str]:
@@ -125,40 +122,8 @@ async def _listed(url: str) -> tuple[int, str]:
     async with opened(url) as backend:
         async for page in pages(backend):
             count += len(page)
-            sha.update("".join(f"{tuple(stored)!r}\n" for stored in page).encode())
+            sha.update("".join(f"{plain(stored)!r}\n" for stored in page).encode())
     return count, sha.hexdigest()
-
-
-@asynccontextmanager
-async def opened(url: str) -> AsyncGenerator[TokenBackend]:
-    """The store of a URL."""
-    backend = create_backend(url)
-    await backend.open()
-    try:
-        yield backend
-    finally:
-        await backend.close()
-
-
-def of_every_kind(count: int) -> Iterator[StoredToken]:
-    """Tokens of every kind, some made in the same millisecond, oldest first."""
-    for number in range(count):
-        plain = token(number, f"ü{number}", NOW + number // 3)._replace(extra_data='{"a": [1]}')
-        end = plain.created_at + _HOUR
-        kinds = (
-            plain,
-            plain._replace(
-                expires_at=NEVER, ends_at=NEVER, slug="", max_uses=5, uses=2, used_at=NOW, use_ids=("a",)
-            ),
-            plain._replace(is_active=False, ends_at=NOW - 1, uses=1, used_at=NOW, use_ids=("é",)),
-            plain._replace(
-                expires_at=end, ends_at=end, lease_id="lease", lease_until=end, plain_key="k", nonce="n"
-            ),
-            plain._replace(
-                scheme="code-hmac-sha256", secret_id="s", context=digest(-number), extra_data=None
-            ),
-        )
-        yield kinds[number % len(kinds)]
 
 
 # Planted bugs ------------------------------------------------------------------------------------
@@ -169,25 +134,48 @@ _VICTIM: Final = 77
 class LeavesOneOut(MemoryBackend):
     """Says that it has stored a token, and has not."""
 
-    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        if int(token.id, 16) == _VICTIM:
-            return InsertResult.INSERTED
-        return await super().insert(token, mode, keep_until)
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        if _is_victim(token):
+            return Inserted(InsertResult.INSERTED, token)
+        return await super().insert(token, mode)
 
 
 class AltersOne(MemoryBackend):
     """Stores a token that can be used once more."""
 
-    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        more = int(int(token.id, 16) == _VICTIM)
-        return await super().insert(token._replace(max_uses=token.max_uses + more), mode, keep_until)
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        if _is_victim(token):
+            token = token._replace(max_uses=7)
+        return await super().insert(token, mode)
+
+
+def _is_victim(token: StoredToken) -> bool:
+    return token.object_id == f"ü{_VICTIM}"
 
 
 async def _found(planted: type[MemoryBackend]) -> bool:
     source, destination = MemoryBackend(), planted()
     await source.open()
     await destination.open()
-    await add(source, of_every_kind(200))
+    await fill(source, of_every_kind(200))
     copied = await copy(source, destination)
     await source.close()
     await destination.close()

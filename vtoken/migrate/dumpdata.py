@@ -185,7 +185,7 @@ def _fields(record: Any) -> dict[str, Any]:
             hint = inputs.nearest(name, _FIELDS) or "dump the model of the tokens only"
             raise InvalidInput(f"unknown field {name!r:.80}; {hint}")
     for name in ("key", "content_type", "object_id"):
-        if name not in fields:
+        if fields.get(name) is None:
             raise InvalidInput(f"{name} is missing")
     if ("created" in fields) == ("created_at" in fields):
         raise InvalidInput("either created or created_at must be given")

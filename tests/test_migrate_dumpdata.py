@@ -11,12 +11,14 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from vtoken import InvalidInput, Settings, Subject, TokenManager, TokenPolicy
-from vtoken.backend import NEVER, StoredToken
-from vtoken.dumpdata import DumpReader
-from vtoken.transfer import add
-
-from .core_tools import World
+from vtoken.backend import NEVER, State, StoredToken
+from vtoken.errors import InvalidInput
+from vtoken.manager import TokenManager
+from vtoken.migrate import DumpReader, import_tokens
+from vtoken.policy import Policies, Settings, TokenPolicy
+from vtoken.subject import Subject
+from vtoken.testing import Clock
+from vtoken_backends.memory import MemoryBackend
 
 SECRET: Final = "a-secret-of-the-tests-0123456789-0"
 KEY: Final = "hunter2hunter2hunter2hunter2hunt"
@@ -44,7 +46,8 @@ def read(
 ) -> list[StoredToken]:
     """The tokens of a dump, given as its text or as what the text says."""
     text = dump if isinstance(dump, str) else json.dumps(dump)
-    reader = DumpReader(settings or Settings(), policies, now=NOW, **options)
+    settings = settings or Settings()
+    reader = DumpReader(settings, Policies(policies, settings), now=NOW, **options)
     return list(reader.tokens(io.StringIO(text)))
 
 
@@ -56,9 +59,11 @@ def test_every_field_arrives() -> None:
     )
     assert token.expires_at == token.ends_at == token.created_at + 24 * 3_600_000
     assert (token.is_active, token.uses, token.max_uses, token.extra_data) == (True, 0, 1, '{"a": [1]}')
-    assert (token.plain_key, token.scheme) == ("", "sha256")
-    assert KEY.encode() not in token.digest
-    assert int(token.id[:12], 16) == token.created_at
+    [key] = token.keys
+    assert (key.plain_key, key.scheme, key.kind, key.origin) == ("", "sha256", "link", token.id)
+    assert key.expires_at == token.expires_at
+    assert KEY.encode() not in key.digest
+    assert int(token.id, 16) >> 21 == token.created_at
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,8 @@ def test_every_field_arrives() -> None:
         ({"extra_data": {"a": 1}}, {"extra_data": '{"a":1}'}),
         ({"created": "1970-01-01T00:00:01Z", "created_at": ...}, {"created_at": 1000}),
         ({"created_at": "2024-05-01T14:00:00+02:00"}, {"created_at": 1_714_564_800_000}),
-        ({"is_active": False}, {"is_active": False, "ends_at": 1_714_651_200_123}),
-        ({"is_active": False, "expires_at": None}, {"is_active": False, "ends_at": NOW - 1}),
+        ({"is_active": False}, {"state": State.ENDED, "ends_at": 1_714_651_200_123}),
+        ({"is_active": False, "expires_at": None}, {"state": State.ENDED, "ends_at": NOW - 1}),
     ],
 )
 def test_what_a_field_may_be(fields: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -102,14 +107,14 @@ def test_times_without_an_offset_need_a_zone() -> None:
 
 def test_lines_and_layout_make_no_difference() -> None:
     records = [record(key=f"{KEY}{n}", object_id=n) for n in range(300)]
-    expected = [(t.object_id, t.digest) for t in read(records)]
+    expected = [(t.object_id, t.keys[0].digest) for t in read(records)]
     assert len(expected) == 300
     for text in (
         json.dumps(records, indent=4),
         "\ufeff \n" + json.dumps(records, ensure_ascii=False) + "\n\n",
         "\n".join(map(json.dumps, records)) + "\n",
     ):
-        assert [(t.object_id, t.digest) for t in read(text)] == expected
+        assert [(t.object_id, t.keys[0].digest) for t in read(text)] == expected
     assert read("[]") == read(" [ ] ") == read("") == []
 
 
@@ -124,7 +129,7 @@ def test_a_large_dump_is_read_piece_by_piece() -> None:
             return super().read(size)
 
     file = Counting(json.dumps([record(object_id=n, extra_data={"x": "y" * 10_000}) for n in range(100)]))
-    tokens = DumpReader(Settings(), now=NOW).tokens(file)
+    tokens = DumpReader(Settings(), Policies((), Settings()), now=NOW).tokens(file)
     next(tokens)
     assert file.pieces == 1
     assert len(list(tokens)) == 99
@@ -133,32 +138,41 @@ def test_a_large_dump_is_read_piece_by_piece() -> None:
 # Keys go on working --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(secret=SECRET)])
-async def test_imported_links_and_codes_are_consumed(settings: Settings) -> None:
-    world = World()
-    policies = [TokenPolicy.code("login", allow_weak="old codes")]
-    world.clock.set(datetime(2024, 5, 1, 13, tzinfo=UTC))
-    manager = TokenManager(world.backend, settings, policies, clock=world.clock)
-    async with manager:
-        dump = [
-            record(),
-            record(key="123456", slug="login", object_id=1),
-            record(key="123456", slug="login", object_id=2),
-            record(key="spent" * 4, is_active=False),
-        ]
-        assert (await add(world.backend, read(dump, settings, *policies))).inserted == 4
-        assert (await add(world.backend, read(dump, settings, *policies))).skipped == 4, "again"
+async def test_imported_links_and_codes_are_consumed() -> None:
+    settings = Settings(secret=SECRET)
+    policies = [TokenPolicy.code("login", cooldown="1m"), TokenPolicy.pair("invite", cooldown="1m")]
+    clock = Clock(datetime(2024, 5, 1, 13, tzinfo=UTC))
+    dump = [
+        record(key=f"{KEY}\n"),
+        record(key="123-456", slug="login", object_id=1),
+        record(key="123456", slug="login", object_id=2),
+        record(key="spent" * 4, is_active=False),
+        record(key=f"{KEY}2", slug="invite"),
+    ]
+    async with TokenManager(MemoryBackend(), settings, policies, clock=clock) as manager:
+        tokens = read(dump, settings, *policies)
+        added = await import_tokens(manager.backend, tokens, source="app", dump="ab", now=NOW)
+        assert added.imported == 5
         assert (await manager.consume(Subject("auth.user", 42), "reset", KEY)).get_extra_data() == {"a": [1]}
         assert (await manager.consume(Subject("auth.user", 1), "login", "123 456")).object_id == "1"
         assert (await manager.verify(Subject("auth.user", 2), "login", "123456")).object_id == "2"
+        assert (await manager.consume(Subject("auth.user", 42), "invite", f"{KEY}2")).uses == 1
         assert not await manager.exists_valid(Subject("auth.user", 42), "reset", "spent" * 4)
-    await world.aclose()
 
 
 def test_plain_keys_stay_plain_where_the_settings_say_so() -> None:
-    assert read([record()], Settings(key_storage="plain"))[0].plain_key == KEY
-    assert read([record()], Settings(), TokenPolicy("reset", key_storage="plain"))[0].plain_key == KEY
-    assert read([record()], Settings(secret=SECRET, key_storage="derived"))[0].plain_key == ""
+    def plain_key(settings: Settings, *policies: TokenPolicy) -> str:
+        return read([record()], settings, *policies)[0].keys[0].plain_key
+
+    assert plain_key(Settings(key_storage="plain")) == KEY
+    assert plain_key(Settings(), TokenPolicy("reset", key_storage="plain")) == KEY
+    assert plain_key(Settings(secret=SECRET, key_storage="derived")) == ""
+
+
+def test_the_reader_names_the_models() -> None:
+    reader = DumpReader(Settings(), Policies((), Settings()), now=NOW)
+    assert len(list(reader.tokens(io.StringIO(json.dumps([record(), record(key="k" * 32)]))))) == 2
+    assert reader.models == {"tokens.verificationtoken"}
 
 
 # Refused -------------------------------------------------------------------------------------------
@@ -167,28 +181,30 @@ def test_plain_keys_stay_plain_where_the_settings_say_so() -> None:
 @pytest.mark.parametrize(
     ("dump", "message"),
     [
-        (f'"{KEY}"', "record 1: no record of dumpdata"),
-        ([KEY], "record 1: no record of dumpdata"),
-        ([[KEY]], "record 1: no record of dumpdata"),
-        ([{"model": "a.b", "pk": 1}], "record 1 (a.b): no record"),
-        ([{"model": "a.b", "fields": [KEY]}], "record 1 (a.b): no record"),
-        ([{"fields": {"key": KEY}}], "record 1: no record"),
-        ([{"model": {"a": KEY}, "fields": {"key": KEY}}], "record 1: no record"),
+        (f'"{KEY}"', "record 1: not a record of dumpdata"),
+        ([KEY], "record 1: not a record of dumpdata"),
+        ([[KEY]], "record 1: not a record of dumpdata"),
+        ([{"model": "a.b", "pk": 1}], "record 1 (a.b): not a record"),
+        ([{"model": "a.b", "fields": [KEY]}], "record 1 (a.b): not a record"),
+        ([{"fields": {"key": KEY}}], "record 1: not a record"),
+        ([{"model": {"a": KEY}, "fields": {"key": KEY}}], "record 1: not a record"),
         ([record(), record(token=KEY)], "record 2 (tokens.verificationtoken): unknown field 'token'"),
         ([record(expire_at=KEY)], "did you mean expires_at?"),
         ([record(key=...)], "key is missing"),
         ([record(object_id=...)], "object_id is missing"),
         ([record(content_type=...)], "content_type is missing"),
-        ([record(created_at=...)], "one of created and created_at"),
-        ([record(created="2024-05-01T12:00:00Z")], "one of created and created_at"),
+        ([record(created_at=...)], "either created or created_at"),
+        ([record(created="2024-05-01T12:00:00Z")], "either created or created_at"),
         ([record(key="")], "key must not be empty"),
-        ([record(key=None)], "key must be a str"),
+        ([record(key=None)], "key is missing"),
+        ([record(key=5)], "key must be a str"),
         ([record(key=KEY * 17)], "key must be at most 512"),
-        ([record(object_id=None)], "object_id must be"),
+        ([record(object_id=None)], "object_id is missing"),
         ([record(object_id=True)], "object_id must be"),
         ([record(content_type=KEY)], 'content_type must be ["app", "model"]'),
         ([record(content_type=["auth"])], "content_type must be"),
         ([record(content_type=["auth", 1])], "content_type must be"),
+        ([record(content_type=None)], "content_type is missing"),
         ([record(content_type=True)], "content_type must be"),
         ([record(content_type=7)], "the content type 7 has no name"),
         ([record(created_at=KEY)], "created_at must be a time"),
@@ -201,8 +217,8 @@ def test_plain_keys_stay_plain_where_the_settings_say_so() -> None:
         ([record(is_active="yes")], "is_active must be"),
         ([record(extra_data=KEY)], "extra_data is not JSON"),
         ([record(extra_data={"a": float("nan")})], "NaN"),
-        ([{"model": "contenttypes.contenttype", "pk": 1, "fields": {"model": KEY}}], "no content type"),
-        ([{"model": "contenttypes.contenttype", "pk": KEY, "fields": None}], "no content type"),
+        ([{"model": "contenttypes.contenttype", "pk": 1, "fields": {"model": KEY}}], "not a content type"),
+        ([{"model": "contenttypes.contenttype", "pk": KEY, "fields": None}], "not a content type"),
         (json.dumps([record()])[:-1], "ends too early, after 1 records"),
         (json.dumps([record()])[:-2], "record 1 of the dump is not JSON"),
         (json.dumps([record()]) + "x", "goes on after its end"),
@@ -230,4 +246,4 @@ def test_another_shape_is_refused_and_no_key_repeated(dump: object, message: str
 def test_bytes_that_are_no_text_are_refused() -> None:
     file = io.TextIOWrapper(io.BytesIO(b'[{"a": "\xff'), encoding="utf-8")
     with file, pytest.raises(InvalidInput, match="not UTF-8"):
-        list(DumpReader(Settings(), now=NOW).tokens(file))
+        list(DumpReader(Settings(), Policies((), Settings()), now=NOW).tokens(file))
