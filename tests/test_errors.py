@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from datetime import UTC, datetime
 
 import pytest
 
 from vtoken import errors
 from vtoken.errors import (
+    AlreadyUsed,
     BackendClosed,
     BackendError,
     BackendUnavailable,
@@ -22,14 +24,19 @@ from vtoken.errors import (
     LeaseLost,
     OutcomeUnknown,
     Reason,
+    TokenBusy,
     TooManyAttempts,
     VTokenError,
 )
+from vtoken.limits import Limit
+from vtoken.token import VerificationToken
 
 TREE = {
     VTokenError: Exception,
     InvalidToken: VTokenError,
     TooManyAttempts: InvalidToken,
+    TokenBusy: InvalidToken,
+    AlreadyUsed: InvalidToken,
     CooldownActive: VTokenError,
     KeyGenerationError: VTokenError,
     LeaseLost: VTokenError,
@@ -42,13 +49,20 @@ TREE = {
     CorruptStore: BackendError,
 }
 WITH_A_MESSAGE: list[type[VTokenError]] = [
-    kind for kind in TREE if kind not in (InvalidToken, TooManyAttempts, CooldownActive)
+    kind for kind in TREE if not issubclass(kind, InvalidToken | CooldownActive)
 ]
+TOKEN = VerificationToken("0" * 16, datetime(2026, 1, 1, tzinfo=UTC), "auth.user", "canary-of-an-object")
+LIMIT = Limit(20, "1d", by="ip", across="sms")
 EXAMPLES = [
     InvalidToken(),
     InvalidToken("leased"),
+    InvalidToken(attempts_left=3),
     TooManyAttempts(12.5),
+    TooManyAttempts(12.5, LIMIT),
+    TokenBusy(0.5),
+    AlreadyUsed(),
     CooldownActive(0.001),
+    CooldownActive(0.001, LIMIT),
     *(kind("what happened") for kind in WITH_A_MESSAGE),
 ]
 
@@ -85,6 +99,26 @@ def test_all_can_be_pickled_and_copied(error: VTokenError) -> None:
         assert (str(same), vars(same), same.args) == (str(error), vars(error), error.args)
 
 
-def test_retry_after_is_kept() -> None:
-    assert TooManyAttempts(12.5).retry_after == 12.5
-    assert CooldownActive(0.001).retry_after == 0.001
+@pytest.mark.parametrize("kind", [TooManyAttempts, CooldownActive])
+def test_what_refuses_says_how_long_and_which_limit(kind: type[TooManyAttempts | CooldownActive]) -> None:
+    error = kind(12.5, LIMIT)
+    assert (error.retry_after, error.limit) == (12.5, LIMIT)
+    assert kind(0.001).limit is None
+    assert "canary" not in repr(kind(1, Limit(1, "1m", across="canary")))
+
+
+def test_the_reasons_of_what_is_held_and_of_what_was_used() -> None:
+    busy, used = TokenBusy(2.5), AlreadyUsed(TOKEN)
+    assert (busy.reason, busy.retry_after, busy.token) == ("leased", 2.5, None)
+    assert (used.reason, used.token) == ("used", TOKEN)
+    assert str(busy) == str(used) == str(InvalidToken())
+
+
+@pytest.mark.parametrize("error", [InvalidToken("used", attempts_left=2, token=TOKEN), AlreadyUsed(TOKEN)])
+def test_its_token_is_for_the_application_alone(error: InvalidToken) -> None:
+    assert error.token is TOKEN
+    assert "canary" not in f"{error!r} {error} {error.args}"
+    pickled = pickle.dumps(error)
+    assert b"canary" not in pickled
+    same: InvalidToken = pickle.loads(pickled)  # noqa: S301  # our own
+    assert (same.reason, same.attempts_left, same.token) == (error.reason, error.attempts_left, None)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vtoken import InvalidInput, Subject, TokenManager, TokenPolicy, inputs
+from vtoken import ConfigurationError, InvalidInput, InvalidToken, Subject, TokenManager, TokenPolicy, inputs
 
 from .core_tools import unhurried
 
@@ -139,14 +139,40 @@ class TestLyingSubclasses:
         taken = inputs.check_text("slug", Lying("reset"), 255)
         assert (type(taken), taken) == (str, "reset")
 
-    @pytest.mark.parametrize("key", [mock.ANY, Lying("\ud800"), Lying("\0"), Lying("x" * 513)])
-    async def test_a_key_and_a_context_are_checked_whatever_they_say(self, key: Any) -> None:
+    @pytest.mark.parametrize("key", [mock.ANY, 5, None, b"key"])
+    async def test_what_is_no_text_is_an_error_of_the_application(self, key: Any) -> None:
         policies = [TokenPolicy.link("bound", context="required")]
         async with TokenManager.from_url("memory://", policies=policies) as manager:
             with pytest.raises(InvalidInput):
                 await manager.consume(Subject("auth.user", 1), "reset", key)
             with pytest.raises(InvalidInput):
-                await manager.consume(Subject("auth.user", 1), "bound", "key", context=key)
+                await manager.consume(Subject("auth.user", 1), "bound", "key", context=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+
+    @pytest.mark.parametrize("key", [Lying("\ud800"), Lying("\0"), Lying("x" * 513)])
+    async def test_a_key_that_the_form_garbled_is_an_invalid_token(self, key: Any) -> None:
+        async with TokenManager.from_url("memory://") as manager:
+            with pytest.raises(InvalidToken):
+                await manager.consume(Subject("auth.user", 1), "reset", key)
+
+
+class TestContexts:
+    @pytest.mark.parametrize("context", ["cookie", {"cookie": "a", "": "b"}, {"a": ""}, {"a": "x" * 512}])
+    def test_texts_and_mappings_of_texts(self, context: object) -> None:
+        empty_name = isinstance(context, dict) and "" in context
+        assert (inputs.context_problem(context) is None) is not empty_name
+
+    @pytest.mark.parametrize(
+        "context",
+        [
+            *("", "\0", "\ud800", "x" * 513, None, 5, b"cookie", ["a"], {}, {"a": None}, {"a": 5}, {5: "a"}),
+            *({"a": "\0"}, {"a": "x" * 513}, {"a" * 256: "b"}, {str(n): "b" for n in range(33)}),
+        ],
+        ids=lambda v: f"{v!r:.20}",
+    )
+    def test_everything_else_is_refused(self, context: object) -> None:
+        problem = inputs.context_problem(context)
+        assert problem is not None
+        assert "x" * 20 not in problem
 
 
 class TestObjectId:
@@ -169,6 +195,10 @@ class TestObjectId:
     def test_one_text_for_one_object(self, value: object, text: str) -> None:
         found = inputs.check_object_id(value)
         assert (type(found), found) == (str, text)
+
+    def test_an_object_without_an_id_is_not_saved_yet(self) -> None:
+        with pytest.raises(InvalidInput, match="no id yet: save it"):
+            inputs.check_object_id(None)
 
     @pytest.mark.parametrize(
         "value",
@@ -253,43 +283,45 @@ class TestTimes:
             inputs.milliseconds(moment)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
 
 
-class TestMinutes:
+class TestLifetimes:
     @pytest.mark.parametrize(
-        ("minutes", "expected"),
+        ("lifetime", "expected"),
         [
             (1, 60_000),
             (0.5, 30_000),
             (0.29, 17_400),
             (24 * 60, 86_400_000),
-            (1e-9, 0),
-            (5e-324, 0),
             (1 / 60_000, 1),
             (60 * 24 * 365 * 900, 60_000 * 60 * 24 * 365 * 900),
+            (timedelta(seconds=1, microseconds=1999), 1001),
+            ("90s", 90_000),
+            ("7d", 7 * 86_400_000),
         ],
     )
-    def test_as_timedelta_has_it_floored(self, minutes: float, expected: int) -> None:
-        assert inputs.check_minutes("expiration", minutes) == expected
+    def test_minutes_timedeltas_and_texts(self, lifetime: object, expected: int) -> None:
+        assert inputs.lifetime("expiration", lifetime) == expected
 
     def test_none_is_never(self) -> None:
-        assert inputs.check_minutes("expiration", None) is None
+        assert inputs.lifetime("expiration", None) is None
 
     @pytest.mark.parametrize(
-        "minutes",
+        "lifetime",
         [
             *(0, 0.0, -0.0, -1, -1e-9, math.nan, math.inf, -math.inf, 1e308, 1e15, 10**18, 2**62, 10**400),
-            *(True, False, "5", b"5", [5], Decimal(5), Fraction(5), 1j, timedelta(minutes=5), inputs.DEFAULT),
+            *(True, False, "5", b"5", [5], Decimal(5), Fraction(5), 1j, inputs.DEFAULT, 1e-9, 5e-324),
+            *(timedelta(0), timedelta(-1), "0s", "5 m", "٥m", "m", "", "1w", "-5m", "999999999999999d"),
         ],
     )
-    def test_everything_else_is_a_value_error(self, minutes: object) -> None:
+    def test_everything_else_is_a_value_error(self, lifetime: object) -> None:
         with pytest.raises(ValueError, match="expiration") as info:
-            inputs.check_minutes("expiration", minutes)
+            inputs.lifetime("expiration", lifetime)
         assert type(info.value) is InvalidInput
 
     @unhurried
     @given(st.floats(allow_nan=True, allow_infinity=True) | st.integers())
     def test_any_number_is_taken_or_refused(self, minutes: float) -> None:
         try:
-            found = inputs.check_minutes("expiration", minutes)
+            found = inputs.lifetime("expiration", minutes)
         except InvalidInput:
             return
         assert found is not None
@@ -298,12 +330,41 @@ class TestMinutes:
 
 
 class TestDurationsAndCounts:
-    def test_durations(self) -> None:
-        assert inputs.check_duration("keep", timedelta(seconds=1, microseconds=1999)) == 1001
-        assert inputs.check_duration("keep", timedelta(0), least=timedelta(0)) == 0
-        for value in (timedelta(microseconds=999), timedelta(-1), 60, 1.5, None, "1"):
-            with pytest.raises(InvalidInput):
-                inputs.check_duration("keep", value)
+    @pytest.mark.parametrize(
+        ("text", "milliseconds"),
+        [("250ms", 250), ("90s", 90_000), ("15m", 900_000), ("1h", 3_600_000), ("7d", 604_800_000)],
+    )
+    def test_texts(self, text: str, milliseconds: int) -> None:
+        assert inputs.duration("keep", text) == milliseconds
+        assert inputs.spelled(milliseconds) == text
+        assert inputs.duration("keep", timedelta(milliseconds=milliseconds)) == milliseconds
+
+    @unhurried
+    @given(st.integers(1, 10**12))
+    def test_what_is_spelled_is_read_again(self, milliseconds: int) -> None:
+        assert inputs.duration("keep", inputs.spelled(milliseconds)) == milliseconds
+
+    def test_ranges(self) -> None:
+        assert inputs.duration("keep", timedelta(seconds=1, microseconds=1999)) == 1001
+        assert inputs.duration("keep", timedelta(0), least=timedelta(0)) == 0
+        assert inputs.duration("keep", "0s", least=timedelta(0)) == 0
+        assert inputs.duration("lease", "1d", most=timedelta(days=1)) == 86_400_000
+        with pytest.raises(InvalidInput, match="lease must be at most 1d"):
+            inputs.duration("lease", "25h", most=timedelta(days=1))
+        with pytest.raises(InvalidInput, match="keep must be at least 1ms"):
+            inputs.duration("keep", timedelta(microseconds=999))
+
+    @pytest.mark.parametrize(
+        "value", [timedelta(-1), 60, 1.5, None, "1", "1 h", "1h30m", "canary", True, b"1h", inputs.DEFAULT]
+    )
+    def test_everything_else_is_refused(self, value: object) -> None:
+        with pytest.raises(InvalidInput, match="keep must be") as info:
+            inputs.duration("keep", value)
+        assert "canary" not in str(info.value)
+
+    def test_a_number_is_answered_with_its_right_spelling(self) -> None:
+        with pytest.raises(InvalidInput, match="for 60 seconds write '60s', for 60 minutes '60m'"):
+            inputs.duration("cooldown", 60)
 
     def test_counts(self) -> None:
         assert inputs.check_count("batch_size", 2**31 - 1) == 2**31 - 1
@@ -413,6 +474,27 @@ class TestJson:
     @pytest.mark.parametrize("text", ["null", "{}", ' {"a" : [1.0] } ', '"\\u00e9"', "1e5"])
     def test_other_spellings_are_kept_to_the_letter(self, text: str) -> None:
         assert inputs.check_json_text(text) == text
+
+    @pytest.mark.parametrize("value", [datetime(2026, 1, 1, tzinfo=UTC), [datetime(2026, 1, 1)]])
+    def test_a_datetime_is_answered_with_its_right_form(self, value: object) -> None:
+        with pytest.raises(InvalidInput, match=r"datetime is not JSON; .*isoformat"):
+            inputs.dump_json(value)
+
+
+class TestConfigurations:
+    def test_the_nearest_name(self) -> None:
+        known = ["password-reset", "Invite", "login"]
+        assert inputs.nearest("pasword-reset", known) == "did you mean password-reset?"
+        assert inputs.nearest("INVITE", known) == "did you mean Invite?"
+        assert inputs.nearest("zzz", known) == inputs.nearest("zzz", []) == ""
+
+    def test_several(self) -> None:
+        assert inputs.several("slugs", iter("ab"), str) == ("a", "b")
+        for wrong in ("ab", 5, None):
+            with pytest.raises(ConfigurationError, match=r"slugs must be an iterable of str, such as a list"):
+                inputs.several("slugs", wrong, str)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+        with pytest.raises(ConfigurationError, match="each of slugs must be a str, not int"):
+            inputs.several("slugs", [1], str)
 
 
 @pytest.mark.parametrize(("marker", "name"), [(inputs.ANY, "ANY"), (inputs.DEFAULT, "DEFAULT")])

@@ -12,8 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtoken import InvalidInput, keys
-from vtoken.keys import ALPHANUMERIC, DIGITS, Hidden, Keyring, normalise_code, random_key
+from vtoken import ConfigurationError, InvalidInput, keys
+from vtoken.backend import StoredKey
+from vtoken.keys import (
+    ALPHANUMERIC,
+    DIGITS,
+    Hidden,
+    Keyring,
+    alphabet_problem,
+    code_shape_ok,
+    context_digest,
+    is_possible_key,
+    normalise_code,
+    normalise_link,
+    random_key,
+)
 
 from .core_tools import OLD_SECRET, SECRET, unhurried
 
@@ -94,10 +107,28 @@ class TestChecksums:
         assert not keys.has_checksum("vt_", keys.add_checksum("vt_", ""))
 
 
-class TestNormalisedCodes:
-    @pytest.mark.parametrize("typed", ["123456", " 123456 ", "123 456", "123-456", "1-2 3\t4\u00a05\n6"])
-    def test_spaces_and_hyphens(self, typed: str) -> None:
+PASTED = [
+    *("123456", " 123456 ", "123 456", "123-456", "1-2 3\t4\u00a05\n6", "123\u200b456", "\ufeff123456"),
+    *("123–456", "123—456", "123\u2011456", "123\u2212456", "1.2.3.4.5.6", "123·456", "123_456", "123…456"),
+    *(
+        "１２３４５６",
+        "١٢٣٤٥٦",
+        "۱۲۳۴۵۶",
+        "१२३४५६",
+        "𝟭𝟮𝟯𝟰𝟱𝟲",
+        "12345６",
+        "\u202a123456\u202c",
+        "123\u00ad456",
+    ),
+    *("123\x00456", "123\x7f456", "\u2800123456", "123\u3164456", "1\ufe0f23456", "123\u3000456", "①②③④⑤⑥"),
+]
+
+
+class TestPastedCodes:
+    @pytest.mark.parametrize("typed", PASTED)
+    def test_what_programs_and_keyboards_do_to_digits(self, typed: str) -> None:
         assert normalise_code(typed, DIGITS) == "123456"
+        assert normalise_code(typed, None) == "123456"
 
     @pytest.mark.parametrize(
         ("typed", "chars", "expected"),
@@ -106,14 +137,11 @@ class TestNormalisedCodes:
             ("ABC DEF", "abcdef", "abcdef"),
             ("aBc", "ABCabc", "aBc"),
             ("ab1", "AB123", "AB1"),
-            ("a-b", "ab-", "a-b"),
-            ("a b", "ab ", "a b"),
+            ("ＡＢ１", "AB123", "AB1"),
             ("aB-c D", None, "aBcD"),
-            ("ß", "S", "ß"),
-            ("ı", "I", "ı"),
-            ("ſ", "S", "ſ"),
-            ("\u212a", "K", "\u212a"),
-            ("é", "É", "é"),
+            ("é", "É", "É"),
+            ("e\u0301", "É", "É"),
+            ("я", "БЯ", "Я"),
         ],
     )
     def test_letter_case_where_the_alphabet_has_one(
@@ -121,16 +149,129 @@ class TestNormalisedCodes:
     ) -> None:
         assert normalise_code(typed, chars) == expected
 
-    @pytest.mark.parametrize("typed", ["１２３４５６", "١٢٣٤٥٦", "12345６", "¹23456", "۱۲۳۴۵۶"])
-    def test_other_scripts_digits_stay_what_they_are(self, typed: str) -> None:
-        assert normalise_code(typed, DIGITS) == typed
+    @pytest.mark.parametrize(
+        ("typed", "chars", "expected"),
+        [
+            ("OIL", DIGITS, "011"),
+            ("oil", DIGITS, "011"),
+            ("oil", "0123456789abcdef", "011"),
+            ("OIL", "OIL01", "OIL"),
+            ("oil", "OIL01", "OIL"),
+            ("oIl", "0123456789ABCDEFGHJKMNPQRSTVWXYZ", "011"),
+            ("Ol", "ABCabc01", "01"),
+            ("OIL", None, "OIL"),
+        ],
+    )
+    def test_letters_that_are_read_as_digits(self, typed: str, chars: str | None, expected: str) -> None:
+        assert normalise_code(typed, chars) == expected
 
     @unhurried
-    @given(st.text(DIGITS + " -\t", max_size=20))
+    @given(st.text(max_size=20), st.sampled_from([DIGITS, "ABCDEF", ALPHANUMERIC, None]))
+    def test_no_separator_is_left(self, typed: str, chars: str | None) -> None:
+        code = normalise_code(typed, chars)
+        assert not set(code) & set(" \t\n\u00a0-–_.\u200b\ufeff\x00")
+        assert not any(c.isspace() for c in code)
+
+    @unhurried
+    @given(st.text(DIGITS + " -\t.oOlI", max_size=20))
     def test_twice_is_once(self, typed: str) -> None:
         once = normalise_code(typed, DIGITS)
         assert normalise_code(once, DIGITS) == once
         assert set(once) <= set(DIGITS)
+
+    @pytest.mark.parametrize(
+        ("code", "length", "chars", "is_ok"),
+        [
+            ("123456", 6, DIGITS, True),
+            ("12345", 6, DIGITS, False),
+            ("1234567", 6, DIGITS, False),
+            ("12345a", 6, DIGITS, False),
+            ("", 6, DIGITS, False),
+            ("", None, None, False),
+            ("anything", None, None, True),
+            ("anything", None, DIGITS, True),
+        ],
+    )
+    def test_the_shape_of_our_own_codes(
+        self, code: str, length: int | None, chars: str | None, is_ok: bool
+    ) -> None:
+        assert code_shape_ok(code, length, chars) is is_ok
+
+
+class TestPastedLinks:
+    @pytest.mark.parametrize(
+        "pasted", ["key", "key\n", " key", "\ufeffkey\u200b", "\r\n\tkey\x00", "\u00a0key\u2060\u202c "]
+    )
+    def test_white_space_and_invisible_characters_at_the_ends(self, pasted: str) -> None:
+        assert normalise_link(pasted) == "key"
+
+    @pytest.mark.parametrize("key", ["a b", "a-b_", "-a~", ".a.", "a\u200bb", "Ａ", "", "١", '"a"'])
+    def test_nothing_else_changes(self, key: str) -> None:
+        assert normalise_link(key) == key
+
+    def test_nothing_may_be_left(self) -> None:
+        assert normalise_link(" \u200b\n") == ""
+
+    @pytest.mark.parametrize("key", ["a\0", "\ud800", "x" * 513, "é" * 257])
+    def test_what_cannot_be_a_key(self, key: str) -> None:
+        assert not is_possible_key(key)
+
+    @pytest.mark.parametrize("key", ["", "a", "x" * 512, "é" * 256, "\n"])
+    def test_what_can(self, key: str) -> None:
+        assert is_possible_key(key)
+
+
+class TestAlphabets:
+    @pytest.mark.parametrize("chars", [ALPHANUMERIC, DIGITS, "abc-._~", "0123456789abcdef"])
+    def test_of_links(self, chars: str) -> None:
+        assert alphabet_problem(chars, of_code=False) is None
+
+    @pytest.mark.parametrize(
+        "chars", ["aab", "abc ", "ab/", "ab+", "ab=", "abé", "ab%", "ab#", "ab&", "ab\n"]
+    )
+    def test_not_of_links(self, chars: str) -> None:
+        assert alphabet_problem(chars, of_code=False)
+
+    @pytest.mark.parametrize(
+        "chars", [DIGITS, ALPHANUMERIC, "BCDFGHJKLM", "бвгджз", "+*#", "OIL01", "あいう"]
+    )
+    def test_of_codes(self, chars: str) -> None:
+        assert alphabet_problem(chars, of_code=True) is None
+        assert normalise_code(chars, chars) == chars
+
+    @pytest.mark.parametrize(
+        "chars",
+        [
+            *("00", "01-", "01 ", "0.1", "0_1", "01\u200b", "01\u2013", "٠١٢", "０１", "01²"),
+            *("0ﬁ", "e\u0301", "\u1100\u1161", "0\x00"),
+        ],
+    )
+    def test_not_of_codes(self, chars: str) -> None:
+        assert alphabet_problem(chars, of_code=True)
+
+
+class TestContexts:
+    def test_the_order_of_a_mapping_does_not_matter(self) -> None:
+        assert context_digest({"a": "1", "b": "2"}) == context_digest({"b": "2", "a": "1"})
+
+    def test_names_and_texts_do(self) -> None:
+        contexts = [
+            {"a": "1"},
+            {"a": "2"},
+            {"b": "1"},
+            {"a": "1", "b": ""},
+            {"a": "1b"},
+            {"a1": ""},
+            "a1",
+            "a",
+        ]
+        assert len({context_digest(context) for context in contexts}) == len(contexts)
+
+    @unhurried
+    @given(NAME, st.dictionaries(NAME, NAME, max_size=3))
+    def test_no_text_is_a_mapping(self, text: str, mapping: dict[str, str]) -> None:
+        assert context_digest(text) != context_digest(mapping)
+        assert len(context_digest(text)) == len(context_digest(mapping)) == 32
 
 
 class TestDigests:
@@ -170,7 +311,7 @@ class TestDigests:
     def test_equal_digests_mean_equal_scopes(self, one: tuple[str, ...], other: tuple[str, ...]) -> None:
         keyring = Keyring(SECRET)
         assert (keyring.code(*one) == keyring.code(*other)) is (one == other)
-        messages = [keys._code_message(*scope) for scope in (one, other)]  # pyright: ignore[reportPrivateUsage]  # what is digested is looked at itself
+        messages = [keys._prefixed(*scope) for scope in (one, other)]  # pyright: ignore[reportPrivateUsage]  # what is digested is looked at itself
         assert (messages[0] == messages[1]) is (one == other)
 
     @unhurried
@@ -185,12 +326,17 @@ class TestDigests:
         assert keyring.code("u", "1", "s", "123456") != keyring.code("u", "2", "s", "123456")
 
     def test_a_code_needs_the_secret(self) -> None:
-        digests = {Keyring(s).code("u", "1", "s", "123456").value for s in (SECRET, OLD_SECRET, None)}
-        assert len(digests) == 3
+        digests = {Keyring(s).code("u", "1", "s", "123456").value for s in (SECRET, OLD_SECRET)}
+        assert len(digests) == 2
+        assert not Keyring(None).has_secret
+        assert Keyring(None).codes("u", "1", "s", "123456") == ()
+        with pytest.raises(ConfigurationError, match="secret"):
+            Keyring(None).code("u", "1", "s", "123456")
 
     def test_digests_are_32_bytes(self) -> None:
-        for keyring in (Keyring(None), Keyring(SECRET)):
-            assert len(keyring.link("").value) == len(keyring.code("", "", "", "").value) == 32
+        keyring = Keyring(SECRET)
+        digests = [Keyring(None).link(""), keyring.link(""), keyring.code("", "", "", "")]
+        assert {len(digest.value) for digest in digests} == {32}
 
 
 class TestRotation:
@@ -200,18 +346,33 @@ class TestRotation:
         assert keyring.code("u", "1", "s", "1") == Keyring(SECRET).code("u", "1", "s", "1")
 
     def test_old_ones_are_looked_for_too(self) -> None:
-        keyring = Keyring(SECRET, [OLD_SECRET])
-        wanted = keyring.links("key")
-        assert wanted == tuple(
-            k.link("key").value for k in (Keyring(SECRET), Keyring(OLD_SECRET), Keyring(None))
-        )
+        keyring, rings = Keyring(SECRET, [OLD_SECRET]), [Keyring(SECRET), Keyring(OLD_SECRET)]
+        assert keyring.links("key") == tuple(k.link("key") for k in (*rings, Keyring(None)))
         codes = keyring.codes("u", "1", "s", "1")
-        assert codes == tuple(
-            k.code("u", "1", "s", "1").value for k in (Keyring(SECRET), Keyring(OLD_SECRET))
-        )
+        assert codes == tuple(k.code("u", "1", "s", "1") for k in rings)
+        assert codes.digests == tuple(digest.value for digest in codes)
+        assert keyring.secret_ids == tuple(digest.secret_id for digest in codes)
 
-    def test_a_code_from_before_any_secret_is_not(self) -> None:
-        assert Keyring(None).code("u", "1", "s", "1").value not in Keyring(SECRET).codes("u", "1", "s", "1")
+    def test_a_digest_that_was_made_without_the_secret_does_not_pass_for_one_that_was(self) -> None:
+        """Fault 22 of issue 11: a row's digest was replaced by a plain SHA-256."""
+        keyring = Keyring(SECRET, [OLD_SECRET])
+        right, plain = keyring.link("key"), Keyring(None).link("key")
+        stored = StoredKey(
+            digest=right.value,
+            scheme=right.scheme,
+            secret_id=right.secret_id,
+            nonce="",
+            plain_key="",
+            kind="link",
+            expires_at=0,
+            origin="0" * 16,
+        )
+        candidates = keyring.links("key")
+        assert candidates.fit(stored)
+        assert not candidates.fit(stored._replace(digest=plain.value))
+        assert not candidates.fit(stored._replace(secret_id=keyring.secret_ids[1]))
+        # From before there was a secret.
+        assert candidates.fit(stored._replace(digest=plain.value, scheme="sha256", secret_id=""))
 
     def test_secrets_have_ids_that_tell_nothing(self) -> None:
         ids = [Keyring(s).link("").secret_id for s in (SECRET, OLD_SECRET)]
@@ -221,7 +382,7 @@ class TestRotation:
 
 class TestDerivedKeys:
     def test_the_same_again_and_of_256_bits(self) -> None:
-        first, again = (Keyring(SECRET).derive("n" * 32, "u", "1", "s", "") for _ in range(2))
+        first, again = (Keyring(SECRET).derive_link("n" * 32, "u", "1", "s") for _ in range(2))
         assert first is not None
         assert first == again
         assert len(first) == 43
@@ -230,16 +391,56 @@ class TestDerivedKeys:
     def test_nonce_subject_slug_and_secret_all_matter(self) -> None:
         asked = [("n", "u", "1", "s"), ("m", "u", "1", "s"), ("n", "v", "1", "s"), ("n", "u", "2", "s")]
         asked += [("n", "u", "1", "t"), ("n", "u1", "", "s")]
-        found = {Keyring(secret).derive(*a, "") for a in asked for secret in (SECRET, OLD_SECRET)}
-        assert len(found) == 2 * len(asked)
+        rings = [Keyring(secret) for secret in (SECRET, OLD_SECRET)]
+        assert len({ring.derive_link(*a) for a in asked for ring in rings}) == 2 * len(asked)
+        codes = {ring.derive_code(*a, "", 32, ALPHANUMERIC) for a in asked for ring in rings}
+        assert len(codes) == 2 * len(asked)
 
     def test_an_old_secret_still_derives_until_it_is_dropped(self) -> None:
         old = Keyring(OLD_SECRET)
         secret_id = old.link("").secret_id
-        key = old.derive("n", "u", "1", "s", secret_id)
-        assert Keyring(SECRET, [OLD_SECRET]).derive("n", "u", "1", "s", secret_id) == key
-        assert Keyring(SECRET).derive("n", "u", "1", "s", secret_id) is None
-        assert Keyring(None).derive("n", "u", "1", "s", secret_id) is None
+        link = old.derive_link("n", "u", "1", "s", secret_id)
+        code = old.derive_code("n", "u", "1", "s", secret_id, 6, DIGITS)
+        both = Keyring(SECRET, [OLD_SECRET])
+        assert both.derive_link("n", "u", "1", "s", secret_id) == link
+        assert both.derive_code("n", "u", "1", "s", secret_id, 6, DIGITS) == code
+        for ring in (Keyring(SECRET), Keyring(None)):
+            assert ring.derive_link("n", "u", "1", "s", secret_id) is None
+            assert ring.derive_code("n", "u", "1", "s", secret_id, 6, DIGITS) is None
+
+    @pytest.mark.parametrize(
+        "chars", [DIGITS, "0", "abc", ALPHANUMERIC, "é€😀", "".join(map(chr, range(256, 900)))]
+    )
+    @pytest.mark.parametrize("length", [1, 6, 8, 9, 100])
+    def test_codes_of_any_length_and_alphabet(self, chars: str, length: int) -> None:
+        code = Keyring(SECRET).derive_code("n", "u", "1", "s", "", length, chars)
+        assert code is not None
+        assert len(code) == length
+        assert set(code) <= set(chars)
+
+    @pytest.mark.parametrize("size", [3, 10, 62, 300])
+    def test_no_character_of_a_code_is_likelier(self, size: int) -> None:
+        chars = "".join(chr(0x4E00 + n) for n in range(size))
+        keyring, count = Keyring(SECRET), Counter[str]()
+        for n in range(600):
+            count.update(keyring.derive_code(str(n), "u", "1", "s", "", 100, chars) or "")
+        expected = 60_000 / size
+        chi_square = sum((count[char] - expected) ** 2 / expected for char in chars)
+        # Deterministic, as the secret is fixed. Six standard deviations of the distribution.
+        assert abs(chi_square - (size - 1)) < 6 * (2 * (size - 1)) ** 0.5
+
+    def test_a_code_does_not_tell_of_the_link(self) -> None:
+        keyring = Keyring(SECRET)
+        link = keyring.derive_link("n", "u", "1", "s")
+        assert keyring.derive_code("n", "u", "1", "s", "", 43, ALPHANUMERIC + "-_") != link
+
+    def test_a_batch_has_one_nonce_for_each_object(self) -> None:
+        nonces = [
+            keys.batch_nonce(*a) for a in (("b", "u", "1", "s"), ("c", "u", "1", "s"), ("b", "u", "2", "s"))
+        ]
+        assert len(set(nonces)) == 3
+        assert nonces[0] == keys.batch_nonce("b", "u", "1", "s")
+        assert {len(nonce) for nonce in nonces} == {32}
 
 
 def test_use_ids_are_short_and_differ() -> None:
