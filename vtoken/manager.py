@@ -557,7 +557,8 @@ class TokenManager:
         """The key and the code of a derived token again: for an outbox that holds no secret, or a second
         channel.
 
-        The first time is free; each further time counts toward the policy's limits for issuing.
+        The first time is free; each further time counts toward the policy's limits for issuing, except those by
+        a dimension that only a request has, such as an address.
 
         Example::
 
@@ -575,7 +576,6 @@ class TokenManager:
         Raises:
             ConfigurationError: its policy does not say ``key_storage="derived"``.
             CooldownActive: the limits are spent.
-            InvalidInput: a limit of the policy counts by a dimension that only a request has.
 
         .. versionadded:: 0.1
         """
@@ -606,7 +606,7 @@ class TokenManager:
         first = self._limiter.first_reveal(*subject, stored.id, stored.expires_at - now)
         if (await store.spend((first,), now)).full is None:
             return
-        spends = self._limiter.issues(policy, stored.slug, *subject, stored.context, {})
+        spends = self._limiter.issues(policy, stored.slug, *subject, stored.context, {}, lenient=True)
         spending = await store.spend(spends.spends, now)
         if spending.full is not None:
             wait = max(spending.until - now, 1) / 1000
@@ -1080,14 +1080,14 @@ class TokenManager:
         """
         presented, hidden = Hidden(key), Hidden(context)
         del key, context
-        self._check_presented(obj, _one_slug(slug), presented, hidden)
+        checked = self._check_presented(obj, _one_slug(slug), presented, hidden)
         checked_by(by)
         name = "" if consume_id is None else _use_id(consume_id)
         length = inputs.duration("lease", lease, most=timedelta(milliseconds=MAX_LEASE))
         patience = inputs.duration("wait", wait, least=timedelta(0))
 
         async def asked() -> PresentedKey:
-            return await self._presented(obj, slug, presented, hidden, by)
+            return await self._completed(checked, hidden, by)
 
         return Redemption(self._redeemer, asked, length, patience, name)
 
@@ -1126,7 +1126,9 @@ class TokenManager:
         by: By | None,
     ) -> PresentedKey:
         """Work what somebody presents into what the store is asked for."""
-        asked = self._check_presented(obj, slug, key, context)
+        return await self._completed(self._check_presented(obj, slug, key, context), context, by)
+
+    async def _completed(self, asked: PresentedKey, context: Hidden, by: By | None) -> PresentedKey:
         if by is not None or asked.policy.is_capped:
             asked.spends = self._spends_of(asked, checked_by(by))
         if asked.needs_context:

@@ -235,8 +235,12 @@ class Redeemer:
         self.now = now
         self._policy_of = policy_of
 
-    async def present(self, key: PresentedKey, change: Use | Hold | None) -> tuple[StoredToken, bool]:
+    async def present(
+        self, key: PresentedKey, change: Use | Hold | None, *, will_wait: bool = False
+    ) -> tuple[StoredToken, bool]:
         """Have the store compare a key and make a change; the token, and whether this was a replay.
+
+        Where the caller will wait and try again, the hooks are not told that all uses are held.
 
         Raises:
             InvalidToken: the key was refused.
@@ -266,7 +270,7 @@ class Redeemer:
                 limit = full_limit(key.spends, answer.spending)
                 await self._tell("capped", key, limit=limit.name if limit else None)
                 raise TooManyAttempts(seconds(answer.spending.until - now), limit)
-            raise await self._refused(key, answer.token, now, answer)
+            raise await self._refused(key, answer.token, now, answer, will_wait=will_wait)
 
     async def _among_any_slug(self, store: TokenBackend, key: PresentedKey, now: int) -> Presented:
         """With any slug, a key says nothing about tokens whose slug caps attempts or asks for a context."""
@@ -302,7 +306,13 @@ class Redeemer:
         return stored
 
     async def _refused(
-        self, key: PresentedKey, stored: StoredToken | None, now: int, answer: Presented
+        self,
+        key: PresentedKey,
+        stored: StoredToken | None,
+        now: int,
+        answer: Presented,
+        *,
+        will_wait: bool = False,
     ) -> InvalidToken:
         """The error for a key that was refused."""
         left = answer.spending.left
@@ -312,7 +322,8 @@ class Redeemer:
         own = key_of(stored, key.match)
         reason: Reason = refusal(stored, own, now) or "unknown"
         events: dict[Reason, EventName] = {"used": "reused", "leased": "busy"}
-        await self._tell(events.get(reason, "failed"), key, token_id=stored.id, reason=reason)
+        if reason != "leased" or not will_wait:
+            await self._tell(events.get(reason, "failed"), key, token_id=stored.id, reason=reason)
         if reason == "leased":
             free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
             return TokenBusy(seconds(free_at - now))
@@ -426,11 +437,11 @@ class Redemption:
         give_up_at = monotonic() + self._wait / 1000
         pause = 0.01
         while True:
+            rest = give_up_at - monotonic()
             change = Hold(hold_id=self.hold_id, until=self.redeemer.now() + self._lease, use_id=self._use_id)
             try:
-                stored, _ = await self.redeemer.present(key, change)
+                stored, _ = await self.redeemer.present(key, change, will_wait=rest > 0)
             except TokenBusy as busy:
-                rest = give_up_at - monotonic()
                 if rest <= 0:
                     raise
                 pause = min(pause * 2, _LONGEST_PAUSE, rest, max(busy.retry_after, 0.01))
