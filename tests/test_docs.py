@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s#]+)[^)]*\)")
+_LITERAL_SECRET = re.compile(r"""secrets?(?:["']\])?\s*=\s*\[?\s*f?["'](?!\$)""", re.IGNORECASE)
+_WIDEST = 84
+"""Columns of code that a page of the site shows without a scroll bar."""
 
 
 class Block(NamedTuple):
@@ -56,10 +60,41 @@ def run_python(page: Path) -> dict[str, Any]:
     return namespace
 
 
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pages tell people to set before they run an example."""
+    monkeypatch.setenv("VTOKEN_SECRET", secrets.token_urlsafe(32))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_python(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_example_holds_a_secret_that_somebody_could_copy(page: Path) -> None:
+    literal = [(block.line, block.info) for block in blocks(page) if _LITERAL_SECRET.search(block.code)]
+    assert not literal, f"{page.name}: write os.environ['VTOKEN_SECRET']"
+
+
+def test_a_literal_secret_is_found() -> None:
+    for code in ('Settings(secret="abc")', "old_secret = 'abc'", 'VTOKEN_SECRET="abc"', 'secrets=["abc"]'):
+        assert _LITERAL_SECRET.search(code)
+    for code in ('secret=os.environ["VTOKEN_SECRET"]', 'VTOKEN_SECRET="$(vtoken secret)"'):
+        assert not _LITERAL_SECRET.search(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_code_fits_the_page(page: Path) -> None:
+    wide = [
+        f"{page.name}:{block.line + place}"
+        for block in blocks(page)
+        if "{" not in block.info and block.info not in ("sh demo", "sh tests")
+        for place, line in enumerate(block.code.splitlines(), 1)
+        if len(line) > _WIDEST
+    ]
+    assert not wide
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -97,7 +132,7 @@ def test_the_readmes_sketch_of_a_backend_has_the_protocols_methods(
     monkeypatch.chdir(tmp_path)
     sketch = run_python(ROOT / "README.md")["MyBackend"]
     methods = [name for name, _ in inspect.getmembers(TokenBackend, callable) if not name.startswith("_")]
-    assert len(methods) == 12
+    assert len(methods) == 18
     for name in methods:
         promised = inspect.signature(getattr(TokenBackend, name), eval_str=True)
         assert inspect.signature(getattr(sketch, name), eval_str=True) == promised, name
