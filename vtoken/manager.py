@@ -8,7 +8,6 @@ work on one store.
 
 from __future__ import annotations
 
-import inspect
 import secrets
 from collections.abc import (
     AsyncGenerator,
@@ -557,8 +556,8 @@ class TokenManager:
         """The key and the code of a derived token again: for an outbox that holds no secret, or a second
         channel.
 
-        The first time is free; each further time counts toward the policy's limits for issuing, except those by
-        a dimension that only a request has, such as an address.
+        The first time is free. Each further time counts toward the policy's limits for issuing, except
+        those by a dimension that only a request has, such as an address.
 
         Example::
 
@@ -979,8 +978,7 @@ class TokenManager:
             ConfigurationError: no loader is registered for its content type.
         """
         self._opening.require_open()
-        found = self.content_types.loader(token.content_type)(token.object_id)
-        return await found if inspect.isawaitable(found) else found
+        return await self.content_types.loader(token.content_type)(token.object_id)
 
     # Used ---------------------------------------------------------------------------------------
 

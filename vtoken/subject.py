@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
+from vtoken.backend import PRETENDED
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import ANY, MAX_NAME_BYTES, Wildcard, check_object_id, check_text
 
@@ -70,7 +71,7 @@ class ContentTypes:
         """
         if not isinstance(cls, type):
             raise ConfigurationError("register() takes a class and its name: register(User, 'auth.user')")
-        check_text("content_type", name, MAX_NAME_BYTES)
+        _checked_name(name)
         if cls in self._by_class or name in self._by_name:
             raise ConfigurationError(f"{cls.__qualname__} or the content type {name!r} is registered already")
         content_type = _ContentType(name, get_id or _default_id(cls), load)
@@ -84,7 +85,7 @@ class ContentTypes:
             ConfigurationError: the class is not registered.
         """
         if isinstance(obj, Subject):
-            content_type = check_text("content_type", obj.content_type, MAX_NAME_BYTES)
+            content_type = _checked_name(obj.content_type)
             return content_type, None if obj.object_id is ANY else check_object_id(obj.object_id)
         if isinstance(obj, type):
             return self._of_class(obj).name, None
@@ -131,6 +132,14 @@ class ContentTypes:
             f"{name} is not a registered content type: call content_types.register({name}, {name.lower()!r}),"
             " or pass a Subject(content_type, object_id)"
         )
+
+
+def _checked_name(content_type: object) -> str:
+    """Return a content type that an application may use."""
+    name = check_text("content_type", content_type, MAX_NAME_BYTES)
+    if name == PRETENDED:
+        raise InvalidInput(f"the content type {PRETENDED!r} is reserved")
+    return name
 
 
 def _default_id(cls: type) -> Callable[[Any], object]:
