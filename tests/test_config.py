@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from vtoken import (
     Configuration,
     ConfigurationError,
     LazyHook,
+    Limit,
     Settings,
     Subject,
     TokenEvent,
@@ -56,6 +56,7 @@ def test_every_setting_has_its_variable() -> None:
             "VTOKEN_DEFAULT_KEY_GENERATOR": f"{__name__}:plain_generator",
             "VTOKEN_MAX_KEY_ITERATIONS": "7",
             "VTOKEN_KEY_STORAGE": "derived",
+            "VTOKEN_UNKNOWN_SLUGS": "refuse",
             "VTOKEN_HOOKS": "a.b:c, d.e\tf:g",
             "VTOKEN_TEST_MONGODB_URL": "mongodb://ignored",
             "PATH": "/bin",
@@ -72,6 +73,7 @@ def test_every_setting_has_its_variable() -> None:
             default_key_generator=f"{__name__}:plain_generator",
             max_key_iterations=7,
             key_storage="derived",
+            unknown_slugs="refuse",
         ),
         policies=(),
         hooks=("a.b:c", "d.e", "f:g"),
@@ -80,12 +82,12 @@ def test_every_setting_has_its_variable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "minutes"),
-    [("15", 15), ("0.5", 0.5), ("never", None), (" Never ", None), ("90s", 1.5), ("2h", 120), ("1d", 1440)],
+    ("text", "shown"),
+    [("15", "15m"), ("0.5", "30s"), ("never", "never"), (" Never ", "never"), ("90s", "90s"), ("24h", "1d")],
 )
-def test_expirations(text: str, minutes: float | None) -> None:
+def test_expirations(text: str, shown: str) -> None:
     found = Configuration.from_env({**MEMORY, "VTOKEN_DEFAULT_EXPIRATION": text})
-    assert found.settings.default_expiration == minutes
+    assert found.describe()["settings"]["default_expiration"] == shown
 
 
 @pytest.mark.parametrize(
@@ -110,16 +112,16 @@ def test_a_misspelt_variable_names_the_right_one(wrong: str, right: str) -> None
     [
         ("VTOKEN_SECRET", "hunter2", "at least 32 bytes"),
         ("VTOKEN_SECRET", "  ", "empty"),
-        ("VTOKEN_PREVIOUS_SECRETS", OLDER, "name the current one"),
+        ("VTOKEN_PREVIOUS_SECRETS", OLDER, "pass the current one"),
         ("VTOKEN_DEFAULT_EXPIRATION", "hunter2", "number of minutes"),
-        ("VTOKEN_DEFAULT_EXPIRATION", "0", "greater than 0"),
+        ("VTOKEN_DEFAULT_EXPIRATION", "0", "more than 0 minutes"),
         ("VTOKEN_DEFAULT_EXPIRATION", "-5", "number of minutes"),
         ("VTOKEN_DEFAULT_EXPIRATION", "nan", "number of minutes"),
         ("VTOKEN_DEFAULT_KEY_LENGTH", "hunter2", "whole number"),
         ("VTOKEN_DEFAULT_KEY_LENGTH", "513", "512"),
         ("VTOKEN_DEFAULT_KEY_LENGTH", "٣", "whole number"),
         ("VTOKEN_MAX_KEY_ITERATIONS", "0", "from 1"),
-        ("VTOKEN_KEY_STORAGE", "digset", "did you mean digest"),
+        ("VTOKEN_KEY_STORAGE", "digset", "one of digest, plain"),
         ("VTOKEN_CONFIG", "/no/such/file.toml", "No such file"),
         ("VTOKEN_CONFIG", "nul\0.toml", "cannot be read|not TOML"),
     ],
@@ -177,16 +179,26 @@ hooks = ["a:b"]
 preset = "link"
 expiration = 30
 cooldown = "60s"
-overlap = 90
+overlap = "90s"
+issue_limits = [{{count = 5, per = "1d", by = "ip"}}, {{count = 20, per = "7d", across = "mails"}}]
 
 [policies."sms login"]
 preset = "code"
 digits = 7
 attempt_window = "1h"
+cooldown = "1m"
+test_codes = {{"auth.phone:+1555:01" = "1234567"}}
+test_codes_why = "app-store review"
+
+[policies.log-in]
+preset = "pair"
+digits = 8
+code_expiration = "5m"
+cooldown = "1m"
 
 [policies.invitation]
 expiration = "never"
-max_uses = 5
+max_uses = "unlimited"
 prefix = "inv_"
 
 [policies.""]
@@ -199,10 +211,22 @@ EXPECTED = Configuration(
     Settings(secret=SECRET, previous_secrets=(OLDER,), default_expiration=None, default_key_length=33),
     (
         TokenPolicy.link(
-            "password-reset", expiration=30, cooldown=timedelta(minutes=1), overlap=timedelta(seconds=90)
+            "password-reset",
+            expiration=30,
+            cooldown="60s",
+            overlap="90s",
+            issue_limits=(Limit(5, "1d", by="ip"), Limit(20, "7d", across="mails")),
         ),
-        TokenPolicy.code("sms login", digits=7, attempt_window=timedelta(hours=1)),
-        TokenPolicy("invitation", expiration=None, max_uses=5, prefix="inv_"),
+        TokenPolicy.code(
+            "sms login",
+            digits=7,
+            attempt_window="1h",
+            cooldown="1m",
+            test_codes={Subject("auth.phone", "+1555:01"): "1234567"},
+            test_codes_why="app-store review",
+        ),
+        TokenPolicy.pair("log-in", digits=8, code_expiration="5m", cooldown="1m"),
+        TokenPolicy("invitation", expiration=None, max_uses=None, prefix="inv_"),
         TokenPolicy(None, key_storage="digest"),
     ),
     ("a:b",),
@@ -273,20 +297,28 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ({"preset": "lnik"}, "did you mean link"),
         ({"exipration": 5}, "'exipration'; did you mean expiration"),
         ({"slug": "other"}, "unknown name 'slug'"),
-        ({"digits": 8}, "unknown name 'digits'"),
+        ({"digits": 8}, "digits is for pairs"),
         ({"preset": "code", "digits": 4}, "6 digits"),
-        ({"preset": "code", "expiration": "1d"}, "at most 10 minutes"),
-        ({"cooldown": "1 fortnight"}, "cooldown: must be a number of seconds"),
-        ({"cooldown": -1}, "cooldown: must be a number of seconds"),
-        ({"cooldown": True}, "cooldown: must be a number of seconds"),
-        ({"cooldown": float("nan")}, "cooldown: must be a number of seconds"),
-        ({"cooldown": 0}, "cooldown must be a timedelta of at least"),
-        ({"attempt_window": "2d"}, "at most 1 day"),
+        ({"preset": "code", "expiration": "1d"}, "lives at most 10m"),
+        ({"cooldown": "1 fortnight"}, "cooldown must be a timedelta or a text such as '90s'"),
+        ({"cooldown": 60}, "for 60 seconds write '60s', for 60 minutes '60m'"),
+        ({"cooldown": True}, "cooldown must be"),
+        ({"cooldown": "0s"}, "cooldown must be at least"),
+        ({"attempt_window": "2d"}, "at most 1d"),
         ({"max_uses": "many"}, "max_uses: must be a whole number"),
+        ({"max_uses": True}, "max_uses: must be a whole number"),
+        ({"issue_limits": 5}, "issue_limits: must be a list of tables"),
+        ({"issue_limits": [5]}, "issue_limits: must be a list of tables"),
+        ({"issue_limits": [{"count": 5}]}, "issue_limits: a limit needs per"),
+        ({"issue_limits": [{"count": 5, "pre": "1d"}]}, "unknown name 'pre'; did you mean per"),
+        ({"issue_limits": [{"count": 5, "per": "1y"}]}, "issue_limits: Limit: per must be"),
+        ({"attempt_limits": [{"count": 0, "per": "1d"}]}, "attempt_limits: Limit: count must be"),
+        ({"preset": "code", "test_codes": ["123456"]}, "test_codes: must be a table"),
+        ({"preset": "code", "test_codes": {"x": "123456"}}, "test_codes: each name must be content_type"),
         ({"max_uses": 0}, "max_uses must be"),
-        ({"key_storage": "plian"}, "did you mean plain"),
+        ({"key_storage": "plian"}, "one of digest, plain"),
         ({"key_generator": 5}, "must be a text"),
-        ({"context": "require"}, "did you mean required"),
+        ({"context": "require"}, "one of required, ignored"),
         ({"key_length": 8}, "128 random bits"),
         (3, "must be a table"),
     ],
@@ -301,6 +333,31 @@ def test_a_mistake_in_a_policy_is_named(table: Any, message: str) -> None:
 def test_policies_are_tables_by_slug(mapping: Any) -> None:
     with pytest.raises(ConfigurationError, match="table"):
         policies_from_mapping(mapping)
+
+
+# Files that nobody named ---------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_only_where_that_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "vtoken.toml").write_text(TOML)
+    assert Configuration.from_env(MEMORY).policies == ()
+    assert Configuration.from_env({}, folder=tmp_path) == EXPECTED
+    assert Configuration.from_env(MEMORY, folder=tmp_path).url == "memory://"
+
+
+def test_in_a_folder_the_file_of_its_own_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.vtoken]\nurl = "memory://project"\n')
+    assert Configuration.from_env({}, folder=tmp_path).url == "memory://project"
+    (tmp_path / "vtoken.toml").write_text('url = "memory://own"\n')
+    assert Configuration.from_env({}, folder=tmp_path).url == "memory://own"
+    (tmp_path / "named.toml").write_text('url = "memory://named"\n')
+    named = {"VTOKEN_CONFIG": str(tmp_path / "named.toml")}
+    assert Configuration.from_env(named, folder=tmp_path).url == "memory://named"
+
+
+def test_a_project_without_a_table_of_ours_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.other]\nurl = "x"\n')
+    assert Configuration.from_env({}, default_url="memory://d", folder=tmp_path).url == "memory://d"
 
 
 # What is in effect -------------------------------------------------------------------------------
@@ -318,8 +375,17 @@ def test_the_description_is_json_without_secrets(tmp_path: Path) -> None:
     assert said["settings"]["default_expiration"] == "never"
     assert said["hooks"] == ["a:b"]
     policies: Mapping[str, Mapping[str, object]] = said["policies"]
-    assert list(policies) == ["password-reset", "sms login", "invitation", ""]
-    assert policies["password-reset"]["cooldown"] == 60
+    assert list(policies) == ["password-reset", "sms login", "log-in", "invitation", ""]
+    assert policies["password-reset"]["cooldown"] == "60s"
+    assert policies["password-reset"]["expiration"] == "30m"
+    assert policies["password-reset"]["issue_limits"] == [
+        {"count": 5, "per": "1d", "by": "ip"},
+        {"count": 20, "per": "7d", "by": "object", "across": "mails"},
+    ]
+    assert policies["invitation"]["max_uses"] == "unlimited"
+    assert policies["sms login"]["test_codes"] == {"auth.phone:+1555:01": "***"}
+    assert policies["sms login"]["attempt_window"] == "1h"
+    assert policies["log-in"]["attempt_window"] == "15m"
     assert policies["password-reset"]["key_length"] == 33, "the settings' value is in effect"
     assert policies[""]["expiration"] == "never", "the settings' value is in effect"
     assert policies["sms login"]["key_length"] == 7

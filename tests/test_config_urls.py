@@ -15,11 +15,12 @@ from vtoken import (
     ConfigurationError,
     Settings,
     TokenManager,
-    config,
     create_backend,
     register_backend,
+    registry,
 )
 from vtoken.config import redact_url
+from vtoken.diagnostics import Diagnostics, diagnostics_of
 from vtoken.sync import SyncTokenManager
 from vtoken_backends.memory import MemoryBackend
 
@@ -28,6 +29,10 @@ MEMORY = {"VTOKEN_URL": "memory://"}
 
 class PluginBackend(MemoryBackend):
     """A third party's backend."""
+
+
+class PluginDiagnostics(Diagnostics):
+    """What its author says about its stores."""
 
 
 class BackendWithoutUrl:
@@ -60,7 +65,7 @@ def plain_generator(length: int = 32) -> str:
 
 @pytest.fixture(autouse=True)
 def _registry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_registered", {})
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +79,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_unknown_scheme_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(ConfigurationError, match=r"memory, mongodb, mongodb\+srv, sqlite.*mean mongodb\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"memory, mongodb, mongodb\+srv, postgres, .*mean mongodb\?"
+    ):
         create_backend("monogdb://localhost/db")
 
 
@@ -130,7 +137,7 @@ def test_no_frame_of_a_refusal_holds_a_password_or_secret(make: Callable[[], obj
         make()
     frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
     ours = [
-        frame for frame in frames if frame.f_code.co_filename.startswith(str(Path(config.__file__).parent))
+        frame for frame in frames if frame.f_code.co_filename.startswith(str(Path(registry.__file__).parent))
     ]
     assert ours
     assert not [frame for frame in ours if "hunter2" in f"{frame.f_locals}"]
@@ -152,7 +159,7 @@ def test_a_class_is_taken_for_a_url() -> None:
         ("no_such_module:Backend", "no module 'no_such_module'"),
         (f"{__name__}:NoSuchBackend", "has no 'NoSuchBackend'"),
         ("package.module.Class", "named by a URL"),
-        (f"{__name__}:plain_generator", "no TokenBackend: it has no from_url, open"),
+        (f"{__name__}:plain_generator", "not a TokenBackend: it has no from_url, open"),
     ],
 )
 def test_a_class_that_is_not_there_is_named(url: str, message: str) -> None:
@@ -194,8 +201,45 @@ def test_a_backend_is_found_through_its_entry_point(tmp_path: Path, monkeypatch:
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert type(create_backend("plugin://store")) is PluginBackend
-    with pytest.raises(ConfigurationError, match=r"broken, memory, mongodb, mongodb\+srv, plugin, sqlite"):
+    with pytest.raises(ConfigurationError, match=r"broken, memory, mongodb, .*, plugin, postgres"):
         create_backend("nosuch://x")
+
+
+def test_a_built_in_scheme_needs_no_metadata_and_is_not_replaced_by_an_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "vtoken_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vtoken-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[vtoken.backends]\nmemory = {__name__}:PluginBackend\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(create_backend("memory://")) is MemoryBackend
+    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    assert type(create_backend("memory://")) is MemoryBackend
+    with pytest.raises(ConfigurationError, match="known are memory, mongodb"):
+        create_backend("nosuch://x")
+
+
+def test_every_built_in_backend_describes_itself() -> None:
+    for scheme in ("memory", "mongodb", "mongodb+srv", "postgres", "postgresql", "sqlite"):
+        assert type(diagnostics_of(f"{scheme}://host/name")) is not Diagnostics, scheme
+    assert type(diagnostics_of("other://host")) is Diagnostics
+    assert type(diagnostics_of("package.module:Class")) is Diagnostics
+    register_backend("sqlite", f"{__name__}:PluginBackend")
+    assert type(diagnostics_of("sqlite:///x.db")) is Diagnostics, "another backend has other stores"
+
+
+def test_diagnostics_are_found_through_their_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "vtoken_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vtoken-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[vtoken.diagnostics]\nplugin = {__name__}:PluginDiagnostics\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(diagnostics_of("plugin://store")) is PluginDiagnostics
 
 
 def test_a_backend_without_from_url_says_so() -> None:
@@ -266,6 +310,9 @@ def test_the_library_imports_no_driver() -> None:
             "mongodb://host/?authMechanismProperties=***",
         ),
         ("package.module:Class", "package.module:Class"),
+        ("x://host/db?pw=hush&key=hush&auth=hush&w=1", "x://host/db?pw=***&key=***&auth=***&w=1"),
+        ("x://host/db#hush", "x://host/db#***"),
+        ("x://host/db?w=1#pw=hush", "x://host/db?w=1#***"),
     ],
 )
 def test_redacted_urls(url: str, redacted: str) -> None:

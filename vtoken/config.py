@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from vtoken import inputs
 from vtoken.config_read import (
     SETTINGS,
     Found,
@@ -23,7 +24,7 @@ from vtoken.config_read import (
 )
 from vtoken.errors import ConfigurationError
 from vtoken.hooks import Hook, LazyHook
-from vtoken.inputs import DEFAULT
+from vtoken.inputs import Lifetime, Unset
 from vtoken.limits import Limit
 from vtoken.policy import Settings, TokenPolicy
 from vtoken.redact import redact_url, without_locals
@@ -132,10 +133,12 @@ class Configuration:
     def _policy(self, policy: TokenPolicy) -> dict[str, Any]:
         """A policy with the settings' values where it has none of its own."""
         values = {f.name: _plain(getattr(policy, f.name)) for f in fields(policy) if f.name != "slug"}
-        lifetime = self.settings.default_expiration if policy.expiration is DEFAULT else policy.expiration
+        lifetime = (
+            self.settings.default_expiration if isinstance(policy.expiration, Unset) else policy.expiration
+        )
         values["expiration"] = _lifetime(lifetime)
         values["max_uses"] = "unlimited" if policy.max_uses is None else policy.max_uses
-        values["test_codes"] = {f"{s.content_type}:{s.object_id}": "***" for s in policy.test_codes or ()}
+        values["test_codes"] = {f"{s.content_type}:{s.object_id}": "***" for s in policy.test_codes}
         for name, default in (
             ("key_generator", "default_key_generator"),
             ("key_length", "default_key_length"),
@@ -147,16 +150,18 @@ class Configuration:
         return values
 
 
-def _lifetime(minutes: object) -> object:
-    return "never" if minutes is None else minutes
+def _lifetime(value: Lifetime) -> str:
+    milliseconds = inputs.lifetime("expiration", value)
+    return "never" if milliseconds is None else inputs.spelled(milliseconds)
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON: durations in seconds, callables by their import path."""
+    """A value as JSON, as TOML could have it: durations as texts, callables by their import path."""
     if isinstance(value, timedelta):
-        return value.total_seconds()
+        return inputs.spelled(value // timedelta(milliseconds=1))
     if isinstance(value, Limit):
-        return {name: _plain(item) for name, item in asdict(value).items()}
+        plain = {"count": value.count, "per": inputs.spelled(value.per_ms), "by": value.by}
+        return plain if value.across is None else {**plain, "across": value.across}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, LazyHook):

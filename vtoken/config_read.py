@@ -60,8 +60,7 @@ def _policy(slug: object, table: object, where: str) -> TokenPolicy:
     preset = options.pop("preset", None)
     if preset is not None:
         convert(f"{where}.preset", _preset, preset)
-    digits = ("digits",) if preset in ("code", "pair") else ()
-    check_names(options, dict.fromkeys((*_POLICY, "preset", *digits)), where)
+    check_names(options, (*_POLICY, "preset"), where)
     values: dict[str, Any] = {
         name: convert(f"{where}.{name}", _VALUES[name], value) if name in _VALUES else value
         for name, value in options.items()
