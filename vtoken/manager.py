@@ -595,7 +595,8 @@ class TokenManager:
             if not is_valid(stored, now) or key is None:
                 return None
             await self._charge_reveal(store, policy, stored, now)
-        await self._tell_of("revealed", stored)
+        if self._hooks:
+            await self._tell_of("revealed", stored)
         return issued(stored, key.text(), None if code is None else code.text())
 
     async def _charge_reveal(
@@ -833,7 +834,8 @@ class TokenManager:
     ) -> StoredToken:
         asked = await self._presented(obj, slug, key, context, by)
         stored, _ = await self._redeemer.present(asked, None)
-        await self._tell_of("verified", stored)
+        if self._hooks:
+            await self._tell_of("verified", stored)
         return stored
 
     async def status(
@@ -1027,8 +1029,7 @@ class TokenManager:
         use = Use(at=self._now(), use_id=name, resets=asked.spends.of_the_object)
         stored, is_replay = await self._redeemer.present(asked, use)
         if not is_replay:
-            with self._opening.calls() as store:
-                await self._redeemer.after_use(store, asked, stored)
+            await self._redeemer.after_use(asked, stored)
         return loaded(stored, is_replay=is_replay)
 
     def redeem(
@@ -1085,7 +1086,8 @@ class TokenManager:
         patience = inputs.duration("wait", wait, least=timedelta(0))
 
         async def asked() -> PresentedKey:
-            return await self._completed(checked, hidden, by)
+            await self._complete(checked, hidden, by)
+            return checked
 
         return Redemption(self._redeemer, asked, length, patience, name)
 
@@ -1124,14 +1126,16 @@ class TokenManager:
         by: By | None,
     ) -> PresentedKey:
         """Work what somebody presents into what the store is asked for."""
-        return await self._completed(self._check_presented(obj, slug, key, context), context, by)
+        asked = self._check_presented(obj, slug, key, context)
+        if by is not None or asked.policy.is_guarded:
+            await self._complete(asked, context, by)
+        return asked
 
-    async def _completed(self, asked: PresentedKey, context: Hidden, by: By | None) -> PresentedKey:
-        if by is not None or asked.policy.is_capped:
-            asked.spends = self._spends_of(asked, checked_by(by))
+    async def _complete(self, asked: PresentedKey, context: Hidden, by: By | None) -> None:
+        """Find out what a wrong key costs, and the context that the key comes with."""
+        asked.spends = self._spends_of(asked, checked_by(by))
         if asked.needs_context:
             asked.context = await self._bound_when_presented(asked, context)
-        return asked
 
     def _check_presented(
         self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden
@@ -1436,14 +1440,13 @@ class TokenManager:
         return content_type, object_id
 
     async def _tell_of(self, name: EventName, stored: StoredToken) -> None:
-        if self._hooks:
-            await self._hooks.tell(
-                name,
-                content_type=stored.content_type,
-                object_id=stored.object_id,
-                slug=stored.slug or None,
-                token_id=stored.id,
-            )
+        await self._hooks.tell(
+            name,
+            content_type=stored.content_type,
+            object_id=stored.object_id,
+            slug=stored.slug or None,
+            token_id=stored.id,
+        )
 
 
 _CONTEXT_NOT_HEEDED: Final = (

@@ -258,8 +258,8 @@ class Redeemer:
             if answer.outcome is Outcome.RIGHT and answer.token is not None:
                 stored = answer.token
                 if self._is_genuine(key, stored):
-                    if change is None:
-                        await self._forget_plain_keys(store, key, stored)
+                    if change is None and _has_plain_key(key, stored):
+                        await store.update(Match(id=stored.id), ForgetKey())
                     return stored, False
                 if isinstance(change, Hold):
                     await store.update(Match(id=stored.id), Release(change.hold_id))
@@ -350,17 +350,14 @@ class Redeemer:
                 limit=limit,
             )
 
-    async def _forget_plain_keys(self, store: TokenBackend, key: PresentedKey, stored: StoredToken) -> None:
-        """Rewrite a row from the time of ``key_storage="plain"``: its digests are there already."""
-        if key.policy.storage != "plain" and any(own.plain_key for own in stored.keys):
-            await store.update(Match(id=stored.id), ForgetKey())
-
-    async def after_use(self, store: TokenBackend, key: PresentedKey, stored: StoredToken) -> None:
+    async def after_use(self, key: PresentedKey, stored: StoredToken) -> None:
         """What follows a use. The use stands, whatever fails here."""
-        try:
-            await self._forget_plain_keys(store, key, stored)
-        except BackendError as error:
-            logger.warning("a token was used, but its plain key could not be cleared: %r", error)
+        if _has_plain_key(key, stored):
+            try:
+                with self.opening.calls() as store:
+                    await store.update(Match(id=stored.id), ForgetKey())
+            except BackendError as error:
+                logger.warning("a token was used, but its plain key could not be cleared: %r", error)
         if self.hooks:
             await self.hooks.tell(
                 "consumed",
@@ -369,6 +366,16 @@ class Redeemer:
                 slug=stored.slug or None,
                 token_id=stored.id,
             )
+
+
+def _has_plain_key(key: PresentedKey, stored: StoredToken) -> bool:
+    """Whether a row is from the time of ``key_storage="plain"``: its plaintext can go, as its digests stay."""
+    if key.policy.storage == "plain":
+        return False
+    for own in stored.keys:  # noqa: SIM110  # a generator costs more than the check itself, on every request
+        if own.plain_key:
+            return True
+    return False
 
 
 _entered: ContextVar[tuple[Redemption, ...]] = ContextVar("vtoken_redemptions", default=())
@@ -470,7 +477,7 @@ class Redemption:
             with self.redeemer.opening.calls() as store:
                 used = await store.update(Match(id=stored.id), self._use_held())
                 if used is not None:
-                    await self.redeemer.after_use(store, key, used)
+                    await self.redeemer.after_use(key, used)
         except BaseException:
             await self._give_back()
             raise
@@ -524,7 +531,7 @@ class Redemption:
                 return  # rolled back: the hold was still there, and is given back now
             found = await store.find(Match(id=stored.id), 1)
             if found and found[0].used_at >= at:
-                await self.redeemer.after_use(store, key, found[0])
+                await self.redeemer.after_use(key, found[0])
 
     async def _give_back(self) -> None:
         """Drop the hold, whatever became of the token: this never revives it."""
