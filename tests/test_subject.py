@@ -1,8 +1,10 @@
-"""Whom a token belongs to."""
+"""The object that a token belongs to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -32,6 +34,20 @@ async def load(object_id: str) -> User | None:
     return User(object_id)
 
 
+class Lazy:
+    """A lazy proxy, as Django's SimpleLazyObject and Werkzeug's LocalProxy are."""
+
+    def __init__(self, factory: Callable[[], object]) -> None:
+        self._factory = factory
+
+    @property
+    def __class__(self) -> Any:
+        return self._factory().__class__
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._factory(), name)
+
+
 def registered() -> ContentTypes:
     types = ContentTypes()
     types.register(User, "auth.user", load=load)
@@ -48,6 +64,9 @@ def registered() -> ContentTypes:
         (Proxy(3), ("auth.user", "3")),
         (User, ("auth.user", None)),
         (Proxy, ("auth.user", None)),
+        (Lazy(lambda: User(6)), ("auth.user", "6")),
+        (Lazy(lambda: Proxy(7)), ("auth.user", "7")),
+        (Lazy(lambda: Subject("auth.user", 8)), ("auth.user", "8")),
         (Subject("auth.user", 4), ("auth.user", "4")),
         (Subject("never.registered", "5"), ("never.registered", "5")),
         (Subject("never.registered"), ("never.registered", None)),
@@ -73,6 +92,16 @@ def test_a_content_type_out_of_range_is_refused(bad: str) -> None:
         registered().resolve(Subject(bad, 1))
     with pytest.raises(InvalidInput):
         ContentTypes().register(Nameless, bad)
+
+
+def test_an_object_that_is_not_saved_yet_says_so() -> None:
+    with pytest.raises(InvalidInput, match="save it"):
+        registered().resolve(User(None))
+
+
+def test_a_lazy_proxy_of_an_unregistered_class_names_the_class() -> None:
+    with pytest.raises(ConfigurationError, match="Nameless"):
+        registered().resolve(Lazy(Nameless))
 
 
 def test_none_is_no_object() -> None:
@@ -132,15 +161,24 @@ def test_a_class_or_a_name_is_registered_once() -> None:
         types.register(Nameless, "auth.user")
 
 
-def test_only_classes_are_registered() -> None:
-    with pytest.raises(ConfigurationError, match="takes a class"):
-        ContentTypes().register(User(1), "auth.user")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+@pytest.mark.parametrize("swapped", [(User(1), "auth.user"), ("auth.user", User)])
+def test_only_classes_are_registered(swapped: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"takes a class and its name: register\(User, 'auth.user'\)"
+    ):
+        ContentTypes().register(*swapped)
 
 
-async def test_loaders() -> None:
-    user = await registered().loader("auth.user")("7")
+@pytest.mark.parametrize("loader", [load, User, lambda object_id: load(object_id)])
+async def test_loaders_may_be_async_or_not(loader: Any) -> None:
+    types = ContentTypes()
+    types.register(User, "auth.user", load=loader)
+    user = await types.loader("auth.user")("7")
     assert isinstance(user, User)
     assert user.id == "7"
+
+
+def test_a_loader_that_is_missing() -> None:
     for name in ("app.row", "never.registered"):
         with pytest.raises(ConfigurationError, match="load="):
             registered().loader(name)

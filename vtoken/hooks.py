@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from typing import Literal, TypedDict, Unpack, cast
 
@@ -35,7 +35,7 @@ EventName = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """Something that happened.
 
@@ -67,6 +67,7 @@ class TokenEvent:
 
     name: EventName
     at: datetime
+    _: KW_ONLY
     content_type: str | None = None
     object_id: str | None = None
     slug: str | None = None
