@@ -52,6 +52,10 @@ class State(Enum):
     """A newer token took its place."""
 
 
+_ACTIVE: Final = State.ACTIVE
+"""A member of an enum costs twice as much as a global name, and this one is asked for in every operation."""
+
+
 class StoredKey(NamedTuple):
     """One key of a token: what is stored of it, and how long it is good."""
 
@@ -604,9 +608,10 @@ class TokenBackend(Protocol):
 
 def key_of(token: StoredToken, match: Match) -> StoredKey | None:
     """The key of a token that a match with ``digests`` is about, or None."""
+    digests = match.digests or ()
     for key in token.keys:
         if (
-            key.digest in (match.digests or ())
+            key.digest in digests
             and (match.kind is None or key.kind == match.kind)
             and (match.valid_at is None or key.expires_at >= match.valid_at)
         ):
@@ -616,21 +621,30 @@ def key_of(token: StoredToken, match: Match) -> StoredKey | None:
 
 def matches(token: StoredToken, match: Match) -> bool:
     """Whether every field of the match that is given holds for the token."""
+    return _fits(token, match) and (match.digests is None or key_of(token, match) is not None)
+
+
+def matching_key(token: StoredToken, match: Match) -> StoredKey | None:
+    """The key by which a token matches a match with ``digests``, or None where it does not."""
+    return key_of(token, match) if _fits(token, match) else None
+
+
+def _fits(token: StoredToken, match: Match) -> bool:
+    """Whether all fields hold but those that are about a key."""
     return (
         (match.id is None or token.id == match.id)
         and (match.content_type is None or token.content_type == match.content_type)
         and (match.object_id is None or token.object_id == match.object_id)
         and (match.slug is None or token.slug == match.slug)
         and (match.context is None or token.context == match.context)
-        and (not match.active or token.is_active)
+        and (not match.active or token.state is _ACTIVE)
         and (match.valid_at is None or is_valid(token, match.valid_at))
-        and (match.digests is None or key_of(token, match) is not None)
     )
 
 
 def is_valid(token: StoredToken, now: int) -> bool:
     """Whether a token is active and not expired, held or not."""
-    return token.is_active and token.expires_at >= now
+    return token.state is _ACTIVE and token.expires_at >= now
 
 
 def runs(hold: StoredHold, now: int) -> bool:
@@ -645,12 +659,15 @@ def running_holds(token: StoredToken, now: int) -> tuple[StoredHold, ...]:
 
 def has_free_use(token: StoredToken, now: int) -> bool:
     """Whether a token has a use that is neither used nor held."""
-    return token.max_uses is None or token.uses + len(running_holds(token, now)) < token.max_uses
+    if token.max_uses is None:
+        return True
+    held = len(running_holds(token, now)) if token.holds else 0
+    return token.uses + held < token.max_uses
 
 
 def refusal(token: StoredToken, key: StoredKey | None, now: int) -> Reason | None:
     """Why a token cannot be used now by one of its keys, or None if it can. Without a key: by any."""
-    if not token.is_active:
+    if token.state is not _ACTIVE:
         return "used" if token.state is State.USED else "inactive"
     if token.expires_at < now or (key is not None and key.expires_at < now):
         return "expired"

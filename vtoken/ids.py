@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import threading
 from typing import Final
 
@@ -35,7 +35,9 @@ class IdSequence:
         Args:
             now: milliseconds since the epoch. What lies before 1970 or after 2109 counts as that.
         """
-        drawn = int.from_bytes(os.urandom(4), "big")
+        # Ids are public: what matters is that two processes draw different numbers, and Python gives each
+        # process that is forked a generator of its own.
+        drawn = random.getrandbits(32)
         fresh = min(max(now, 0), _LATEST) << _RANDOM_BITS | drawn & (1 << _RANDOM_BITS - 1) - 1
         with self._lock:
             if fresh <= self._last:

@@ -49,6 +49,7 @@ from vtoken.backend import (
     least_left,
     left_of,
     matches,
+    matching_key,
     overlapping_keys,
     refusal,
     replaced,
@@ -61,6 +62,7 @@ from vtoken.errors import BackendClosed, ConfigurationError, InvalidInput
 
 _BUCKET: Final = 1 << 14
 """Milliseconds that share a bucket of :class:`_Ends`: 16 seconds."""
+_NOTHING_SPENT: Final = Spending()
 _Key = TypeVar("_Key")
 
 
@@ -155,7 +157,11 @@ class MemoryBackend:
     ) -> Presented:
         store = self._opened()
         with store.lock:
-            found = [(token, held) for token in store.matching(key) if (held := key_of(token, key))]
+            found = [
+                (token, held)
+                for token in store.owners(key.digests or ())
+                if (held := matching_key(token, key)) is not None
+            ]
             if change is not None and change.use_id:
                 for _, held in found:
                     used = store.uses.get((held.origin, change.use_id))
@@ -170,7 +176,8 @@ class MemoryBackend:
                 why = refusal(token, held, now)
                 if why is None:
                     token = _changed_by(store, token, held, change, now)
-                    return Presented(Outcome.RIGHT, token, spending=store.left(spends, now))
+                    spending = store.left(spends, now) if spends else _NOTHING_SPENT
+                    return Presented(Outcome.RIGHT, token, spending=spending)
                 free = free and why not in ("used", "leased")
             spending = store.spend(spends, now) if free else store.left(spends, now)
             return Presented(Outcome.REFUSED, found[0][0] if found else None, spending=spending)
@@ -450,8 +457,11 @@ class _Store:
         for use in self._uses_of.pop(token.id, ()):
             del self.uses[use]
 
-    def owners(self, digests: Iterable[bytes]) -> list[StoredToken]:
+    def owners(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
         """The tokens that have keys with these digests, each once, in the order of the digests."""
+        if len(digests) == 1:
+            owner = self._owners.get(digests[0])
+            return [] if owner is None else [self.tokens[owner]]
         ids = dict.fromkeys(self._owners[digest] for digest in digests if digest in self._owners)
         return [self.tokens[token_id] for token_id in ids]
 
@@ -556,7 +566,7 @@ class _Store:
     def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
         """Charge all of them, or none."""
         if not spends:
-            return Spending()
+            return _NOTHING_SPENT
         full = self.full(spends, now)
         if full is not None:
             return full
