@@ -777,12 +777,17 @@ class TokenManager:
         del key, context
         if any_key:
             return await self._has_free(obj, slug, hidden)
+        asked = self._check_presented(obj, slug, presented, hidden)
+        if by is not None or asked.policy.is_guarded:
+            await self._complete(asked, hidden, by)
         try:
-            await self._verify(obj, slug, presented, hidden, by)
+            stored, _ = await self._redeemer.present(asked, None)
         except TooManyAttempts:
             raise
         except InvalidToken:
             return False
+        if self._hooks:
+            await self._tell_of("verified", stored)
         return True
 
     async def _has_free(self, obj: object, slug: str | Wildcard | None, context: Hidden) -> bool:
@@ -822,21 +827,13 @@ class TokenManager:
         """
         presented, hidden = Hidden(key), Hidden(context)
         del key, context
-        return loaded(await self._verify(obj, _one_slug(slug), presented, hidden, by))
-
-    async def _verify(
-        self,
-        obj: object,
-        slug: str | Wildcard | None,
-        key: Hidden,
-        context: Hidden,
-        by: By | None,
-    ) -> StoredToken:
-        asked = await self._presented(obj, slug, key, context, by)
+        asked = self._check_presented(obj, _one_slug(slug), presented, hidden)
+        if by is not None or asked.policy.is_guarded:
+            await self._complete(asked, hidden, by)
         stored, _ = await self._redeemer.present(asked, None)
         if self._hooks:
             await self._tell_of("verified", stored)
-        return stored
+        return loaded(stored)
 
     async def status(
         self,
@@ -1025,8 +1022,11 @@ class TokenManager:
         presented, hidden = Hidden(key), Hidden(context)
         del key, context
         name = "" if consume_id is None else _use_id(consume_id)
-        asked = await self._presented(obj, _one_slug(slug), presented, hidden, by)
-        use = Use(at=self._now(), use_id=name, resets=asked.spends.of_the_object)
+        asked = self._check_presented(obj, _one_slug(slug), presented, hidden)
+        if by is not None or asked.policy.is_guarded:
+            await self._complete(asked, hidden, by)
+        resets = asked.spends.of_the_object if asked.spends.spends else ()
+        use = Use(at=self._now(), use_id=name, resets=resets)
         stored, is_replay = await self._redeemer.present(asked, use)
         if not is_replay:
             await self._redeemer.after_use(asked, stored)
@@ -1117,22 +1117,9 @@ class TokenManager:
             raise InvalidInput("mark_used takes the token of a redeem block, inside that block")
         await block.mark_used(using)
 
-    async def _presented(
-        self,
-        obj: object,
-        slug: str | Wildcard | None,
-        key: Hidden,
-        context: Hidden,
-        by: By | None,
-    ) -> PresentedKey:
-        """Work what somebody presents into what the store is asked for."""
-        asked = self._check_presented(obj, slug, key, context)
-        if by is not None or asked.policy.is_guarded:
-            await self._complete(asked, context, by)
-        return asked
-
     async def _complete(self, asked: PresentedKey, context: Hidden, by: By | None) -> None:
-        """Find out what a wrong key costs, and the context that the key comes with."""
+        """Find out what a wrong key costs, and the context that the key comes with: neither is asked of a key
+        whose policy has no limits for attempts and no context."""
         asked.spends = self._spends_of(asked, checked_by(by))
         if asked.needs_context:
             asked.context = await self._bound_when_presented(asked, context)

@@ -49,9 +49,7 @@ class _Loop:
         self._progress: anyio.Event | None = None
 
     def __enter__(self) -> TokenBackend:
-        store = self._opening.store
-        if store is None or self._opening.pid != os.getpid():
-            raise BackendClosed(_CLOSED)
+        store = self._opening.require_open()
         self.calls += 1
         return store
 
@@ -110,9 +108,10 @@ class Opening:
         Raises:
             BackendClosed: on entry, where the manager is not open.
         """
-        loop = _running_loop()
-        found = self._loops.get(loop)
-        return self._of(loop) if found is None else found
+        try:
+            return self._loops[asyncio.get_running_loop()]
+        except (RuntimeError, KeyError):  # trio, or an event loop in which nobody has opened the manager
+            return self._of(_running_loop())
 
     def require_open(self) -> TokenBackend:
         """The store.
