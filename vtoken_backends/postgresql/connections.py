@@ -1,0 +1,332 @@
+"""The connections to the server: their life, and what becomes of the driver's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from selectors import EVENT_READ, DefaultSelector
+from typing import Any, Final, TypeVar
+
+import anyio
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+
+from vtoken.errors import (
+    BackendClosed,
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+    CorruptStore,
+    OutcomeUnknown,
+)
+from vtoken_backends.postgresql.statements import CONFLICT, Statement
+
+_T = TypeVar("_T")
+Rows = list[tuple[Any, ...]]
+Driver = psycopg.AsyncConnection[tuple[Any, ...]]
+
+TIME_LIMIT: Final = 30.0
+"""Seconds after which an operation is given up."""
+_DEFAULTS: Final[dict[str, Any]] = {
+    "fallback_application_name": "vtoken",
+    "target_session_attrs": "read-write",  # of several hosts the primary
+    # A server that is gone without a word is given up after about ten seconds.
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+BEGIN: Final = Statement("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+COMMIT: Final = Statement("COMMIT")
+ROLLBACK: Final = Statement("ROLLBACK")
+
+_GAVE_WAY: Final = frozenset({CONFLICT, "40001", "40P01"})
+"""The rows have changed since they were read; a serialization failure; a deadlock."""
+_BLOCKED: Final = "55P03"
+
+
+class GaveWay(Exception):
+    """Another transaction was quicker. Nothing was changed; the operation is to be tried again."""
+
+
+class Blocked(Exception):
+    """A row stayed locked for longer than this operation was to wait. Nothing was changed."""
+
+
+class Connection:
+    """A connection that runs one operation."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def fetch(self, statement: Statement) -> Rows:
+        """Run one statement, outside of a transaction as one of its own."""
+        cursor = psycopg.AsyncRawCursor(self._driver)
+        await cursor.execute(statement.text.encode(), statement.parameters)
+        return await cursor.fetchall() if cursor.description is not None else []
+
+    async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
+        """Run several statements in one round trip, outside of a transaction as one of their own.
+
+        Returns:
+            the rows of the last one.
+        """
+        if len(statements) == 1:
+            return await self.fetch(statements[0])
+        cursor = psycopg.AsyncRawCursor(self._driver)
+        async with self._driver.pipeline():
+            for statement in statements:
+                cursor = psycopg.AsyncRawCursor(self._driver)
+                await cursor.execute(statement.text.encode(), statement.parameters)
+        return await cursor.fetchall() if cursor.description is not None else []
+
+    async def try_to(self, statements: Sequence[Statement]) -> bool:
+        """Run several statements as :meth:`fetch_all`; False where they gave way and changed nothing."""
+        try:
+            await self.fetch_all(statements)
+        except psycopg.Error as error:
+            if error.sqlstate not in _GAVE_WAY:
+                raise
+            return False
+        return True
+
+    @property
+    def server_encoding(self) -> str:
+        return self._driver.info.parameter_status("server_encoding") or ""
+
+
+class Connections:
+    """Connections for one operation each.
+
+    They are handed back without an await, so that no cancellation can lose one, and made when they are
+    needed, so that there is no task in the background and a caller hears of a failure.
+
+    Args:
+        url: as libpq takes it.
+        size: how many connections at most, 1 or more.
+
+    Raises:
+        ConfigurationError: an argument is not understood.
+    """
+
+    def __init__(self, url: str, size: int) -> None:
+        self._options: dict[str, Any] = {**_DEFAULTS, **_parsed(url), "client_encoding": "UTF8"}
+        if type(size) is not int or size < 1:
+            raise ConfigurationError("pool_size must be a number of connections, 1 or more")
+        self._size = size
+        self._opens = 0
+        self._idle: list[Driver] = []
+        self._opening = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return self._place
+
+    @property
+    def _place(self) -> str:
+        host = self._options.get("host") or self._options.get("hostaddr") or "the default host"
+        port = self._options.get("port")
+        return f"{host}{f':{port}' if port else ''}"
+
+    async def open(self, prepare: Callable[[Connection], Awaitable[None]]) -> None:
+        """Connect and prepare the store, if this is the first of the open ones."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise BackendError("the PostgreSQL backend needs asyncio") from None
+        async with self._opening:
+            if self._opens and self._is_abandoned():
+                self._opens = 0
+                self._drop_idle()
+            if self._opens:
+                self.check_place()
+            else:
+                self._pid, self._loop = os.getpid(), loop
+                self._slots = asyncio.Semaphore(self._size)
+                await self._carry_out(prepare, writes=True)
+            self._opens += 1
+
+    def close(self) -> None:
+        """Undo one :meth:`open`. What is under way ends, and closes its connection."""
+        if not self._opens:
+            return
+        self._opens -= 1
+        if not self._opens:
+            self._drop_idle()
+
+    async def run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
+        """Run one operation on a connection in autocommit mode, again where it gave way to another.
+
+        Args:
+            operation: what to run. It may raise :class:`GaveWay` itself.
+            writes: whether its outcome is unknown once the connection is lost.
+
+        Raises:
+            Blocked: a row stayed locked.
+        """
+        self.check_place()
+        return await self._carry_out(operation, writes)
+
+    async def _carry_out(self, operation: Callable[[Connection], Awaitable[_T]], writes: bool) -> _T:
+        failure: Exception | None
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                while True:
+                    try:
+                        async with self._connection() as connection:
+                            return await operation(connection)
+                    except GaveWay:
+                        continue
+                    except psycopg.Error as error:
+                        failure = self._translated(error, writes)
+                    if not isinstance(failure, GaveWay):
+                        raise failure  # outside of the block: the driver's error quotes keys
+        except TimeoutError:
+            pass
+        raise (OutcomeUnknown if writes else BackendUnavailable)(
+            f"PostgreSQL at {self._place} did not answer within {TIME_LIMIT:.0f} seconds"
+        )
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[Connection]:
+        async with self._slots:
+            driver = self._living_idle_one() or await self._connect()
+            try:
+                yield Connection(driver)
+            finally:
+                if self._opens and driver.pgconn.transaction_status == TransactionStatus.IDLE:
+                    self._idle.append(driver)
+                else:
+                    driver.pgconn.finish()  # as driver.close() does, without an await
+
+    def _living_idle_one(self) -> Driver | None:
+        while self._idle:
+            driver = self._idle.pop()
+            with DefaultSelector() as selector:
+                selector.register(driver.pgconn.socket, EVENT_READ)
+                if not selector.select(0):
+                    return driver
+            driver.pgconn.finish()  # a server that speaks without being asked mostly hangs up
+        return None
+
+    async def _connect(self) -> Driver:
+        try:
+            # Prepared statements belong to a session, which a pooler hands around.
+            return await psycopg.AsyncConnection.connect(
+                autocommit=True, prepare_threshold=None, **self._options
+            )
+        except psycopg.Error as error:
+            problem = _why_not_connected(str(error))
+        except (UnicodeError, ValueError):
+            problem = "the host name is not valid"
+        # The driver's message may quote a part of a password that was not percent-encoded.
+        raise BackendUnavailable(f"PostgreSQL at {self._place}: {problem}")
+
+    def _drop_idle(self) -> None:
+        idle, self._idle = self._idle, []
+        if self._pid == os.getpid():  # else the connections are another process's to end
+            for driver in idle:
+                driver.pgconn.finish()
+
+    def _is_abandoned(self) -> bool:
+        return self._pid != os.getpid() or self._loop.is_closed()
+
+    def check_place(self) -> None:
+        """Raise :class:`~vtoken.BackendClosed` where the connections cannot be used."""
+        if not self._opens:
+            raise BackendClosed("the PostgreSQL backend is not open: use `async with manager:`")
+        if self._pid != os.getpid():
+            raise BackendClosed(
+                "the PostgreSQL backend was opened in another process: open one after the fork"
+            )
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if self._loop is not loop:
+            raise BackendClosed(
+                "the PostgreSQL backend was opened in another event loop: open one in each loop"
+            )
+
+    def _translated(self, error: psycopg.Error, writes: bool) -> Exception:
+        state = error.sqlstate or ""
+        said = f"{type(error).__name__} {state}".rstrip()
+        if state in _GAVE_WAY:
+            return GaveWay()
+        if state == _BLOCKED:
+            return Blocked()
+        if state in ("XX001", "XX002"):
+            return CorruptStore(f"PostgreSQL: the database is damaged ({said})")
+        if state in ("42P01", "3F000"):
+            return CorruptStore("PostgreSQL: a table of vtoken's is gone")
+        if state in ("42501",):
+            return BackendUnavailable(
+                "PostgreSQL: the role lacks a privilege on vtoken's tables or their schema"
+            )
+        if state == "25006":
+            self._drop_idle()  # after a fail-over, all of them may lead to the old primary
+            return BackendUnavailable(
+                f"PostgreSQL at {self._place} is read-only: it is no longer the primary"
+            )
+        if state == "57014" or state.startswith("53"):
+            return BackendUnavailable(
+                f"PostgreSQL: {_RESOURCES.get(state, 'the statement was cancelled')} ({said})"
+            )
+        lost = isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))
+        if not lost:
+            return BackendError(f"PostgreSQL refused ({said})")
+        self._drop_idle()
+        if not writes:
+            return BackendUnavailable(f"PostgreSQL at {self._place}: the connection was lost ({said})")
+        return OutcomeUnknown(
+            f"PostgreSQL at {self._place}: the connection was lost, the write may have happened ({said})"
+        )
+
+
+_RESOURCES: Final = {
+    "53100": "the server's disk is full",
+    "53200": "the server is out of memory",
+    "53300": "the server has too many connections",
+    "57014": "the statement was cancelled by a time limit or an administrator",
+}
+_CONNECT_PROBLEMS: Final = (
+    ("authentication failed", "it refuses the user or the password"),
+    ("no password supplied", "it asks for a password, and the URL has none"),
+    ("no pg_hba.conf entry", "its pg_hba.conf lets nobody in from this host"),
+    ("does not exist", "it has no such database or role"),
+    ("permission denied for database", "the role may not connect to the database"),
+    ("too many", "it has too many connections"),
+    ("remaining connection slots", "it has too many connections"),
+    ("starting up", "it is starting up"),
+    ("shutting down", "it is shutting down"),
+    ("read-only", "it is read-only: none of the hosts is the primary"),
+    ("translate host name", "the host name is unknown"),
+    ("resolve", "the host name is unknown"),
+    ("Name or service not known", "the host name is unknown"),
+    ("refused", "nobody listens there"),
+    ("No such file or directory", "there is no socket of a server"),
+    ("timeout expired", "it does not answer"),
+    ("timed out", "it does not answer"),
+    ("SSL", "TLS was refused: see sslmode and sslrootcert"),
+    ("certificate", "its certificate is refused"),
+)
+
+
+def _why_not_connected(message: str) -> str:
+    """One of our own sentences for what the driver said, which may quote what must not be shown."""
+    return next(
+        (ours for theirs, ours in _CONNECT_PROBLEMS if theirs in message), "the connection could not be made"
+    )
+
+
+def _parsed(url: str) -> dict[str, Any]:
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.Error:
+        pass  # the message may quote the password
+    raise ConfigurationError(
+        "libpq does not understand the PostgreSQL URL; are user name and password percent-encoded?"
+    )

@@ -1,0 +1,95 @@
+"""Making and checking the tables."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vtoken.errors import BackendError, CorruptStore
+from vtoken_backends.postgresql.connections import BEGIN, COMMIT, Connection
+from vtoken_backends.postgresql.statements import Statement
+from vtoken_backends.postgresql.tables import RELATIONS, SCHEMA, TABLES, VERSION, ddl, quoted
+
+MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
+"""For each older number of the schema the statements that lead to the next; ``@`` is the quoted schema."""
+
+# Two processes that open a store for the first time make its tables one after the other.
+_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('vtoken/' || $1::text, 0))"
+_FOUND: Final = """
+SELECT c.relname::text, array_agg(a.attname::text)
+FROM pg_class AS c
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])
+GROUP BY c.relname
+"""
+
+
+async def prepare(connection: Connection, schema: str) -> None:
+    """Make the tables where there are none, bring them to the present shape, or check that they have it.
+
+    Raises:
+        CorruptStore: tables of these names are there that are not ours, or some are gone.
+        BackendError: the database has another encoding, or the store a newer schema.
+    """
+    if connection.server_encoding != "UTF8":
+        raise BackendError(
+            f"the PostgreSQL database has the encoding {connection.server_encoding}: vtoken needs UTF8"
+        )
+    if await _version(connection, schema) == SCHEMA:
+        await check(connection, schema)
+        return
+    await connection.fetch_all([BEGIN, Statement(_LOCK, [schema])])
+    version = await _version(connection, schema)
+    if version is None:
+        await _create(connection, schema)
+    else:
+        for number in range(version, SCHEMA):
+            for text in MIGRATIONS[number]:
+                await connection.fetch(Statement(text.replace("@", quoted(schema))))
+    await connection.fetch(COMMIT)
+    await check(connection, schema)
+
+
+async def check(connection: Connection, schema: str) -> None:
+    """See whether all tables, their columns and indexes are there."""
+    rows = await connection.fetch(Statement(_FOUND, [schema, list(RELATIONS)]))
+    found = {name: set(columns) for name, columns in rows}
+    gone = [name for name in RELATIONS if name not in found]
+    gone += [
+        f"{table.name}.{column.name}"
+        for table in TABLES
+        for column in table.columns
+        if column.name not in found.get(table.name, {column.name})
+    ]
+    if gone:
+        raise CorruptStore(f"the PostgreSQL schema {schema!r} has no {', '.join(gone)}")
+
+
+async def _version(connection: Connection, schema: str) -> int | None:
+    """The number of the store's schema, or None where there is no store."""
+    rows = await connection.fetch(Statement(_FOUND, [schema, [table.name for table in TABLES]]))
+    found = {name: set(columns) for name, columns in rows}
+    if not found:
+        return None
+    if "version" not in found.get(VERSION.name, ()):
+        raise CorruptStore(
+            f"the PostgreSQL schema {schema!r} has tables of vtoken's names that vtoken did not make:"
+            f" {', '.join(sorted(found))}"
+        )
+    text = f"SELECT max(version) FROM {quoted(schema)}.{VERSION.name}"  # noqa: S608
+    [(version,)] = await connection.fetch(Statement(text))
+    if not isinstance(version, int):
+        raise CorruptStore(f"the PostgreSQL schema {schema!r} has an empty {VERSION.name}")
+    if version > SCHEMA:
+        raise BackendError(
+            f"the store has schema {version}, and this vtoken knows {SCHEMA} at most: update vtoken"
+        )
+    return version
+
+
+async def _create(connection: Connection, schema: str) -> None:
+    there = await connection.fetch(Statement("SELECT FROM pg_namespace WHERE nspname = $1::text", [schema]))
+    if not there:
+        await connection.fetch(Statement(f"CREATE SCHEMA {quoted(schema)}"))
+    for text in ddl(schema):
+        await connection.fetch(Statement(text))

@@ -1,0 +1,516 @@
+"""The SQL. It reads and writes rows as JSON texts by the names of their columns, and holds no value.
+
+Reading: one statement returns everything that a batch needs, so that all of it is of one moment. With each
+row comes its version, ``xmin``: the transaction that wrote it.
+
+Writing: rows are changed only if they still have the version that was read. A statement that finds less than
+it was to change divides by zero (:data:`CONFLICT`), which undoes the whole transaction without a key in the
+server's log. Rows are locked in the order of their primary keys, so that two batches do not wait for each
+other. Every statement also makes its transaction durable, whatever the role's ``synchronous_commit``, and
+bounds its wait for locks. It does so by itself, because a connection pooler hands sessions around.
+"""
+
+# ruff: noqa: S608  # the SQL is made from this module's own texts; values are always parameters
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from vtoken.backend import PRETENDED, REMEMBERED_USES, STALE_HOLD, Budget, Match, StoredToken
+from vtoken_backends.postgresql.board import Board, Needs
+from vtoken_backends.postgresql.rows import (
+    Row,
+    binary,
+    budget_row,
+    first_number_not_below,
+    number_of,
+    patch,
+    to_json,
+    token_row,
+)
+from vtoken_backends.postgresql.tables import quoted
+
+CONFLICT: Final = "22012"
+"""The SQLSTATE of a division by zero."""
+
+
+class Statement(NamedTuple):
+    """A statement with its parameters, which are not shown."""
+
+    text: str
+    parameters: Sequence[object] = ()
+
+    def __repr__(self) -> str:
+        return "<Statement>"
+
+
+# In these texts `@` stands for the schema and the beginning of the tables' names, and `{n}` for the number of
+# a parameter.
+
+# Reading. `origin` is loaded beside `token`, because a use may have been counted by the token that the key
+# came from.
+_BY_DIGEST: Final = "SELECT unnest(ARRAY[token, origin]) FROM @keys WHERE digest = ANY (${n}::bytea[])"
+_BY_ID: Final = "SELECT unnest(${n}::bigint[])"
+_BY_LINE: Final = """
+    SELECT o.id
+    FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text, context bytea)
+    JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
+        AND o.context = n.context
+    WHERE o.state = 0
+"""
+_BY_PURPOSE: Final = """
+    SELECT o.id
+    FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text)
+    JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
+    WHERE o.state = 0
+"""
+_TOKENS: Final = """
+SELECT 'token', t.xmin::text, row_to_json(t)::text FROM @tokens AS t WHERE t.id = ANY (ARRAY({sources}))
+"""
+_RECEIPTS: Final = """
+SELECT 'receipt', '', row_to_json(r)::text
+FROM json_to_recordset(${n}::json) AS n(digest bytea, use_id text)
+JOIN @keys AS k ON k.digest = n.digest
+JOIN @receipts AS r
+    ON r.token = ANY (ARRAY[k.token, k.origin]) AND r.origin = k.origin AND r.use_id = n.use_id
+"""
+_BUDGETS: Final = """
+SELECT 'budget', b.xmin::text, row_to_json(b)::text
+FROM json_to_recordset(${n}::json) AS n(object bytea, name bytea)
+JOIN @budgets AS b ON b.object = n.object AND b.name = n.name
+"""
+_FOUND: Final = "SELECT t.xmin::text, row_to_json(t)::text FROM @tokens AS t"
+
+# Writing. `$1` is the rows, `$2` how many milliseconds to wait for a lock, `$3` how many rows are to change.
+# Each statement joins `tuned` so that it is evaluated before the first row is locked.
+_TUNED: Final = """
+tuned AS MATERIALIZED (
+    SELECT set_config('lock_timeout', $2::text, true),
+        set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+            WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)
+)
+"""
+_ALL_OR_NOTHING: Final = "SELECT 1 / (count(*) = $3::bigint)::integer FROM changed"
+_MUTABLE: Final = ", ".join(
+    name
+    for name in StoredToken._fields
+    if name not in ("id", "content_type", "object_id", "slug", "context", "is_beside", "created_at")
+)
+_UPDATE_TOKENS: Final = f"""
+WITH {_TUNED},
+same AS MATERIALIZED (
+    SELECT t.id, n.patch
+    FROM tuned, json_to_recordset($1::json) AS n(id bigint, version text, patch json)
+    JOIN @tokens AS t ON t.id = n.id AND t.xmin::text = n.version
+    ORDER BY t.id FOR UPDATE OF t
+),
+changed AS (
+    UPDATE @tokens AS t
+    SET ({_MUTABLE}) = (SELECT {_MUTABLE} FROM json_populate_record(t, same.patch))
+    FROM same WHERE t.id = same.id
+    RETURNING 1
+)
+{_ALL_OR_NOTHING}
+"""
+_UPDATE_BUDGETS: Final = f"""
+WITH {_TUNED},
+same AS MATERIALIZED (
+    SELECT b.object, b.name, n.spent, n.strikes, n.until
+    FROM tuned, json_to_recordset($1::json)
+        AS n(object bytea, name bytea, version text, spent bigint, strikes integer, until bigint)
+    JOIN @budgets AS b ON b.object = n.object AND b.name = n.name AND b.xmin::text = n.version
+    ORDER BY b.object, b.name FOR UPDATE OF b
+),
+changed AS (
+    UPDATE @budgets AS b SET spent = same.spent, strikes = same.strikes, until = same.until
+    FROM same WHERE b.object = same.object AND b.name = same.name
+    RETURNING 1
+)
+{_ALL_OR_NOTHING}
+"""
+_DELETE_BUDGETS: Final = f"""
+WITH {_TUNED},
+same AS MATERIALIZED (
+    SELECT b.object, b.name
+    FROM tuned, json_to_recordset($1::json) AS n(object bytea, name bytea, version text)
+    JOIN @budgets AS b ON b.object = n.object AND b.name = n.name AND b.xmin::text = n.version
+    ORDER BY b.object, b.name FOR UPDATE OF b
+),
+changed AS (
+    DELETE FROM @budgets AS b USING same WHERE b.object = same.object AND b.name = same.name RETURNING 1
+)
+{_ALL_OR_NOTHING}
+"""
+_INSERT: Final = f"""
+WITH {_TUNED},
+changed AS (
+    INSERT INTO @{{table}} SELECT n.* FROM tuned, json_populate_recordset(NULL::@{{table}}, $1::json) AS n
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+)
+"""
+_INSERT_TOKENS: Final = _INSERT.format(table="tokens") + _ALL_OR_NOTHING
+_INSERT_KEYS: Final = _INSERT.format(table="keys") + _ALL_OR_NOTHING
+_INSERT_BUDGETS: Final = _INSERT.format(table="budgets") + _ALL_OR_NOTHING
+_INSERT_RECEIPTS: Final = _INSERT.format(table="receipts") + "SELECT count(*) FROM changed"
+# The keys of a token are changed by nobody else while its row is locked.
+_MOVE_KEYS: Final = f"""
+WITH {_TUNED},
+changed AS (
+    UPDATE @keys AS k SET token = n.token, origin = n.origin
+    FROM tuned, json_to_recordset($1::json) AS n(digest bytea, old bigint, token bigint, origin bigint)
+    WHERE k.digest = n.digest AND k.token = n.old
+    RETURNING 1
+)
+{_ALL_OR_NOTHING}
+"""
+_DELETE_KEYS: Final = f"""
+WITH {_TUNED},
+changed AS (
+    DELETE FROM @keys AS k USING tuned, json_to_recordset($1::json) AS n(digest bytea, old bigint)
+    WHERE k.digest = n.digest AND k.token = n.old
+    RETURNING 1
+)
+{_ALL_OR_NOTHING}
+"""
+_FORGET_RECEIPTS: Final = f"""
+WITH {_TUNED}
+DELETE FROM @receipts AS r
+USING tuned, json_to_recordset($1::json) AS n(token bigint)
+WHERE r.token = n.token AND r.at < (
+    SELECT latest.at FROM @receipts AS latest WHERE latest.token = n.token
+    ORDER BY latest.at DESC OFFSET {REMEMBERED_USES - 1} LIMIT 1
+)
+"""
+
+# Removing. Returns how many tokens were found, and how many of them were still to be removed once they were
+# locked.
+_HELD: Final = f"""EXISTS (
+    SELECT FROM jsonb_array_elements(t.holds) AS hold
+    WHERE (hold ->> 'until')::bigint > $3::bigint
+        AND (hold ->> 'until')::bigint <= $3::bigint + {STALE_HOLD}
+)"""
+_REMOVE: Final = f"""
+WITH {_TUNED},
+found AS MATERIALIZED (
+    SELECT t.id FROM @tokens AS t WHERE {{where}} ORDER BY {{order}} LIMIT $1::bigint
+),
+due AS MATERIALIZED (
+    SELECT t.id FROM tuned, found JOIN @tokens AS t ON t.id = found.id
+    WHERE {{where}} ORDER BY t.id FOR UPDATE OF t
+),
+removed AS (
+    DELETE FROM @tokens AS t WHERE t.id = ANY (ARRAY(SELECT id FROM due)) RETURNING t.id, t.keys
+),
+removed_keys AS (
+    DELETE FROM @keys AS k WHERE k.digest = ANY (ARRAY(
+        SELECT decode(key ->> 'digest', 'hex') FROM removed, jsonb_array_elements(removed.keys) AS key
+    ))
+),
+removed_receipts AS (
+    DELETE FROM @receipts AS r WHERE r.token = ANY (ARRAY(SELECT id FROM removed))
+)
+SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM removed)
+"""
+_PURGE: Final = _REMOVE.format(where=f"t.ends_at < $4::bigint AND NOT {_HELD}", order="t.ends_at, t.id")
+_ERASE: Final = _REMOVE.format(where="t.content_type = $3::text AND t.object_id = $4::text", order="t.id")
+_PURGE_BUDGETS: Final = f"""
+WITH {_TUNED},
+found AS MATERIALIZED (
+    SELECT b.object, b.name FROM @budgets AS b WHERE b.until <= $3::bigint ORDER BY b.until LIMIT $1::bigint
+),
+due AS MATERIALIZED (
+    SELECT b.object, b.name
+    FROM tuned, found JOIN @budgets AS b ON b.object = found.object AND b.name = found.name
+    WHERE b.until <= $3::bigint ORDER BY b.object, b.name FOR UPDATE OF b
+),
+removed AS (
+    DELETE FROM @budgets AS b USING due WHERE b.object = due.object AND b.name = due.name RETURNING 1
+)
+SELECT (SELECT count(*) FROM found), (SELECT count(*) FROM removed)
+"""
+_RESET: Final = f"""
+WITH {_TUNED},
+due AS MATERIALIZED (
+    SELECT b.object, b.name FROM tuned, @budgets AS b
+    WHERE b.object = $1::bytea AND ($3::bytea[] IS NULL OR b.name = ANY ($3::bytea[]))
+    ORDER BY b.object, b.name FOR UPDATE OF b
+),
+removed AS (
+    DELETE FROM @budgets AS b USING due WHERE b.object = due.object AND b.name = due.name RETURNING 1
+)
+SELECT count(*) FROM removed
+"""
+_COUNT: Final = f"""
+SELECT slug,
+    count(*),
+    count(*) FILTER (WHERE state = 0 AND expires_at >= $1::bigint),
+    count(*) FILTER (WHERE state = 0 AND expires_at < $1::bigint),
+    count(*) FILTER (WHERE state <> 0 AND uses > 0)
+FROM @tokens WHERE content_type <> '{PRETENDED}' GROUP BY slug
+"""
+_NOTE: Final = f"""
+WITH {_TUNED}
+INSERT INTO @notes AS old SELECT $1::text, $3::text FROM tuned
+ON CONFLICT (name) DO UPDATE SET text = CASE WHEN $4::boolean THEN $3::text ELSE old.text END
+RETURNING text
+"""
+_READ_NOTE: Final = "SELECT text FROM @notes WHERE name = $1::text"
+
+
+class Statements:
+    """The statements on the tables of one schema.
+
+    Args:
+        schema: its name, not quoted.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self._prefix = f"{quoted(schema)}.vtoken_"
+        self._texts: dict[str, str] = {}
+
+    def _text(self, template: str) -> str:
+        text = self._texts.get(template)
+        if text is None:
+            text = self._texts[template] = template.replace("@", self._prefix)
+        return text
+
+    # Reading --------------------------------------------------------------------------------------
+
+    def read(self, needs: Needs) -> Statement:
+        """Returns rows of (kind, version, JSON text)."""
+        parameters: list[object] = []
+
+        def with_parameter(template: str, value: object) -> str:
+            parameters.append(value)
+            return template.format(n=len(parameters))
+
+        sources: list[str] = []
+        parts: list[str] = []
+        if needs.digests:
+            sources.append(with_parameter(_BY_DIGEST, list(needs.digests)))
+        if needs.ids:
+            numbers = [number for token_id in needs.ids if (number := number_of(token_id)) is not None]
+            sources.append(with_parameter(_BY_ID, numbers))
+        if needs.lines:
+            lines = [{**line._asdict(), "context": binary(line.context)} for line in needs.lines]
+            sources.append(with_parameter(_BY_LINE, to_json(lines)))
+        if needs.purposes:
+            sources.append(
+                with_parameter(_BY_PURPOSE, to_json([purpose._asdict() for purpose in needs.purposes]))
+            )
+        if sources:
+            parts.append(_TOKENS.format(sources=" UNION ".join(sources)))
+        if needs.uses:
+            uses = [{"digest": binary(use.digest), "use_id": use.use_id} for use in needs.uses]
+            parts.append(with_parameter(_RECEIPTS, to_json(uses)))
+        if needs.budgets:
+            parts.append(with_parameter(_BUDGETS, to_json([budget_row(name) for name in needs.budgets])))
+        return Statement(self._text(" UNION ALL ".join(parts)), parameters)
+
+    def find(self, match: Match, limit: int, after: str | None) -> Statement:
+        """Returns rows of (version, JSON text)."""
+        where, parameters = _where(match)
+        if after is not None:
+            parameters.append(first_number_not_below(after))
+            where += f" AND t.id < ${len(parameters)}::bigint"
+        parameters.append(limit)
+        text = f"{_FOUND} WHERE {where} ORDER BY t.id DESC LIMIT ${len(parameters)}::bigint"
+        return Statement(self._text(text), parameters)
+
+    def count(self, now: int) -> Statement:
+        """Returns the fields of :class:`~vtoken.backend.SlugCount`, in the order of :data:`_COUNT`."""
+        return Statement(self._text(_COUNT), [now])
+
+    def read_note(self, name: str) -> Statement:
+        return Statement(self._text(_READ_NOTE), [name])
+
+    # Locking --------------------------------------------------------------------------------------
+
+    def lock(self, board: Board, patience: int) -> list[Statement]:
+        """Lock the rows of a board until the end of the transaction, in the order in which all do it.
+
+        Args:
+            board: what was loaded.
+            patience: how many milliseconds to wait for a lock.
+        """
+        statements = [self.tune(patience)]
+        if board.tokens_before:
+            numbers = [number_of(token_id) for token_id in board.tokens_before]
+            text = "SELECT FROM @tokens WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE"
+            statements.append(Statement(self._text(text), [numbers]))
+        if board.budgets_before:
+            text = (
+                "SELECT FROM json_to_recordset($1::json) AS n(object bytea, name bytea)"
+                " JOIN @budgets AS b ON b.object = n.object AND b.name = n.name"
+                " ORDER BY b.object, b.name FOR UPDATE OF b"
+            )
+            rows = [budget_row(budget) for budget in board.budgets_before]
+            statements.append(Statement(self._text(text), [to_json(rows)]))
+        return statements
+
+    def tune(self, patience: int) -> Statement:
+        return Statement(f"WITH {_TUNED.replace('$2', '$1')} SELECT FROM tuned", [str(patience)])
+
+    def lock_page(self, match: Match, after: int, limit: int) -> Statement:
+        """Lock the next of the tokens that ``deactivate`` may have to change. Returns rows as :meth:`find`.
+
+        Args:
+            match: as of ``deactivate``.
+            after: the number of the last one of the page before; -1 for the first page.
+            limit: how many at most.
+        """
+        where, parameters = _where(match)
+        parameters += [after, limit]
+        text = (
+            f"{_FOUND} WHERE {where} AND (t.state = 0 OR t.holds <> '[]')"
+            f" AND t.id > ${len(parameters) - 1}::bigint"
+            f" ORDER BY t.id LIMIT ${len(parameters)}::bigint FOR UPDATE OF t"
+        )
+        return Statement(self._text(text), parameters)
+
+    # Writing --------------------------------------------------------------------------------------
+
+    def write(self, board: Board, patience: int) -> list[Statement]:
+        """What makes the store as the board is; empty where nothing has changed.
+
+        Args:
+            board: what was loaded, and what became of it.
+            patience: how many milliseconds to wait for a lock.
+        """
+        changes = [
+            (before, after)
+            for token_id, before in board.tokens_before.items()
+            if (after := board.tokens[token_id]) is not before
+        ]
+        new = [token for token_id, token in board.tokens.items() if token_id not in board.tokens_before]
+        patches = [
+            {"id": number_of(before.id), "version": board.versions[before.id], "patch": patch(before, after)}
+            for before, after in changes
+        ]
+        moved, lost, added = _keys(changes, new)
+        receipts = [
+            {**receipt._asdict(), "token": number_of(receipt.token), "origin": number_of(receipt.origin)}
+            for receipt in board.new_receipts
+        ]
+        changed_budgets, new_budgets, lost_budgets = _budgets(board)
+        steps: list[tuple[str, list[Row]]] = [
+            (_UPDATE_TOKENS, patches),
+            (_INSERT_TOKENS, [token_row(token) for token in sorted(new, key=_line)]),
+            (_DELETE_KEYS, lost),
+            (_MOVE_KEYS, moved),
+            (_INSERT_KEYS, added),
+            (_UPDATE_BUDGETS, changed_budgets),
+            (_DELETE_BUDGETS, lost_budgets),
+            (_INSERT_BUDGETS, new_budgets),
+        ]
+        wait = str(patience)
+        statements = [
+            Statement(self._text(template), [to_json(rows), wait, len(rows)])
+            for template, rows in steps
+            if rows
+        ]
+        if receipts:
+            statements.append(Statement(self._text(_INSERT_RECEIPTS), [to_json(receipts), wait]))
+        if board.full_of_receipts:
+            rows = [{"token": number_of(token_id)} for token_id in board.full_of_receipts]
+            statements.append(Statement(self._text(_FORGET_RECEIPTS), [to_json(rows), wait]))
+        return statements
+
+    def purge(self, limit: int, patience: int, now: int, before: int) -> Statement:
+        """Returns (how many were found, how many of them were removed)."""
+        return Statement(self._text(_PURGE), [limit, str(patience), now, before])
+
+    def purge_budgets(self, limit: int, patience: int, before: int) -> Statement:
+        """As :meth:`purge`."""
+        return Statement(self._text(_PURGE_BUDGETS), [limit, str(patience), before])
+
+    def erase(self, limit: int, patience: int, content_type: str, object_id: str) -> Statement:
+        """As :meth:`purge`."""
+        return Statement(self._text(_ERASE), [limit, str(patience), content_type, object_id])
+
+    def reset(self, budgets_of: bytes, patience: int, names: tuple[bytes, ...] | None) -> Statement:
+        """Returns how many budgets were forgotten."""
+        chosen = None if names is None else list(names)
+        return Statement(self._text(_RESET), [budgets_of, str(patience), chosen])
+
+    def note(self, name: str, patience: int, text: str, replace: bool) -> Statement:
+        return Statement(self._text(_NOTE), [name, str(patience), text, replace])
+
+
+def _where(match: Match) -> tuple[str, list[object]]:
+    """The condition on ``t`` of a match, but for what is to be tested on the key that has a digest."""
+    parameters: list[object] = []
+    conditions = ["true"]
+
+    def add(condition: str, value: object) -> None:
+        parameters.append(value)
+        conditions.append(condition.format(n=len(parameters)))
+
+    if match.id is not None:
+        add("t.id = ${n}::bigint", number_of(match.id))  # NULL equals nothing
+    if match.digests is not None:
+        by_key = "SELECT token FROM @keys WHERE digest = ANY (${n}::bytea[])"
+        add(f"t.id = ANY (ARRAY({by_key}))", list(match.digests))
+    if match.content_type is not None:
+        add("t.content_type = ${n}::text", match.content_type)
+    if match.object_id is not None:
+        add("t.object_id = ${n}::text", match.object_id)
+    if match.slug is not None:
+        add("t.slug = ${n}::text", match.slug)
+    if match.context is not None:
+        add("t.context = ${n}::bytea", match.context)
+    if match.active or match.valid_at is not None:
+        conditions.append("t.state = 0")
+    if match.valid_at is not None:
+        add("t.expires_at >= ${n}::bigint", match.valid_at)
+    return " AND ".join(conditions), parameters
+
+
+def _line(token: StoredToken) -> tuple[str, str, str, bytes]:
+    return token.content_type, token.object_id, token.slug, token.context
+
+
+def _keys(
+    changes: list[tuple[StoredToken, StoredToken]], new: list[StoredToken]
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """The keys that go from one token to another, those that are lost, and the new ones."""
+    differing = [(before, after) for before, after in changes if before.keys is not after.keys]
+    old = {key.digest: before for before, _ in differing for key in before.keys}
+    now = {key.digest: (after, key) for after in (*(a for _, a in differing), *new) for key in after.keys}
+    moved: list[Row] = []
+    added: list[Row] = []
+    for digest, (after, key) in sorted(now.items(), key=lambda item: item[0]):
+        row: Row = {"digest": binary(digest), "token": number_of(after.id)}
+        if digest not in old:
+            added.append({**row, "origin": number_of(key.origin)})
+        elif old[digest].id != after.id:
+            moved.append({**row, "old": number_of(old[digest].id), "origin": number_of(key.origin)})
+    lost: list[Row] = [
+        {"digest": binary(digest), "old": number_of(before.id)}
+        for digest, before in sorted(old.items())
+        if digest not in now
+    ]
+    return moved, lost, added
+
+
+def _budgets(board: Board) -> tuple[list[Row], list[Row], list[Row]]:
+    """The budgets that have changed, the new ones, and those that are forgotten."""
+    changed: list[Row] = []
+    new: list[Row] = []
+    lost: list[Row] = []
+    for budget, state in sorted(board.budgets.items(), key=_name):
+        before = board.budgets_before.get(budget)
+        if before is None:
+            if state is not None:
+                new.append({**budget_row(budget), **state._asdict()})
+        elif state is None:
+            lost.append({**budget_row(budget), "version": before.version})
+        elif state != before.state:
+            changed.append({**budget_row(budget), "version": before.version, **state._asdict()})
+    return changed, new, lost
+
+
+def _name(item: tuple[Budget, object]) -> tuple[bytes, bytes]:
+    return item[0].object, item[0].name
