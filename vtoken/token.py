@@ -6,11 +6,13 @@ import contextlib
 import json
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypeVar
 
 from vtoken import inputs
 from vtoken.backend import NEVER, STALE_HOLD, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
+
+_T = TypeVar("_T", bound="VerificationToken")
 
 
 class VerificationToken:
@@ -191,24 +193,6 @@ class IssuedToken(VerificationToken):
         )
 
 
-class _Fields(TypedDict):
-    """What a stored token says, by the names of a token's arguments."""
-
-    id: str
-    created_at: datetime
-    content_type: str
-    object_id: str
-    expires_at: datetime | None
-    code_expires_at: datetime | None
-    slug: str | None
-    is_active: bool
-    extra_data: str | None
-    max_uses: int | None
-    uses: int
-    used_at: datetime | None
-    held_until: tuple[int, ...]
-
-
 def issued(stored: StoredToken, key: str, code: str | None = None) -> IssuedToken:
     """A token at its issue.
 
@@ -217,7 +201,7 @@ def issued(stored: StoredToken, key: str, code: str | None = None) -> IssuedToke
         key: its key, of a code policy the code.
         code: the code of a pair.
     """
-    return IssuedToken(key=key, code=code, **_fields(stored))
+    return _made(IssuedToken, stored, *_own_keys(stored), key, code)
 
 
 def loaded(
@@ -243,7 +227,7 @@ def loaded(
         key = first.plain_key or None
     if code is None and link is not None and own_code is not None:
         code = own_code.plain_key or None
-    return VerificationToken(key=key, code=code, is_replay=is_replay, **_fields(stored, own_holds))
+    return _made(VerificationToken, stored, link, own_code, key, code, own_holds, is_replay)
 
 
 def _own_keys(stored: StoredToken) -> tuple[StoredKey | None, StoredKey | None]:
@@ -258,23 +242,36 @@ def _own_keys(stored: StoredToken) -> tuple[StoredKey | None, StoredKey | None]:
     return link, code
 
 
-def _fields(stored: StoredToken, own_holds: AbstractSet[str] = frozenset()) -> _Fields:
-    link, code = _own_keys(stored)
-    return {
-        "id": stored.id,
-        "created_at": _moment(stored.created_at),
-        "content_type": stored.content_type,
-        "object_id": stored.object_id,
-        "expires_at": None if stored.expires_at >= NEVER else _moment(stored.expires_at),
-        "code_expires_at": _moment(code.expires_at) if code is not None and link is not None else None,
-        "slug": stored.slug or None,
-        "is_active": stored.is_active,
-        "extra_data": stored.extra_data,
-        "max_uses": stored.max_uses,
-        "uses": stored.uses,
-        "used_at": _moment(stored.used_at) if stored.used_at else None,
-        "held_until": tuple(hold.until for hold in stored.holds if hold.hold_id not in own_holds),
-    }
+def _made(
+    kind: type[_T],
+    stored: StoredToken,
+    link: StoredKey | None,
+    own_code: StoredKey | None,
+    key: str | None,
+    code: str | None,
+    own_holds: AbstractSet[str] = frozenset(),
+    is_replay: bool = False,
+) -> _T:
+    return kind(
+        id=stored.id,
+        created_at=_moment(stored.created_at),
+        content_type=stored.content_type,
+        object_id=stored.object_id,
+        key=key,
+        expires_at=None if stored.expires_at >= NEVER else _moment(stored.expires_at),
+        slug=stored.slug or None,
+        is_active=stored.is_active,
+        extra_data=stored.extra_data,
+        max_uses=stored.max_uses,
+        uses=stored.uses,
+        used_at=_moment(stored.used_at) if stored.used_at else None,
+        code=code,
+        code_expires_at=_moment(own_code.expires_at) if own_code is not None and link is not None else None,
+        is_replay=is_replay,
+        held_until=tuple(hold.until for hold in stored.holds if hold.hold_id not in own_holds)
+        if stored.holds
+        else (),
+    )
 
 
 def _moment(milliseconds: int) -> datetime:
