@@ -102,20 +102,28 @@ class ContentTypes:
         Raises:
             ConfigurationError: there is none.
         """
-        registered = self._by_name.get(content_type)
-        load = None if registered is None else registered.load
-        if load is None:
-            raise ConfigurationError(
-                f"no loader for the content type {content_type!r}:"
-                f" register(Class, {content_type!r}, load=...),"
-                " where load is a callable from an object id to the object"
-            )
+        load = self.registered_loader(content_type)
 
         async def load_object(object_id: str) -> object | None:
             found = load(object_id)
             return await found if inspect.isawaitable(found) else found
 
         return load_object
+
+    def registered_loader(self, content_type: str) -> AnyLoader:
+        """Return the loader of a content type as it was registered, async or not.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        registered = self._by_name.get(content_type)
+        if registered is None or registered.load is None:
+            raise ConfigurationError(
+                f"no loader for the content type {content_type!r}:"
+                f" register(Class, {content_type!r}, load=...),"
+                " where load is a callable from an object id to the object"
+            )
+        return registered.load
 
     def _find(self, cls: type) -> _ContentType | None:
         for base in cls.__mro__:  # an ORM's proxy classes are subclasses of the registered one

@@ -3,22 +3,25 @@
 ::
 
     with SyncTokenManager.from_url("sqlite:///tokens.db") as manager:
-        issued = manager.deactivate_and_create(user, "password-reset")
+        issued = manager.issue(user, "password-reset")
         with manager.redeem(user, "password-reset", issued.key):
             set_password()
 
-Any number of threads may share one. Hooks and loaders run in the event loop's thread. Of several processes
-each opens its own, after the fork.
+Any number of threads may share one. Hooks and async loaders run in the event loop's thread; loaders that are
+not async, and the objects of ``issue_many``, in the caller's. Of several processes each opens its own, after
+the fork.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import (
     AbstractAsyncContextManager,
@@ -27,29 +30,41 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from contextvars import ContextVar, copy_context
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, cast
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from vtoken.errors import BackendClosed, ConfigurationError
+from vtoken.errors import BackendClosed
 from vtoken.manager import TokenManager
 from vtoken.redact import without_locals
+from vtoken.token import VerificationToken
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_Objects = Iterable[object] | AsyncIterable[object]
+
 _END: Final = object()
+_CLOSED: Final = "the manager is not open: use `with SyncTokenManager(...)`, or call open() first"
+_GROUP: Final = 256
+"""How many objects ``issue_many`` takes from the caller's iterable at once."""
 
 
 class _Call(Generic[T]):
-    """A method and its arguments, in a wrapping that no traceback opens: one of them may be a key."""
+    """A method and its arguments. No traceback shows them: one of them may be a key."""
 
     def __init__(self, method: Callable[..., T], *args: Any, **kwargs: Any) -> None:
         self._call = functools.partial(method, *args, **kwargs)
 
     def __call__(self) -> T:
         return self._call()
+
+    def replacing(self, old: object, new: object, **kwargs: Any) -> _Call[T]:
+        """The same call with another argument in the place of one, and further keyword arguments."""
+        args = [new if argument is old else argument for argument in self._call.args]
+        return _Call(self._call.func, *args, **{**self._call.keywords, **kwargs})
 
 
 def _blocking(
@@ -72,6 +87,21 @@ def _blocking_iterator(
         step = _Call(method, self.manager, *args, **kwargs)
         del args, kwargs
         return self._iterate(step)  # pyright: ignore[reportPrivateUsage]  # its own method
+
+    return iterate
+
+
+def _blocking_groups(
+    method: Callable[Concatenate[TokenManager, _Objects, P], AsyncIterator[T]],
+) -> Callable[Concatenate[SyncTokenManager, _Objects, P], Iterator[T]]:
+    @functools.wraps(method)
+    def iterate(
+        self: SyncTokenManager, subjects: _Objects, /, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[T]:
+        progress: Any = kwargs.pop("progress", None)
+        step = _Call(method, self.manager, subjects, *args, **kwargs)
+        del args, kwargs
+        return self._iterate_groups(subjects, step, progress)  # pyright: ignore[reportPrivateUsage]  # its own
 
     return iterate
 
@@ -101,47 +131,53 @@ class SyncTokenManager:
     def __init__(self, manager: TokenManager) -> None:
         self.manager = manager
         self._lock = threading.Lock()
+        self._opens = 0
         self._running: _Running | None = None
         self._blocks: dict[_Block[Any], Future[None]] = {}
 
     @classmethod
-    @without_locals(ConfigurationError)
+    @without_locals(Exception)
     def from_url(cls, url: str, **keywords: Any) -> Self:
         """As :meth:`TokenManager.from_url`."""
         return cls(TokenManager.from_url(url, **keywords))
 
     @classmethod
-    def from_env(cls, **keywords: Any) -> Self:
+    def from_env(cls, default_url: str | None = None, **keywords: Any) -> Self:
         """As :meth:`TokenManager.from_env`."""
-        return cls(TokenManager.from_env(**keywords))
+        return cls(TokenManager.from_env(default_url, **keywords))
 
     def open(self) -> None:
-        """Start the event loop's thread and open the manager, unless that is done already."""
+        """Start the event loop's thread and open the manager. Opens are counted, so that blocks may be
+        nested or concurrent."""
         if self._running is not None:
             self._running.check_caller()
         with self._lock:
-            if self._running is not None:
-                return
-            with ExitStack() as stack:
-                portal = stack.enter_context(start_blocking_portal())
-                portal.call(self.manager.open)
-                stack.callback(portal.call, self.manager.aclose)
-                running = _Running(portal, stack.pop_all())
-            running.close_with(self)
-            self._running = running
+            if self._running is None:
+                with ExitStack() as stack:
+                    portal = stack.enter_context(start_blocking_portal())
+                    portal.call(self.manager.open)
+                    stack.callback(portal.call, self.manager.aclose)
+                    running = _Running(portal, stack.pop_all())
+                running.close_with(self)
+                self._running = running
+            self._opens += 1
 
     def close(self) -> None:
-        """Close the manager and end the thread. May be called again, and before :meth:`open`.
+        """Undo one :meth:`open`; the last one closes the manager and ends the thread. May be called again,
+        and before :meth:`open`.
 
         Calls that other threads wait for come to their end first. ``redeem`` blocks that have not come to
         theirs give their tokens back, and raise :class:`BackendClosed` when they do.
         """
         running = self._running
         if running is None or running.is_a_parents():
-            return  # it is the parent's to close
+            return  # a parent closes what it opened itself
         running.check_caller()
         with self._lock:
             if self._running is not running:
+                return
+            self._opens -= 1
+            if self._opens:
                 return
             self._running = None
             blocks, self._blocks = self._blocks, {}
@@ -160,34 +196,57 @@ class SyncTokenManager:
     def __repr__(self) -> str:
         return f"<SyncTokenManager on {self.manager.backend!r}>"
 
+    issue = _blocking(TokenManager.issue)
     deactivate_and_create = _blocking(TokenManager.deactivate_and_create)
+    issuing = _blocking_context(TokenManager.issuing)
+    issue_many = _blocking_groups(TokenManager.issue_many)
+    pretend = _blocking(TokenManager.pretend)
     get_active_or_create = _blocking(TokenManager.get_active_or_create)
+    reveal = _blocking(TokenManager.reveal)
     generate_key = _blocking(TokenManager.generate_key)
     exists_valid = _blocking(TokenManager.exists_valid)
     verify = _blocking(TokenManager.verify)
+    status = _blocking(TokenManager.status)
     filter_active_tokens = _blocking_iterator(TokenManager.filter_active_tokens)
+    history = _blocking_iterator(TokenManager.history)
     get = _blocking(TokenManager.get)
-    content_object = _blocking(TokenManager.content_object)
     consume = _blocking(TokenManager.consume)
     redeem = _blocking_context(TokenManager.redeem)
+    mark_used = _blocking(TokenManager.mark_used)
     deactivate = _blocking(TokenManager.deactivate)
     save = _blocking(TokenManager.save)
+    erase = _blocking(TokenManager.erase)
+    reset_limits = _blocking(TokenManager.reset_limits)
     purge = _blocking(TokenManager.purge)
     sweeper = _blocking_context(TokenManager.sweeper)
     stats = _blocking(TokenManager.stats)
+    ping = _blocking(TokenManager.ping)
+
+    def content_object(self, token: VerificationToken) -> object | None:
+        """As :meth:`TokenManager.content_object`; a loader that is not async runs in the caller's thread."""
+
+        async def waited() -> object | None:
+            return await cast("Awaitable[object | None]", found)
+
+        self._require_open()
+        found = self.manager.content_types.registered_loader(token.content_type)(token.object_id)
+        return self._run(waited) if inspect.isawaitable(found) else found
+
+    def _require_open(self) -> _Running:
+        if self._running is None:
+            raise BackendClosed(_CLOSED)
+        self._running.check_caller()
+        return self._running
 
     def _start(self, step: Callable[[], Awaitable[T]]) -> Future[T]:
-        running = self._running
-        if running is not None:
-            running.check_caller()
-            task = _Task(step)
-            try:
-                with suppress(RuntimeError):  # it was closed in between
-                    return running.portal.start_task_soon(task.run)
-            except BaseException:  # this thread was interrupted, and the step may be running
-                running.portal.start_task_soon(task.cancel)
-                raise
-        raise BackendClosed("the manager is not open: use `with SyncTokenManager(...)`, or call open() first")
+        running, task = self._require_open(), _Task(step)
+        try:
+            with suppress(RuntimeError):  # it was closed in between
+                return running.portal.start_task_soon(task.run)
+        except BaseException:  # this thread was interrupted, and the step may be running
+            running.portal.start_task_soon(task.cancel)
+            raise
+        raise BackendClosed(_CLOSED)
 
     def _run(self, step: Callable[[], Awaitable[T]]) -> T:
         future = self._start(step)
@@ -204,6 +263,24 @@ class SyncTokenManager:
 
         while (item := self._run(following)) is not _END:
             yield item
+
+    def _iterate_groups(
+        self,
+        subjects: _Objects,
+        step: _Call[AsyncIterator[T]],
+        progress: Callable[[int], object] | None,
+    ) -> Iterator[T]:
+        """Take the objects in the caller's thread: a cursor of a database may belong to it."""
+        if isinstance(subjects, AsyncIterable):
+            yield from self._iterate(step.replacing(subjects, subjects, progress=progress))
+            return
+        remaining, done, is_done = iter(subjects), 0, False
+        while not is_done:
+            group = list(itertools.islice(remaining, _GROUP))
+            yield from self._iterate(step.replacing(subjects, group))
+            done, is_done = done + len(group), len(group) < _GROUP
+            if progress is not None and group:
+                progress(done)
 
     @contextmanager
     def _hold(self, step: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T, None, None]:
@@ -222,15 +299,21 @@ class SyncTokenManager:
             held.cancel()
             self._blocks.pop(block, None)
             raise
+        # What holds inside the block (that a hold is its own, say) must hold for the calls of this thread.
+        changes = [(variable, variable.set(value)) for variable, value in block.changes]
         try:
             yield value
-        except BaseException:
-            self._leave(block, failed=True)
+        except BaseException as error:
+            self._leave(block, _BlockFailed() if isinstance(error, Exception) else _BlockInterrupted())
             raise
-        if not self._leave(block, failed=False):
+        finally:
+            for variable, before in changes:
+                with suppress(ValueError):  # the block is left in another thread than it was entered in
+                    variable.reset(before)
+        if not self._leave(block, None):
             raise BackendClosed("the manager was closed, or the process forked, before the block was done")
 
-    def _leave(self, block: _Block[Any], *, failed: bool) -> bool:
+    def _leave(self, block: _Block[Any], failure: BaseException | None) -> bool:
         """End a block, unless :meth:`close` has done so."""
         running = self._running
         if running is None or running.is_a_parents():
@@ -239,7 +322,7 @@ class SyncTokenManager:
             held = self._blocks.pop(block, None)
             if held is None:
                 return False
-            block.failed = failed
+            block.failure = failure
             running.portal.call(block.left.set)
         held.result()
         return True
@@ -257,7 +340,7 @@ class _Task(Generic[T]):
         if not self._cancelled:
             with anyio.CancelScope() as self._scope:
                 return await self._step()
-        raise CancelledError  # nobody is there to hear it
+        raise CancelledError  # nobody waits for it any more
 
     async def cancel(self) -> None:
         self._cancelled = True
@@ -269,6 +352,10 @@ class _BlockFailed(Exception):
     """Tells an async context manager that its block, which runs in another thread, has raised."""
 
 
+class _BlockInterrupted(BaseException):
+    """Tells it that the block was interrupted, as a cancellation would."""
+
+
 class _Block(Generic[T]):
     """An async context manager that stands open in the event loop while a thread runs its block."""
 
@@ -276,16 +363,24 @@ class _Block(Generic[T]):
         self._step = step
         self.entered: Future[T] = Future()
         self.left = anyio.Event()
-        self.failed = True
+        self.failure: BaseException | None = _BlockInterrupted()
+        self.changes: list[tuple[ContextVar[Any], Any]] = []
+        """The context variables that were set on entry."""
 
     async def hold(self) -> None:
         # The block's own exception stays in its thread: here, a KeyboardInterrupt would end the event loop.
-        with suppress(_BlockFailed):
+        with suppress(_BlockFailed, _BlockInterrupted):
+            before = copy_context()
             async with self._step() as value:
+                self.changes = [
+                    (variable, now)
+                    for variable, now in copy_context().items()
+                    if before.get(variable) is not now
+                ]
                 self.entered.set_result(value)
                 await self.left.wait()
-                if self.failed:
-                    raise _BlockFailed
+                if self.failure is not None:
+                    raise self.failure
 
 
 class _Running:
@@ -315,7 +410,7 @@ class _Running:
             )
 
     def close_with(self, owner: SyncTokenManager) -> None:
-        """See to it that neither the owner's end nor the interpreter's waits for a thread that is gone."""
+        """Make sure that neither the owner's end nor the interpreter's waits for a thread that is gone."""
         self._finalizer = weakref.finalize(owner, self._forgotten)
 
     def close(self) -> None:
