@@ -93,10 +93,10 @@ class SweepCases(Suite):
         """What ends early is purged early, and what was found in the way of a purge is found by the next."""
         backend = await bench.backend()
         token = await put(backend, expires_at=NEVER, max_uses=2, holds=(a_hold("h", NOW + 5),))
-        other = await put(backend, object_id="7", expires_at=NOW - 1, holds=(a_hold("h", NOW + 5),))
+        other = await put(backend, object_id="7", expires_at=NOW - 3, holds=(a_hold("h", NOW + 5),))
         await backend.deactivate(Match(id=token.id), NOW, ("h",))
         assert (await backend.purge(NOW + 1, NOW + 4, 9, 0)).tokens == 0
-        assert (await backend.purge(NOW - 1, NOW + 5, 9, 0)).tokens == 0
+        assert (await backend.purge(NOW - 3, NOW + 5, 9, 0)).tokens == 0
         assert (await backend.purge(NOW + 1, NOW + 5, 1, 0)).tokens == 1
         assert await find_all(backend) == [token_now := await one(backend, token)]
         assert token_now.ends_at == NOW - 1
