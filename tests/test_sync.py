@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +18,12 @@ import anyio
 import pytest
 
 from vtoken import (
+    AlreadyUsed,
     BackendClosed,
     BackendUnavailable,
+    ConfigurationError,
     ContentTypes,
+    CooldownActive,
     InvalidInput,
     InvalidToken,
     LeaseLost,
@@ -81,7 +84,8 @@ class TestMethods:
         for name in methods(TokenManager) - {"aclose", "open", "from_url", "from_env"}:
             ours, theirs = getattr(SyncTokenManager, name), getattr(TokenManager, name)
             assert inspect.signature(ours) == inspect.signature(theirs)
-            assert ours.__doc__ == theirs.__doc__
+            assert ours.__doc__ == theirs.__doc__ or name == "content_object"
+        assert inspect.signature(SyncTokenManager.from_env) == inspect.signature(TokenManager.from_env)
 
     def test_the_life_of_a_token(self, manager: SyncTokenManager, clock: Clock) -> None:
         issued = manager.deactivate_and_create(USER, "reset", {"n": 1})
@@ -103,6 +107,79 @@ class TestMethods:
         clock.advance(timedelta(seconds=1))
         assert manager.purge(batch_size=1) == 2
 
+    def test_what_is_around_a_token(self, manager: SyncTokenManager, clock: Clock) -> None:
+        first = manager.issue(USER, "login", expires_in="5m")
+        manager.pretend(OTHER, "login")
+        for _ in range(2):
+            with pytest.raises(InvalidToken):
+                manager.verify(USER, "login", f"{(int(first.key) + 1) % 10**6:06}")
+        status = manager.status(USER, "login")
+        assert (status.has_valid, status.expires_at, status.attempts_left) == (True, first.expires_at, 3)
+        assert manager.reset_limits(USER, "login") == 1
+        assert manager.status(USER, "login").attempts_left == 5
+        second = manager.issue(USER, "login")
+        assert [token.id for token in manager.history(USER)] == [second.id, first.id]
+        assert manager.ping() >= 0
+        with pytest.raises(ConfigurationError, match="derived"):
+            manager.reveal(second)
+        assert manager.erase(USER) == 2
+        assert list(manager.history(USER)) == []
+        with pytest.raises(InvalidInput):
+            manager.mark_used(second, using=object())
+
+    def test_an_issue_that_could_not_be_sent_is_taken_back(self, manager: SyncTokenManager) -> None:
+        with manager.issuing(USER, "reset") as sent:
+            assert manager.exists_valid(USER, "reset", sent.key)
+
+        def fail() -> None:
+            with manager.issuing(USER, "other") as lost:
+                assert manager.exists_valid(USER, "other", lost.key)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert [token.id for token in manager.filter_active_tokens(USER)] == [sent.id]
+
+    @pytest.mark.parametrize(("error", "again"), [(ZeroDivisionError(), True), (KeyboardInterrupt(), False)])
+    def test_an_exception_gives_the_cooldown_back_and_an_interruption_does_not(
+        self, backend: Watched, error: BaseException, again: bool
+    ) -> None:
+        def block() -> None:
+            with manager.issuing(USER, "reset"):
+                raise error
+
+        cooling = TokenPolicy.link("reset", cooldown="1m")
+        with SyncTokenManager(TokenManager(backend, policies=[cooling])) as manager:
+            with pytest.raises(type(error)):
+                block()
+            assert not manager.exists_valid(USER, "reset")
+            if again:
+                manager.issue(USER, "reset")
+            else:
+                with pytest.raises(CooldownActive):
+                    manager.issue(USER, "reset")
+
+    @pytest.mark.parametrize("count", [0, 1, 256, 600])
+    def test_many_at_once(self, manager: SyncTokenManager, count: int) -> None:
+        me, told = threading.get_ident(), list[int]()
+
+        def subjects() -> Iterator[Subject]:
+            for number in range(count):
+                assert threading.get_ident() == me  # a cursor of a database may belong to its thread
+                yield Subject("auth.user", number)
+
+        tokens = list(manager.issue_many(subjects(), "invite", progress=told.append))
+        assert [token.object_id for token in tokens] == [str(number) for number in range(count)]
+        assert (told or [0])[-1] == manager.stats().total == count
+
+    def test_many_at_once_from_an_async_iterable(self, manager: SyncTokenManager) -> None:
+        async def subjects() -> AsyncIterator[Subject]:
+            for number in range(3):
+                await anyio.lowlevel.checkpoint()
+                yield Subject("auth.user", number)
+
+        assert len(list(manager.issue_many(subjects(), "invite", replace=False))) == 3
+
     def test_active_tokens_come_one_by_one(self, manager: SyncTokenManager) -> None:
         ids = [manager.deactivate_and_create(USER, deactivate_old_tokens=False).id for _ in range(205)]
         iterator = manager.filter_active_tokens(USER)
@@ -110,21 +187,43 @@ class TestMethods:
         assert [token.id for token in iterator] == ids[-2::-1]
         assert list(manager.filter_active_tokens(OTHER)) == []
 
-    def test_content_object(self) -> None:
-        async def load(object_id: str) -> str:
+    def test_an_iterable_that_fails_ends_many_at_once(self, manager: SyncTokenManager) -> None:
+        subjects = (Subject("auth.user", 1 // number) for number in (1, 0))
+        with pytest.raises(ZeroDivisionError):
+            list(manager.issue_many(subjects, "invite"))
+        with pytest.raises(InvalidInput):
+            list(manager.issue_many([Subject("auth.user")], "invite"))
+
+    @pytest.mark.parametrize("is_async", [True, False])
+    def test_content_object(self, is_async: bool) -> None:
+        threads: list[int] = []
+
+        async def load_later(object_id: str) -> str:
             await anyio.lowlevel.checkpoint()
             return f"user {object_id}"
+
+        def load(object_id: str) -> Any:
+            threads.append(threading.get_ident())
+            return load_later(object_id) if is_async else f"user {object_id}"
 
         types = ContentTypes()
         types.register(str, "auth.user", get_id=lambda user: user, load=load)
         with SyncTokenManager.from_url("memory://", content_types=types) as manager:
-            assert manager.content_object(manager.deactivate_and_create("7")) == "user 7"
+            issued = manager.deactivate_and_create("7")
+            assert manager.content_object(issued) == "user 7"
+            with pytest.raises(ConfigurationError, match="load="):
+                manager.content_object(manager.issue(Subject("auth.other", 1)))
+        assert threads == [threading.get_ident()]
+        with pytest.raises(BackendClosed):
+            manager.content_object(issued)
 
     def test_from_env(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VTOKEN_URL", "memory://")
         with SyncTokenManager.from_env(policies=[TokenPolicy("a", max_uses=2)]) as manager:
             assert manager.deactivate_and_create(USER, "a").max_uses == 2
             assert repr(manager) == "<SyncTokenManager on <MemoryBackend>>"
+        monkeypatch.delenv("VTOKEN_URL")
+        assert SyncTokenManager.from_env("memory://").manager.backend
 
     def test_errors_come_out_as_they_are(self, manager: SyncTokenManager, backend: Watched) -> None:
         backend.failing["find"] = BackendUnavailable("no server")
@@ -178,6 +277,43 @@ class TestRedeem:
             block()
         assert info.value is error
         assert manager.consume(USER, "reset", issued.key) == issued
+
+    def test_deactivating_inside_the_block_spares_the_blocks_own_hold(
+        self, manager: SyncTokenManager
+    ) -> None:
+        issued = manager.issue(USER, "reset")
+        with manager.redeem(USER, "reset", issued.key):
+            assert manager.deactivate(USER) == 1
+        found = manager.get(issued.id)
+        assert found is not None
+        assert found.uses == 1
+        other = manager.issue(USER, "reset")
+        told = pytest.raises(LeaseLost)
+        with told, manager.redeem(USER, "reset", other.key), ThreadPoolExecutor(1) as pool:
+            pool.submit(manager.deactivate, USER).result()  # outside, as the thread knows no block
+
+    def test_a_block_that_is_left_in_another_thread(self, manager: SyncTokenManager) -> None:
+        issued = manager.issue(USER, "reset")
+        block = manager.redeem(USER, "reset", issued.key)
+        block.__enter__()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(block.__exit__, None, None, None).result()
+        assert manager.stats().used == 1
+
+    def test_a_second_click_waits_and_is_told_of_success(self, manager: SyncTokenManager) -> None:
+        issued, entered = manager.issue(USER, "reset"), threading.Event()
+
+        def second() -> None:
+            entered.wait()
+            with manager.redeem(USER, "reset", issued.key, consume_id="form", wait="30s"):
+                pytest.fail("entered")
+
+        with ThreadPoolExecutor(1) as pool:
+            clicked = pool.submit(second)
+            with manager.redeem(USER, "reset", issued.key, consume_id="form"):
+                entered.set()
+            with pytest.raises(AlreadyUsed):
+                clicked.result(30)
 
     def test_a_lost_lease_is_told(self, manager: SyncTokenManager, clock: Clock) -> None:
         issued = manager.deactivate_and_create(USER, "reset")
@@ -283,6 +419,14 @@ class TestThreads:
         assert backend.calls.count("close") == 1
         assert portal_threads() == 0
 
+    def test_blocks_may_be_nested(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        with manager:
+            with manager:
+                manager.issue(USER, "reset")
+            assert manager.exists_valid(USER, "reset")
+        assert backend.calls.count("open") == backend.calls.count("close") == 1
+
 
 class TestOpenAndClosed:
     def test_a_call_before_opening_and_after_closing(self, backend: Watched) -> None:
@@ -295,7 +439,6 @@ class TestOpenAndClosed:
                 next(manager.filter_active_tokens(USER))
             with pytest.raises(BackendClosed, match="not open"), manager.redeem(USER, "reset", WRONG):
                 pytest.fail("entered")
-            manager.open()
             manager.open()
             assert manager.stats().total == 0
             manager.close()
@@ -382,7 +525,7 @@ class TestInterrupted:
             finally:
                 outcome.append("cancelled")
 
-        backend.before["update"] = endless
+        backend.before["present"] = endless
         issued = manager.deactivate_and_create(USER, "reset")
         with pytest.raises(KeyboardInterrupt):
             manager.consume(USER, "reset", issued.key)
@@ -393,12 +536,12 @@ class TestInterrupted:
 
     def test_an_interrupted_entry_keeps_no_lease(self, manager: SyncTokenManager, backend: Watched) -> None:
         async def endless() -> None:
-            del backend.after["update"]
+            del backend.after["present"]
             interrupt()
             await anyio.sleep_forever()
 
         issued = manager.deactivate_and_create(USER, "reset")
-        backend.after["update"] = endless  # the lease is taken, and nobody hears of it
+        backend.after["present"] = endless  # the hold was taken, and nobody is told of it
         with pytest.raises(KeyboardInterrupt), manager.redeem(USER, "reset", issued.key):
             pytest.fail("entered")
         manager.close()
@@ -414,7 +557,8 @@ class TestSecrets:
             with manager.redeem(USER, "reset", key, **keywords):
                 pytest.fail("entered")
 
-        backend.failing["find"] = backend.failing["update"] = BackendUnavailable("no server")
+        for name in ("find", "present", "deactivate"):
+            backend.failing[name] = BackendUnavailable("no server")
         calls: list[Callable[[], object]] = [
             lambda: manager.consume(USER, "reset", CANARY),
             lambda: manager.verify(USER, "reset", key=CANARY),
