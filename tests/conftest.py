@@ -8,13 +8,15 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from . import servers
-from .cli_tools import Terminal
 from .core_tools import World
 from .sockets import pytest_collection_modifyitems, pytest_runtest_teardown
+
+if TYPE_CHECKING:
+    from .cli_tools import Terminal
 
 __all__ = ["pytest_collection_modifyitems", "pytest_runtest_teardown"]  # pytest takes its hooks from here
 
@@ -28,6 +30,8 @@ async def world() -> AsyncIterator[World]:
 
 
 def _mongodb_server(replica_set: str) -> Iterator[str]:
+    from . import servers  # here, so that a test of the core needs no driver
+
     declared = servers.declared_url()
     if declared is not None:
         with closing(servers.databases(declared)):
@@ -58,6 +62,8 @@ def mongodb_replica_set() -> Iterator[str]:
 @pytest.fixture(params=["standalone", "replica_set"])
 def mongodb_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A URL with an empty database of this test's own, on each kind of server."""
+    from . import servers
+
     server_url: str = request.getfixturevalue(f"mongodb_{request.param}")
     with servers.databases(server_url).one() as url:
         yield url
@@ -66,6 +72,8 @@ def mongodb_url(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["standalone", "replica_set"])
 def mongodb_new_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, for a test that looks at what is made in the database."""
+    from . import servers
+
     server_url: str = request.getfixturevalue(f"mongodb_{request.param}")
     with servers.fresh_database(server_url) as url:
         yield url
@@ -89,6 +97,8 @@ def no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def vtoken(no_configuration: None, capsys: pytest.CaptureFixture[str]) -> Terminal:
     """The command line, on an SQLite file."""
+    from .cli_tools import Terminal
+
     return Terminal(capsys)
 
 

@@ -23,15 +23,22 @@ from vtoken import (
 )
 from vtoken.backend import (
     Budget,
+    BudgetState,
     Change,
+    Charge,
+    Hold,
+    Inserted,
     InsertMode,
-    InsertResult,
     Match,
+    Presented,
+    Purged,
     SlugCount,
-    Spent,
+    Spend,
+    Spending,
     StoredToken,
+    Use,
 )
-from vtoken.testing import Clock
+from vtoken.testing.clock import Clock
 from vtoken_backends.memory import MemoryBackend
 
 T = TypeVar("T")
@@ -90,32 +97,72 @@ class Watched:
     async def close(self) -> None:
         await self._do("close", self.inner.close)
 
-    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        return await self._do("insert", lambda: self.inner.insert(token, mode, keep_until))
+    async def ping(self) -> None:
+        await self._do("ping", self.inner.ping)
 
-    async def find(self, match: Match, limit: int, after: tuple[int, str] | None = None) -> list[StoredToken]:
-        return await self._do("find", lambda: self.inner.find(match, limit, after))
+    async def note(self, name: str, text: str, *, replace: bool = False) -> str:
+        return await self._do("note", lambda: self.inner.note(name, text, replace=replace))
+
+    def within(self, handle: object) -> TokenBackend:
+        self.calls.append("within")
+        return self.inner.within(handle)
+
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        return await self._do(
+            "insert",
+            lambda: self.inner.insert(
+                token,
+                mode,
+                keep_until=keep_until,
+                wanted_until=wanted_until,
+                also_taken=also_taken,
+                spends=spends,
+            ),
+        )
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        return await self._do("present", lambda: self.inner.present(key, change, now, spends))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         return await self._do("update", lambda: self.inner.update(match, change))
 
-    async def deactivate(self, match: Match, at: int) -> int:
-        return await self._do("deactivate", lambda: self.inner.deactivate(match, at))
+    async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
+        return await self._do("find", lambda: self.inner.find(match, limit, after))
 
-    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> int:
+    async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:
+        return await self._do("deactivate", lambda: self.inner.deactivate(match, at, sparing))
+
+    async def erase(self, content_type: str, object_id: str, budgets_of: bytes) -> int:
+        return await self._do("erase", lambda: self.inner.erase(content_type, object_id, budgets_of))
+
+    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> Purged:
         return await self._do("purge", lambda: self.inner.purge(before, now, limit, budgets_before))
 
     async def count(self, now: int) -> list[SlugCount]:
         return await self._do("count", lambda: self.inner.count(now))
 
-    async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
-        return await self._do("spend", lambda: self.inner.spend(budget, now, limit, window, max_window))
+    async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        return await self._do("spend", lambda: self.inner.spend(spends, now))
 
-    async def refund(self, budget: Budget, until: int) -> None:
-        await self._do("refund", lambda: self.inner.refund(budget, until))
+    async def refund(self, charges: tuple[Charge, ...]) -> None:
+        await self._do("refund", lambda: self.inner.refund(charges))
 
-    async def reset(self, budget: Budget) -> None:
-        await self._do("reset", lambda: self.inner.reset(budget))
+    async def budgets(self, names: tuple[Budget, ...]) -> list[BudgetState | None]:
+        return await self._do("budgets", lambda: self.inner.budgets(names))
+
+    async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
+        return await self._do("reset", lambda: self.inner.reset(budgets_of, names))
 
 
 class World:
