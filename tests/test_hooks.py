@@ -1,4 +1,4 @@
-"""Events: what the hooks hear, and that they change nothing."""
+"""Events: what the hooks are told, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pytest
 
 from vtoken import (
     ConfigurationError,
+    CooldownActive,
     InvalidToken,
     LazyHook,
+    Limit,
     Subject,
     TokenEvent,
     TokenManager,
@@ -27,6 +29,7 @@ from vtoken_backends.memory import MemoryBackend
 
 from .core_tools import (
     CODE,
+    OTHER,
     SECRETS,
     START,
     USER,
@@ -39,6 +42,7 @@ from .core_tools import (
     wrong_codes,
 )
 
+ONE_A_MINUTE = Limit(1, "1m", by="ip")
 heard_by_path: list[TokenEvent] = []
 
 
@@ -91,7 +95,7 @@ class TestEvents:
         refusals = [(e.name, e.reason, e.token_id) for e in world.events if e.reason is not None]
         assert refusals == [
             ("failed", "unknown", None),
-            ("failed", "leased", issued.id),
+            ("busy", "leased", issued.id),
             ("reused", "used", issued.id),
             ("failed", "expired", other.id),
             ("failed", "inactive", other.id),
@@ -119,8 +123,74 @@ class TestEvents:
         world.events.clear()
         assert await manager.deactivate(USER, "a") == 3
         assert await manager.deactivate(USER, "a") == 0
-        event = TokenEvent("deactivated", START, "auth.user", "42", "a", None, None, 3)
+        event = TokenEvent("deactivated", START, content_type="auth.user", object_id="42", slug="a", count=3)
         assert world.events == [event]
+
+    async def test_erased_with_the_number(self, world: World) -> None:
+        manager = await world.manager()
+        for slug in ("a", "b"):
+            await manager.issue(USER, slug)
+        world.events.clear()
+        assert await manager.erase(USER) == 2
+        assert [(e.name, e.object_id, e.count) for e in world.events] == [("erased", "42", 2)]
+
+    async def test_a_use_that_is_repeated_is_told_apart(self, world: World) -> None:
+        manager = await world.manager()
+        issued = await manager.issue(USER, "reset")
+        for _ in range(2):
+            await manager.consume(USER, "reset", issued.key, consume_id="form")
+        assert world.event_names == ["issued", "consumed", "replayed"]
+        assert world.events[-1].token_id == issued.id
+
+    async def test_pretended_and_revealed(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.link("reset", key_storage="derived"))
+        await manager.pretend(USER, "reset")
+        issued = await manager.issue(USER, "reset")
+        assert await manager.reveal(issued) is not None
+        assert world.event_names == ["pretended", "issued", "revealed"]
+        assert world.events[0].object_id is None  # a stranger's address is kept nowhere
+        assert world.events[2].token_id == issued.id
+
+    async def test_a_limit_that_refused_is_named(self, world: World) -> None:
+        day = Limit(1, "1d", across="sms")
+        manager = await world.manager(
+            TokenPolicy.code("login", issue_limits=[day], attempt_limits=[ONE_A_MINUTE])
+        )
+        await manager.issue(USER, "login")
+        await refused(CooldownActive, manager.issue(USER, "login"))
+        assert (world.events[-1].name, world.events[-1].limit) == ("limited", day.name)
+        await refused(InvalidToken, manager.verify(USER, "login", "000000", by={"ip": "192.0.2.7"}))
+        await refused(TooManyAttempts, manager.verify(USER, "login", "000000", by={"ip": "192.0.2.7"}))
+        assert (world.events[-1].name, world.events[-1].limit) == ("capped", ONE_A_MINUTE.name)
+
+    async def test_issued_says_how_its_codes_are_sent_and_whether_they_can_be_used(
+        self, world: World
+    ) -> None:
+        """Fault 16 of issue 11: fifteen codes were sent during a lock-out, and none of them was of use."""
+        codes = {Subject("auth.user", 42): "123456"}
+        given = TokenPolicy.code("login", channel="email", test_codes=codes, test_codes_why="review")
+        manager = await world.manager(given)
+        await manager.issue(USER, "login")
+        await manager.issue(OTHER, "login")
+        for code in wrong_codes("123456", 5):
+            await refused(InvalidToken, manager.verify(USER, "login", code))
+        await manager.issue(USER, "login")
+        said = [
+            (event.channel, event.is_test_code, event.attempts_reset_at, event.in_transaction)
+            for event in world.events
+            if event.name == "issued"
+        ]
+        assert said == [
+            ("email", True, None, False),
+            ("email", False, None, False),
+            ("email", True, START + timedelta(minutes=15), False),
+        ]
+
+    async def test_a_batch_is_named(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.link("invite", key_storage="derived"))
+        async for _ in manager.issue_many([USER, OTHER], "invite", batch="spring"):
+            pass
+        assert [(event.name, event.batch) for event in world.events] == [("issued", "spring")] * 2
 
     async def test_purged_with_the_number(self, world: World) -> None:
         manager = await world.manager()
@@ -129,7 +199,7 @@ class TestEvents:
         world.events.clear()
         assert await manager.purge(batch_size=1) == 2
         assert await manager.purge() == 0
-        assert world.events == [TokenEvent("purged", START, None, None, None, None, None, 2)]
+        assert world.events == [TokenEvent("purged", START, count=2)]
 
     async def test_an_unknown_object_is_none(self, world: World) -> None:
         manager = await world.manager()
@@ -139,7 +209,7 @@ class TestEvents:
     async def test_no_key_and_no_digest_in_any_event(self, world: World) -> None:
         manager = await world.manager(CODE)
         keys = [(await manager.deactivate_and_create(USER, slug)).key for slug in ("login", "reset")]
-        digests = [stored.digest for stored in await world.stored()]
+        digests = [key.digest for stored in await world.stored() for key in stored.keys]
         for slug, key in zip(("login", "reset"), keys, strict=True):
             await manager.verify(USER, slug, key)
             await manager.consume(USER, slug, key, consume_id="use-canary")
