@@ -78,10 +78,19 @@ class Connection:
         if len(statements) == 1:
             return await self.fetch(statements[0])
         cursor = psycopg.AsyncRawCursor(self._driver)
-        async with self._driver.pipeline():
-            for statement in statements:
-                cursor = psycopg.AsyncRawCursor(self._driver)
-                await cursor.execute(statement.text.encode(), statement.parameters)
+        refused: psycopg.Error | None = None
+        try:
+            async with self._driver.pipeline():
+                try:
+                    for statement in statements:
+                        cursor = psycopg.AsyncRawCursor(self._driver)
+                        await cursor.execute(statement.text.encode(), statement.parameters)
+                except psycopg.Error as error:
+                    refused = error  # kept, because the pipeline logs what leaves its block
+        except psycopg.Error as error:
+            refused = refused or error
+        if refused is not None:
+            raise refused
         return await cursor.fetchall() if cursor.description is not None else []
 
     async def try_to(self, statements: Sequence[Statement]) -> bool:
