@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +13,19 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from vtoken import BackendClosed, BackendUnavailable, InvalidInput, TokenManager
+from vtoken import (
+    BackendClosed,
+    BackendUnavailable,
+    InvalidInput,
+    InvalidToken,
+    Subject,
+    TokenManager,
+    TokenPolicy,
+)
+from vtoken.backend import Purged
 from vtoken.sweeper import Sweeper
 
-from .core_tools import USER, Watched, World, refused
+from .core_tools import MS, USER, Watched, World, refused
 
 EVERY = timedelta(minutes=10)
 BACKENDS = ["asyncio", "trio"]
@@ -261,6 +271,87 @@ def test_two_sweepers_and_traffic_at_once(runner: str) -> None:
     run(runner, test)
 
 
+@both
+def test_it_may_be_entered_in_one_task_and_left_in_another(runner: str) -> None:
+    async def test(shop: Shop) -> None:
+        sweeper, entered = await shop.sweeper(), anyio.Event()
+
+        async def enter() -> None:
+            await sweeper.__aenter__()
+            entered.set()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(enter)
+        await shop.naps.end()
+        await sweeper.__aexit__(None, None, None)
+        assert entered.is_set()
+        assert shop.purges == 1
+        with pytest.raises(TimeoutError), anyio.fail_after(0):
+            await shop.naps.end()
+
+    run(runner, test)
+
+
+@both
+def test_it_knows_nothing_of_its_callers_context(runner: str) -> None:
+    variable = ContextVar("variable", default="none")
+
+    async def test(shop: Shop) -> None:
+        seen: list[str] = []
+
+        async def note() -> None:
+            seen.append(variable.get())
+
+        sweeper = await shop.sweeper()
+        shop.world.backend.before["purge"] = note
+        variable.set("the caller's")
+        async with sweeper:
+            await shop.naps.end()
+        assert seen == ["none"]
+
+    run(runner, test)
+
+
+async def test_eager_tasks(world: World) -> None:
+    manager, naps = await world.manager(), Naps()
+    eager: Any = getattr(asyncio, "eager_task_factory", None)  # from Python 3.12 on
+    asyncio.get_running_loop().set_task_factory(eager)
+    async with manager.sweeper(sleep=naps):
+        await naps.end()
+    assert world.backend.calls.count("purge") == 1
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_a_loop_that_shuts_down_is_not_held_up() -> None:
+    """A task that is cancelled before its first step never runs, and never says that it ended."""
+
+    async def main() -> None:
+        world = World()
+        async with asyncio.timeout(30), (await world.manager()).sweeper():
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        await world.aclose()
+
+    asyncio.run(main())
+
+
+async def test_a_purge_drains_tokens_and_budgets(world: World) -> None:
+    """Fault 13 of issue 11: a purge ended with the tokens, and left thousands of budgets."""
+    manager = await world.manager(TokenPolicy("login", max_attempts=1))
+    for number in range(25):
+        wrong = manager.verify(Subject("auth.user", number), "login", "wrong")
+        await refused(InvalidToken, wrong)
+    await manager.issue(USER, "reset", expires_in="1m")
+    world.clock.advance(timedelta(days=1, minutes=15) - MS)
+    told: list[int] = []
+    assert await manager.purge(10, progress=told.append) == 1
+    world.clock.advance(MS)
+    assert await manager.purge(10, progress=told.append) == 0
+    assert told == [1, 0, 0, 0]
+    purged = await world.backend.purge(0, 2**62, 100, 2**62)
+    assert purged == Purged(tokens=0, budgets=0)
+
+
 async def test_a_sweeper_is_for_one_block(world: World) -> None:
     sweeper = (await world.manager()).sweeper(sleep=Naps())
     async with sweeper:
@@ -273,6 +364,7 @@ async def test_a_sweeper_is_for_one_block(world: World) -> None:
     [
         {"every": timedelta(0)},
         {"every": 600},
+        {"every": "10"},
         {"every": None},
         {"keep": timedelta(-1)},
         {"keep": 0},
