@@ -6,8 +6,10 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
@@ -71,9 +73,8 @@ class _Loop:
             self._progress.set()
             self._progress = None
 
-    async def quiet(self) -> None:
-        """Wait until no call runs and no block is about to give its hold back."""
-        own = asyncio.current_task() if isinstance(self.loop, asyncio.AbstractEventLoop) else None
+    async def quiet(self, own: asyncio.Task[Any] | None) -> None:
+        """Wait until no call runs and no block is about to give its hold back, but for those of a task."""
         while self.calls or any(b.is_being_cancelled and b.task is not own for b in self.blocks):
             progress = self._progress = self._progress or anyio.Event()
             await progress.wait()
@@ -130,7 +131,8 @@ class Opening:
     def leave(self, block: Block) -> None:
         """It ended."""
         for loop in list(self._loops.values()):
-            loop.left(block)
+            if block in loop.blocks:  # another event loop's waiters must not be woken from this thread
+                loop.left(block)
 
     def block_of(self, token: object) -> Block | None:
         """The ``redeem`` block, in any event loop, that was given this very token."""
@@ -151,13 +153,16 @@ class Opening:
             self.store = self._backend
 
     async def aclose(self) -> None:
-        """Undo one :meth:`open` of this event loop. Does nothing where there is none."""
+        """Undo one :meth:`open` of this event loop, whatever cancellation comes meanwhile. Does nothing where
+        there is none."""
         loop = self._loops.get(_running_loop())
-        if loop is None or not loop.opens or self.pid != os.getpid():
-            return
+        if loop is not None and loop.opens and self.pid == os.getpid():
+            await to_the_end(partial(self._close, loop, current_task()))
+
+    async def _close(self, loop: _Loop, own: asyncio.Task[Any] | None) -> None:
         if loop.opens == 1:
             with anyio.move_on_after(PATIENCE):
-                await loop.quiet()
+                await loop.quiet(own)
         async with self._one_at_a_time():
             if not loop.opens:
                 return  # another task was quicker
@@ -196,6 +201,34 @@ class Opening:
             yield
         finally:
             self._lock.release()
+
+
+async def to_the_end(step: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Await a step that must not be left half done. A cancellation that comes meanwhile is raised afterwards.
+
+    A shielded scope of anyio's holds off its own kind of cancellation only. ``task.cancel()``, which a server
+    may call twice, is caught here, while the step goes on in a task of its own.
+    """
+    if not isinstance(_running_loop(), asyncio.AbstractEventLoop):
+        with anyio.CancelScope(shield=True):
+            return await step()
+    task = Context().run(asyncio.get_running_loop().create_task, step())
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+    return None
+
+
+def current_task() -> asyncio.Task[Any] | None:
+    """The running task of asyncio; None under trio."""
+    return asyncio.current_task() if isinstance(_running_loop(), asyncio.AbstractEventLoop) else None
 
 
 def _running_loop() -> object:

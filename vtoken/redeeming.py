@@ -26,11 +26,11 @@ from vtoken.backend import (
     Outcome,
     Presented,
     Release,
-    StoredKey,
     StoredToken,
     TokenBackend,
     Use,
     UseHeld,
+    changed,
     key_of,
     refusal,
     running_holds,
@@ -58,7 +58,7 @@ from vtoken.keys import (
     normalise_link,
 )
 from vtoken.limits import NOTHING_TO_SPEND, full_limit, seconds
-from vtoken.opening import Opening
+from vtoken.opening import Opening, current_task, to_the_end
 from vtoken.policy import ResolvedPolicy
 from vtoken.token import VerificationToken, loaded
 
@@ -165,12 +165,11 @@ def presented_key(
         raise InvalidInput("a code is checked for one object: pass the object, not its class")
     kind, candidates = "link" if policy.has_link else "code", _NO_CANDIDATES
     if is_possible_key(key.text()):
-        code = _as_code(policy, key) if policy.has_code else None
+        # What looks like a code but comes with the class alone was presented as a link, by a visitor.
+        code = _as_code(policy, key) if policy.has_code and object_id is not None else None
         if code is not None:
-            if object_id is None:
-                raise InvalidInput("a code is checked for one object: pass the object, not its class")
             kind = "code"
-            candidates = keyring.codes(content_type, object_id, slug or "", code.text())
+            candidates = keyring.codes(content_type, object_id or "", slug or "", code.text())
         elif kind == "link":
             candidates = _of_link(keyring, policy, key)
     return PresentedKey(content_type, object_id, slug, policy, kind, candidates)
@@ -299,10 +298,10 @@ class Redeemer:
         assert stored is not None  # noqa: S101  # present() has seen to it
         if now - answer.used_at > REPLAY_WINDOW:
             await self._tell("reused", key, token_id=stored.id, reason="used")
-            raise InvalidToken("used", token=loaded(stored) if key.kind == "link" else None)
+            raise InvalidToken("used", token=_without_key(stored) if key.kind == "link" else None)
         await self._tell("replayed", key, token_id=stored.id)
         if isinstance(change, Hold):
-            raise AlreadyUsed(loaded(stored))
+            raise AlreadyUsed(_without_key(stored))
         return stored
 
     async def _refused(
@@ -327,7 +326,7 @@ class Redeemer:
         if reason == "leased":
             free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
             return TokenBusy(seconds(free_at - now))
-        shown = loaded(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
+        shown = _without_key(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
         return InvalidToken(reason, attempts_left=left, token=shown)
 
     async def _tell(
@@ -369,13 +368,18 @@ class Redeemer:
 
 
 def _has_plain_key(key: PresentedKey, stored: StoredToken) -> bool:
-    """Whether a row is from the time of ``key_storage="plain"``: its plaintext can go, as its digests stay."""
+    """Whether a row is from the time of ``key_storage="plain"``: its plaintext can go, the digests stay."""
     if key.policy.storage == "plain":
         return False
     for own in stored.keys:  # noqa: SIM110  # a generator costs more than the check itself, on every request
         if own.plain_key:
             return True
     return False
+
+
+def _without_key(stored: StoredToken) -> VerificationToken:
+    """A token for an error. Its key stays behind where it is stored readable, too."""
+    return loaded(changed(stored, ForgetKey()) or stored)
 
 
 _entered: ContextVar[tuple[Redemption, ...]] = ContextVar("vtoken_redemptions", default=())
@@ -424,10 +428,11 @@ class Redemption:
         opening = self.redeemer.opening
         opening.require_open()
         self._key = await self._make_key()
-        self.task = _current_task()
+        self.task = current_task()
         opening.enter(self)
         try:
             self.stored = await self._hold(self._key)
+            self.token = loaded(self.stored, own_holds=frozenset({self.hold_id}))
         except InvalidToken:
             opening.leave(self)
             raise  # no hold was taken
@@ -436,7 +441,6 @@ class Redemption:
             opening.leave(self)
             raise
         _entered.set((*_entered.get(), self))
-        self.token = loaded(self.stored, own_holds=frozenset({self.hold_id}))
         return self.token
 
     async def _hold(self, key: PresentedKey) -> StoredToken:
@@ -459,10 +463,10 @@ class Redemption:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _entered.set(tuple(one for one in _entered.get() if one is not self))
         try:
-            if kind is not None:
+            if self._marked is not None:
+                await self._after_transaction(has_failed=kind is not None)
+            elif kind is not None:
                 await self._give_back()
-            elif self._marked is not None:
-                await self._after_transaction()
             else:
                 await self._use()
         finally:
@@ -496,53 +500,72 @@ class Redemption:
         )
 
     async def mark_used(self, using: object) -> None:
-        """Count the use on a transaction of the application's own.
+        """Count the use on a transaction of the application's own. One that was rolled back, after a conflict
+        say, may be followed by another one, in which the use is marked again.
 
         Raises:
             LeaseLost: the hold is gone.
-            InvalidInput: it was marked already, or the handle does not fit.
+            InvalidInput: it was marked in this transaction already, or the handle does not fit.
         """
-        if self._marked is not None:
-            raise InvalidInput("this token was marked as used already: once in a block")
         assert self.stored is not None  # noqa: S101  # the manager has seen to it
-        change = self._use_held()
+        match, change, before = Match(id=self.stored.id), self._use_held(), self._marked
         with self.redeemer.opening.calls() as store:
-            used = await store.within(using).update(Match(id=self.stored.id), change)
-        if used is None:
-            raise LeaseLost(
-                "the hold ended, or the token was deactivated from outside, before it was marked as used"
-            )
-        self._marked = using, change.at
+            target = store.within(using)
+            self._marked = using, change.at  # before the write, which may never return
+            if await target.update(match, change) is not None:
+                return
+            self._marked = before
+            found = await target.find(match, 1)
+        if before is not None and found and found[0].used_at >= before[1]:
+            raise InvalidInput("this token was marked as used already: once in a block")
+        raise LeaseLost(
+            "the hold ended, or the token was deactivated from outside, before it was marked as used"
+        )
 
-    async def _after_transaction(self) -> None:
-        """Find out what became of the transaction that the use was marked in."""
+    async def _after_transaction(self, *, has_failed: bool) -> None:
+        """Find out what became of the transaction that the use was marked in, by a read that waits for
+        nobody. Where the block has failed, its own exception is raised whatever is found here."""
+        if not has_failed:
+            return await self._settle_transaction()
+        try:
+            await to_the_end(self._settle_transaction)
+        except (BackendError, InvalidInput) as error:
+            logger.warning("a redeem block failed after mark_used: %r", error)
+        return None
+
+    async def _settle_transaction(self) -> None:
         stored, key, marked = self.stored, self._key, self._marked
         assert stored is not None  # noqa: S101  # __aenter__ and mark_used have set them
         assert key is not None  # noqa: S101
         assert marked is not None  # noqa: S101
         using, at = marked
         with self.redeemer.opening.calls() as store:
+            found = await store.find(Match(id=stored.id), 1)
+            if not found or all(hold.hold_id != self.hold_id for hold in found[0].holds):
+                if found and found[0].used_at >= at:
+                    await self.redeemer.after_use(key, found[0])
+                return
+            # The hold is still there: the transaction has not been committed.
             if _is_under_way(store, using):
                 raise InvalidInput(
                     "the transaction that marked the token as used is still open: commit or roll it back"
                     " inside the redeem block (async with manager.redeem(...) as token, session.begin():)"
                 )
-            if await store.update(Match(id=stored.id), Release(self.hold_id)) is not None:
-                return  # rolled back: the hold was still there, and is given back now
-            found = await store.find(Match(id=stored.id), 1)
-            if found and found[0].used_at >= at:
-                await self.redeemer.after_use(key, found[0])
+        await self._give_back()
 
     async def _give_back(self) -> None:
-        """Drop the hold, whatever became of the token: this never revives it."""
+        """Drop the hold, whatever became of the token and however often this task is cancelled. It never
+        revives the token."""
+        await to_the_end(self._release)
+
+    async def _release(self) -> None:
         assert self._key is not None  # noqa: S101  # __aenter__ has set it
         match = self._key.match if self.stored is None else Match(id=self.stored.id)
-        with anyio.CancelScope(shield=True):
-            try:
-                with self.redeemer.opening.calls() as store:
-                    await store.update(match, Release(self.hold_id))
-            except BackendError as error:  # the block's own exception matters more
-                logger.warning("a hold could not be given back and ends by itself: %r", error)
+        try:
+            with self.redeemer.opening.calls() as store:
+                await store.update(match, Release(self.hold_id))
+        except BackendError as error:  # the block's own exception matters more
+            logger.warning("a hold could not be given back and ends by itself: %r", error)
 
 
 def _is_under_way(store: TokenBackend, using: object) -> bool:
@@ -552,15 +575,3 @@ def _is_under_way(store: TokenBackend, using: object) -> bool:
     except InvalidInput:
         return False
     return True
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # trio's tasks are not asyncio's
-        return None
-
-
-def is_over(stored: StoredToken, key: StoredKey | None, now: int) -> bool:
-    """Whether a token can never be used again."""
-    return refusal(stored, key, now) not in (None, "leased")
