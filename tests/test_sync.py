@@ -34,7 +34,7 @@ from vtoken import (
     TooManyAttempts,
 )
 from vtoken.sync import SyncTokenManager
-from vtoken.testing import Clock
+from vtoken.testing.clock import Clock
 from vtoken_backends.memory import MemoryBackend
 
 from .core_tools import CODE, OTHER, SECRETS, USER, WRONG, Watched

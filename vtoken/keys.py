@@ -284,11 +284,6 @@ class Keyring:
 
     @property
     def secret_ids(self) -> tuple[str, ...]:
-        """What stands for each secret in the store, the current one's first."""
-        return self._ids
-
-    @property
-    def secret_ids(self) -> tuple[str, ...]:
         """Which secrets there are, the current one first: what a stored key's ``secret_id`` says."""
         return self._ids
 
