@@ -146,14 +146,14 @@ class TokenManager:
         inputs.check_kind("settings", self.settings, Settings)
         inputs.check_kind("content_types", self.content_types, ContentTypes)
         inputs.check_kind("clock", clock, Callable)
-        self._policies = Policies(inputs.several("policies", policies, TokenPolicy), self.settings)
+        self.policies = Policies(inputs.several("policies", policies, TokenPolicy), self.settings)
         self._default_policy = ResolvedPolicy.of(NO_POLICY, self.settings)
         self._clock = clock
         self._hooks = Hooks(inputs.several("hooks", hooks), clock)
         self._keyring = Keyring(self.settings.secret, self.settings.previous_secrets)
         self._opening = Opening(backend, self._prepare)
         self._issuer = Issuer(self._keyring, self.settings.max_key_iterations, self._now)
-        self._redeemer = Redeemer(self._opening, self._hooks, self._now, self._policies.get)
+        self._redeemer = Redeemer(self._opening, self._hooks, self._now, self.policies.get)
         self._limiter = Limiter(b"")
 
     @classmethod
@@ -413,7 +413,7 @@ class TokenManager:
         """
         hidden = Hidden(context)
         del context
-        policy = self._policies.of(_slug_text(slug))
+        policy = self.policies.of(_slug_text(slug))
         if batch is not None:
             inputs.check_text("batch", batch, _BATCH_BYTES)
             if policy.storage != "derived":
@@ -584,7 +584,7 @@ class TokenManager:
             if not found:
                 return None
             stored = found[0]
-            policy = self._policies.of(stored.slug)
+            policy = self.policies.of(stored.slug)
             if policy.storage != "derived":
                 raise ConfigurationError(
                     f"the keys of the slug {stored.slug!r} cannot be had again: its policy must say"
@@ -651,7 +651,7 @@ class TokenManager:
         if object_id is None:
             raise InvalidInput("a new token belongs to one object: pass the object, not its class")
         slug_text = _slug_text(slug)
-        policy = self._policies.of(slug_text)
+        policy = self.policies.of(slug_text)
         lifetime = (
             policy.expiration
             if isinstance(expires_in, Unset)
@@ -795,7 +795,7 @@ class TokenManager:
         wanted = Match(content_type=content_type, object_id=object_id)
         if not isinstance(slug, Wildcard):
             slug_text = _slug_text(slug)
-            policy = self._policies.of(slug_text)
+            policy = self.policies.of(slug_text)
             if context.reveal() is not None and not policy.needs_context:
                 raise InvalidInput(_CONTEXT_NOT_HEEDED)
             given = await bound(context, object_id) if context.reveal() is not None else None
@@ -868,7 +868,7 @@ class TokenManager:
         if object_id is None:
             raise InvalidInput("status is of one object: pass the object, not its class")
         slug_text, dimensions = _slug_text(_one_slug(slug)), checked_by(by)
-        policy = self._policies.of(slug_text)
+        policy = self.policies.of(slug_text)
         if hidden.reveal() is not None and not policy.needs_context:
             raise InvalidInput(_CONTEXT_NOT_HEEDED)
         given = await bound(hidden, object_id) if hidden.reveal() is not None else None
@@ -1132,7 +1132,7 @@ class TokenManager:
             policy, slug_text = self._default_policy, None
         else:
             slug_text = _slug_text(slug)
-            policy = self._policies.of(slug_text)
+            policy = self.policies.of(slug_text)
         if context.reveal() is not None and not policy.needs_context:
             raise InvalidInput(_CONTEXT_NOT_HEEDED)
         return presented_key(self._keyring, policy, subject, slug_text, key)
@@ -1220,7 +1220,7 @@ class TokenManager:
             return Match(content_type=content_type, object_id=object_id, slug=wanted)
         subject = self.content_types.resolve(obj)
         slug_text = None if isinstance(slug, Wildcard) else _slug_text(slug)
-        policy = self._default_policy if slug_text is None else self._policies.get(slug_text)
+        policy = self._default_policy if slug_text is None else self.policies.get(slug_text)
         asked = presented_key(self._keyring, policy, subject, slug_text, key)
         if policy.is_capped and (policy.kind != "pair" or asked.kind == "code"):
             raise InvalidInput("the policy caps attempts: use verify() or consume(), which count them")
@@ -1231,7 +1231,7 @@ class TokenManager:
         # With any slug, a key says nothing about tokens whose slug caps attempts.
         with self._opening.calls() as store:
             found = await store.find(asked.match, len(asked.candidates))
-        free = {key.digest for one in found if not self._policies.get(one.slug).is_capped for key in one.keys}
+        free = {key.digest for one in found if not self.policies.get(one.slug).is_capped for key in one.keys}
         digests = tuple(digest for digest in asked.candidates.digests if digest in free)
         return asked.match._replace(digests=digests) if digests else None
 
@@ -1306,7 +1306,7 @@ class TokenManager:
             with self._opening.calls() as store:
                 return await store.reset(name, None)
         slug_text = _slug_text(slug)
-        policy = self._policies.get(slug_text)
+        policy = self.policies.get(slug_text)
         # Cooldowns belong to a context: those that the object's stored tokens tell of are known.
         contexts = {b""}
         match = Match(content_type=content_type, object_id=object_id, slug=slug_text)
