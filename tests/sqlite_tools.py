@@ -15,15 +15,11 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
-from vtoken.backend import (
-    InsertMode,
-    Match,
-    StoredToken,
-)
-from vtoken_backends._sqlite_batch import Operation, Private, Rows
+from vtoken.backend import InsertMode, Match, State, StoredKey, StoredToken, TokenBackend
 from vtoken_backends.sqlite import SQLiteBackend
+from vtoken_backends.sqlite.steps import Rows
 
-B = TypeVar("B", bound=SQLiteBackend)
+B = TypeVar("B", bound=TokenBackend)
 NOW = 1_700_000_000_000
 
 
@@ -31,29 +27,38 @@ def digest(number: int) -> bytes:
     return hashlib.sha256(str(number).encode()).digest()
 
 
-def token(number: int, object_id: str = "1", created_at: int = NOW) -> StoredToken:
-    return StoredToken(
-        id=f"{number:032x}",
-        content_type="auth.user",
-        object_id=object_id,
-        slug="reset",
+def key(number: int, token_id: str, expires_at: int, kind: str = "link") -> StoredKey:
+    return StoredKey(
         digest=digest(number),
         scheme="sha256",
         secret_id="",
-        plain_key="",
         nonce="",
+        plain_key="",
+        kind=kind,
+        expires_at=expires_at,
+        origin=token_id,
+    )
+
+
+def token(number: int, object_id: str = "1", created_at: int = NOW) -> StoredToken:
+    token_id = f"{number:016x}"
+    return StoredToken(
+        id=token_id,
+        content_type="auth.user",
+        object_id=object_id,
+        slug="reset",
         context=b"",
+        is_beside=False,
         created_at=created_at,
         expires_at=created_at + 1000,
         ends_at=created_at + 1000,
-        is_active=True,
+        state=State.ACTIVE,
         extra_data=None,
         max_uses=1,
         uses=0,
         used_at=0,
-        use_ids=(),
-        lease_id="",
-        lease_until=0,
+        keys=(key(number, token_id, created_at + 1000),),
+        holds=(),
     )
 
 
@@ -112,5 +117,6 @@ async def no_more_than(most: int, count: Callable[[], int]) -> None:
 
 
 async def ask(backend: SQLiteBackend, sql: str) -> Rows:
-    """Have the backend's own connection answer: its settings can be seen from nowhere else."""
-    return await backend._submit(Operation(lambda: (sql, Private()), False, ()))
+    """Have the connection that writes answer: its settings can be seen from nowhere else."""
+    connections = backend._opened()
+    return await connections.write(lambda database: Rows(database.execute(sql).fetchall()))

@@ -1,0 +1,389 @@
+"""Tokens in an SQLite file.
+
+Concurrent operations share batches, and a batch is one call on the thread that writes. It is finished whether
+or not a task still waits for it, so that a cancelled operation has happened wholly or not at all and
+never leaves a transaction open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final, Self, TypeVar, cast
+from urllib.parse import parse_qsl, unquote
+
+import anyio
+
+from vtoken.backend import (
+    Budget,
+    BudgetState,
+    Change,
+    Charge,
+    Hold,
+    Inserted,
+    InsertMode,
+    Match,
+    Presented,
+    Purged,
+    SlugCount,
+    Spend,
+    Spending,
+    StoredToken,
+    TokenBackend,
+    Use,
+)
+from vtoken.errors import (
+    BackendClosed,
+    BackendUnavailable,
+    ConfigurationError,
+    InvalidInput,
+    OutcomeUnknown,
+    VTokenError,
+)
+from vtoken.inputs import nearest
+from vtoken_backends.batching import Batcher
+from vtoken_backends.sqlite import operations
+from vtoken_backends.sqlite.batch import Answers, Batch, Operation, SharedOperation
+from vtoken_backends.sqlite.connections import Connections, execute_on
+from vtoken_backends.sqlite.errors import as_backend_error
+from vtoken_backends.sqlite.file import Check, Options, Reads, Synchronous, check_schema
+from vtoken_backends.sqlite.records import Unreadable, from_row
+from vtoken_backends.sqlite.shared import Insert, Present, insert_many, present_many
+from vtoken_backends.sqlite.steps import Steps, carry_out
+
+_T = TypeVar("_T")
+_INSERTS: Final = "inserts"
+_PURGED_AT_ONCE: Final = 100
+"""Tokens or budgets in one statement: about 5 ms, for which all others wait (tests/benchmarks, purge)."""
+
+
+class SQLiteBackend:
+    """A :class:`~vtoken.backend.TokenBackend` in one SQLite file, for any number of processes of one machine.
+
+    Needs asyncio, SQLite 3.37 and a local file system (write-ahead logging shares memory between processes).
+
+    Args:
+        path: the file. It is made, readable by its owner only, if there is none; its directory is not.
+        synchronous: ``"full"``: what was acknowledged survives a power loss. ``"normal"``: it survives a
+            crash of the process, but a power loss may undo the last writes, and used tokens are valid again.
+        busy_timeout: milliseconds, 0 to 2147483647, to wait for other writers before
+            :class:`~vtoken.BackendUnavailable`.
+        check: when to run SQLite's integrity check at open: ``"auto"`` (files up to 64 MiB), ``"always"``
+            or ``"never"``.
+        reads: where tokens are looked up by key: ``"auto"``: on the event loop's own thread as long as that is
+            quick; ``"worker"``: always on another thread.
+        shared: True lets the tables, whose names begin with ``vtoken_``, live beside those of an application.
+
+    Raises:
+        ConfigurationError: an argument is out of its range, or the path names no file.
+    """
+
+    # Class-level defaults: `__repr__` and `__del__` also run when `__init__` raised.
+    _connections: Connections | None = None
+    _path = "(not made)"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        synchronous: Synchronous = "full",
+        busy_timeout: int = 30_000,
+        check: Check = "auto",
+        reads: Reads = "auto",
+        shared: bool = False,
+    ) -> None:
+        self._opens = 0
+        self._opening = threading.Lock()
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(f"an SQLite backend needs a path, not {type(path).__name__}")
+        name = os.fsdecode(path)
+        if not name or name.startswith(":memory:"):
+            raise ConfigurationError("an SQLite backend needs a file; for tokens in memory use memory://")
+        if "\0" in name:
+            raise ConfigurationError("the path of an SQLite file must not contain NUL")
+        _check_choice("synchronous", synchronous, ("full", "normal"))
+        _check_choice("check", check, ("auto", "always", "never"))
+        _check_choice("reads", reads, ("auto", "worker"))
+        if type(busy_timeout) is not int or not 0 <= busy_timeout < 2**31:
+            raise ConfigurationError("busy_timeout must be a number of milliseconds, 0 to 2147483647")
+        if not isinstance(shared, bool):
+            raise ConfigurationError("shared must be true or false")
+        self._path = os.path.abspath(name)
+        self._options = Options(
+            synchronous=synchronous, busy_timeout=busy_timeout, check=check, reads=reads, shared=shared
+        )
+        self._writes = Batcher[Operation | SharedOperation, Any](self._flush_writes, by_caller=True)
+        self._look_ups = Batcher[Match, list[StoredToken]](self._flush_look_ups, by_caller=True)
+
+    @classmethod
+    def from_url(cls, url: str, **options: object) -> Self:
+        """``sqlite:///relative.db``, ``sqlite:////absolute.db``; the options of the class also as a query.
+
+        Raises:
+            ConfigurationError: the URL or an option is not understood.
+        """
+        rest = url.partition("://")[2] if isinstance(url, str) else ""
+        location, _, query = rest.partition("?")
+        if location in ("", "/", ":memory:", "/:memory:"):
+            raise ConfigurationError(
+                "sqlite:// needs a file, sqlite:///tokens.db; for tokens in memory use memory://"
+            )
+        if not location.startswith("/"):
+            raise ConfigurationError(
+                "three slashes before a relative path, four before an absolute one: sqlite:///tokens.db"
+            )
+        if "#" in rest:
+            raise ConfigurationError("write %23 for a # in the URL of an SQLite file")
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            options.setdefault(name, _option(value))
+        for name in options:
+            _check_choice("option", name, Options._fields)
+        return cls(_percent_decoded(location[1:]), **cast(dict[str, Any], options))
+
+    def __repr__(self) -> str:
+        return f"<SQLiteBackend {self._path}>"
+
+    def __del__(self) -> None:
+        connections = self._connections
+        if connections is None or connections.is_inherited():
+            return
+        connections.end()
+        warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=1, source=self)
+
+    async def open(self) -> None:
+        async with self._connecting():
+            connections = self._connections
+            if connections is not None and connections.is_inherited():
+                self._connections, self._opens = None, 0
+            if self._connections is None:
+                self._connections = await self._connect()
+            self._opens += 1
+
+    async def close(self) -> None:
+        connections = self._connections
+        if connections is None or connections.is_inherited():
+            return
+        self._opens -= 1
+        if self._opens == 0:
+            self._connections = None
+            await connections.close()
+
+    async def ping(self) -> None:
+        connections = self._opened()
+        connections.check_now()
+        await self._translated(connections.read(lambda database: check_schema(database, self._path)))
+
+    async def note(self, name: str, text: str, *, replace: bool = False) -> str:
+        if not text:
+            return await self._read(lambda: operations.read_note(name))
+        return await self._write(lambda: operations.write_note(name, text, replace))
+
+    def within(self, handle: object) -> TokenBackend:
+        self._opened()
+        raise InvalidInput(
+            "using: the SQLite backend cannot take part in transactions of the application's own yet"
+        )
+
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        request = Insert(
+            token=token,
+            mode=mode,
+            keep_until=keep_until,
+            wanted_until=wanted_until,
+            also_taken=also_taken,
+            spends=spends,
+        )
+        del also_taken  # no digest in a frame that a traceback may show
+        return cast("Inserted", await self._writes.submit(SharedOperation(_INSERTS, insert_many, request)))
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        if change is None and not spends:
+            return operations.checked(await self._candidates(key), key, now)
+        request = Present(key=key, change=change, now=now, spends=spends)
+        operation = SharedOperation(type(change), present_many, request)
+        return cast("Presented", await self._writes.submit(operation))
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        return await self._write(lambda: operations.update(match, change))
+
+    async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
+        if match.digests is None and match.id is None:
+            return await self._read(lambda: operations.find(match, limit, after))
+        return operations.page(await self._candidates(match), match, limit, after)
+
+    async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:
+        return await self._write(lambda: operations.deactivate(match, at, sparing))
+
+    async def erase(self, content_type: str, object_id: str, budgets_of: bytes) -> int:
+        return await self._write(lambda: operations.erase(content_type, object_id, budgets_of))
+
+    async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> Purged:
+        def tokens(most: int) -> Steps[int]:
+            return operations.purge_tokens(before, now, most)
+
+        def budgets(most: int) -> Steps[int]:
+            return operations.purge_budgets(budgets_before, most)
+
+        return Purged(
+            tokens=await self._purge_in_parts(tokens, limit),
+            budgets=await self._purge_in_parts(budgets, limit),
+        )
+
+    async def count(self, now: int) -> list[SlugCount]:
+        return await self._read(lambda: operations.count(now))
+
+    async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        return await self._write(lambda: operations.spend(spends, now))
+
+    async def refund(self, charges: tuple[Charge, ...]) -> None:
+        await self._write(lambda: operations.refund(charges))
+
+    async def budgets(self, names: tuple[Budget, ...]) -> list[BudgetState | None]:
+        return await self._read(lambda: operations.budgets(names))
+
+    async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
+        return await self._write(lambda: operations.reset(budgets_of, names))
+
+    # How operations get to SQLite and back --------------------------------------------------------
+
+    async def _purge_in_parts(self, purge: Callable[[int], Steps[int]], limit: int) -> int:
+        total = 0
+        while total < limit:
+            most = min(limit - total, _PURGED_AT_ONCE)
+            purged = await self._write(partial(purge, most))
+            total += purged
+            if purged < most:
+                break
+        return total
+
+    async def _write(self, steps: Callable[[], Steps[_T]]) -> _T:
+        return cast("_T", await self._writes.submit(Operation(steps)))
+
+    async def _read(self, steps: Callable[[], Steps[_T]]) -> _T:
+        connections = self._opened()
+        connections.check()
+
+        def read(database: sqlite3.Connection) -> _T:
+            return carry_out(steps(), execute_on(database))
+
+        return await self._translated(connections.read(read))
+
+    async def _candidates(self, match: Match) -> list[StoredToken]:
+        """The tokens with the id or one of the digests of a match."""
+        connections = self._opened()
+        connections.check()
+        rows = connections.look_up(*operations.look_up(match))
+        if rows is None:
+            return await self._look_ups.submit(match)
+        with contextlib.suppress(Unreadable):
+            return [from_row(row) for row in rows]
+        raise as_backend_error(Unreadable(), self._path)
+
+    async def _flush_writes(self, batch: Sequence[Operation | SharedOperation]) -> list[Any]:
+        def write(database: sqlite3.Connection) -> Answers:
+            return Batch(database, batch).carry_out()
+
+        answers = await self._translated(self._opened().write(write))
+        return [
+            as_backend_error(answer, self._path) if isinstance(answer, Exception) else answer
+            for answer in answers.answers
+        ]
+
+    async def _flush_look_ups(self, batch: Sequence[Match]) -> list[list[StoredToken] | BaseException]:
+        connections = self._opened()
+
+        def read(database: sqlite3.Connection) -> Answers:
+            started = time.perf_counter()
+            answers = operations.look_up_many(batch, execute_on(database))
+            connections.pace.took_on_the_thread(time.perf_counter() - started, len(batch))
+            return Answers(answers)
+
+        answers = await self._translated(connections.read(read))
+        return [
+            as_backend_error(answer, self._path) if isinstance(answer, Exception) else answer
+            for answer in answers.answers
+        ]
+
+    async def _translated(self, awaitable: Awaitable[_T]) -> _T:
+        try:
+            return await awaitable
+        except (sqlite3.Error, OSError, ValueError, MemoryError, Unreadable) as error:
+            failure = as_backend_error(error, self._path)
+        raise failure  # after the except block, so that the driver's own error is not chained to it
+
+    def _opened(self) -> Connections:
+        connections = self._connections
+        if connections is None:
+            raise BackendClosed("the SQLite backend is not open: use `async with manager:`")
+        if connections.is_inherited():
+            raise BackendClosed(
+                "the SQLite backend was opened in another process, before a fork: open it in this one"
+            )
+        return connections
+
+    async def _connect(self) -> Connections:
+        if not _runs_asyncio():
+            raise ConfigurationError("the SQLite backend needs asyncio; under trio use memory://")
+        connections = Connections(self._path, self._options)
+        try:
+            await self._translated(connections.open())
+        except OutcomeUnknown as error:
+            failure = error
+        else:
+            return connections
+        # Whatever a failed open has done, it is done again by the next one: nothing about it is unknown.
+        raise BackendUnavailable(*failure.args)
+
+    @contextlib.asynccontextmanager
+    async def _connecting(self) -> AsyncGenerator[None]:
+        while not self._opening.acquire(blocking=False):  # noqa: ASYNC110  # who waits may be in other loops
+            await anyio.sleep(0.005)
+        try:
+            yield
+        finally:
+            self._opening.release()
+
+
+def _check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = nearest(str(value), choices)
+    hint = f"; {near}" if near else ""
+    raise ConfigurationError(f"{what} {value!r} is not known, only {', '.join(choices)}{hint}")
+
+
+def _option(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _percent_decoded(text: str) -> str:
+    with contextlib.suppress(UnicodeDecodeError):
+        return unquote(text, errors="strict")
+    raise ConfigurationError("the percent-encoded bytes in the URL of an SQLite file must be UTF-8")
+
+
+def _runs_asyncio() -> bool:
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        return True
+    return False

@@ -1,0 +1,162 @@
+"""Stored tokens as rows, and back.
+
+The tables are declared in ``schema``. A row is read and written by the names of its columns, and the JSON of a
+key by :data:`KEY_ENTRY`, so that neither depends on the order of the fields of the records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from vtoken.backend import BudgetState, State, StoredHold, StoredKey, StoredToken
+
+COLUMNS: Final = {
+    "id": "INTEGER PRIMARY KEY",
+    "content_type": "TEXT NOT NULL",
+    "object_id": "TEXT NOT NULL",
+    "slug": "TEXT NOT NULL",
+    "context": "BLOB NOT NULL",
+    "is_beside": "INTEGER NOT NULL",
+    "created_at": "INTEGER NOT NULL",
+    "expires_at": "INTEGER NOT NULL",
+    "ends_at": "INTEGER NOT NULL",
+    "state": "INTEGER NOT NULL",
+    "extra_data": "TEXT",
+    "max_uses": "INTEGER",
+    "uses": "INTEGER NOT NULL",
+    "used_at": "INTEGER NOT NULL",
+    "keys": "TEXT NOT NULL",
+    "digests": "BLOB NOT NULL",
+    "holds": "TEXT NOT NULL",
+}
+"""The columns of the table of tokens. Each but ``digests`` is the field of :class:`StoredToken` with its name.
+
+``keys`` is a JSON array with one entry for each 32 bytes of ``digests``: :data:`KEY_ENTRY` of the key, or,
+where the token has lost the key since, the key's origin alone."""
+
+KEY_ENTRY: Final = ("scheme", "secret_id", "nonce", "plain_key", "kind", "expires_at", "origin")
+"""What the JSON array of a key consists of. A new field comes last."""
+HOLD_ENTRY: Final = ("hold_id", "until", "origin")
+"""What the JSON array of a hold consists of. A new field comes last."""
+
+_BLOBS: Final = tuple(name for name, declaration in COLUMNS.items() if declaration.startswith("BLOB"))
+AS_JSON: Final = "json_array({})".format(
+    ", ".join(f"hex({name})" if name in _BLOBS else name for name in COLUMNS)
+)
+"""A row as JSON, in SQL."""
+_dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Unreadable(Exception):
+    """A row that no backend of ours can have written: the file is not trusted."""
+
+
+def to_row(token: StoredToken) -> dict[str, Any]:
+    """The values of a token, by column."""
+    row = token._asdict()
+    row |= {
+        "id": int(token.id, 16),
+        "is_beside": int(token.is_beside),
+        "state": token.state.value,
+        "keys": _dump([_key_entry(key) for key in token.keys]),
+        "digests": b"".join([key.digest for key in token.keys]),
+        "holds": _dump([_hold_entry(hold) for hold in token.holds]) if token.holds else "[]",
+    }
+    return row
+
+
+def from_row(values: Sequence[Any]) -> StoredToken:
+    """The token of a row.
+
+    Args:
+        values: in the order of :data:`COLUMNS`.
+
+    Raises:
+        Unreadable: it makes no sense.
+    """
+    row = dict(zip(COLUMNS, values, strict=True))
+    try:
+        row["id"] = token_id(row["id"])
+        row["is_beside"] = (False, True)[row["is_beside"]]
+        row["state"] = State(row["state"])
+        row["keys"] = _keys(row["keys"], row.pop("digests"))
+        row["holds"] = _holds(row["holds"]) if row["holds"] != "[]" else ()
+        token = StoredToken(**row)
+        if _is_sound(token):
+            return token
+    except (ValueError, TypeError, IndexError, RecursionError):
+        pass
+    raise Unreadable
+
+
+def from_json(values: list[Any]) -> StoredToken:
+    """The token of a row that came as JSON (see :data:`AS_JSON`)."""
+    row = dict(zip(COLUMNS, values, strict=True))
+    for name in _BLOBS:
+        row[name] = bytes.fromhex(row[name])
+    return from_row(list(row.values()))
+
+
+def token_id(number: int) -> str:
+    """The public id of a token, from the number that its row has."""
+    return f"{number:016x}"
+
+
+def budget_state(spent: int | None, strikes: int, until: int) -> BudgetState | None:
+    """What a budget's row says; None for the NULLs of a budget without a row."""
+    return None if spent is None else BudgetState(spent=spent, strikes=strikes, until=until)
+
+
+def _key_entry(key: StoredKey) -> list[Any]:
+    entry = key._asdict()
+    entry["origin"] = int(key.origin, 16)
+    return [entry[name] for name in KEY_ENTRY]
+
+
+def _hold_entry(hold: StoredHold) -> list[Any]:
+    entry = hold._asdict()
+    entry["origin"] = int(hold.origin, 16)
+    return [entry[name] for name in HOLD_ENTRY]
+
+
+def _keys(text: str, digests: bytes) -> tuple[StoredKey, ...]:
+    entries = json.loads(text)
+    if len(digests) != 32 * len(entries):
+        raise ValueError
+    keys: list[StoredKey] = []
+    for place, entry in enumerate(entries):
+        if isinstance(entry, int):  # a key that the token lost
+            continue
+        fields = dict(zip(KEY_ENTRY, entry, strict=True))
+        fields["origin"] = token_id(fields["origin"])
+        key = StoredKey(digest=digests[32 * place : 32 * place + 32], **fields)
+        if type(key.expires_at) is not int or key.kind not in ("link", "code"):
+            raise ValueError
+        keys.append(key)
+    return tuple(keys)
+
+
+def _holds(text: str) -> tuple[StoredHold, ...]:
+    holds: list[StoredHold] = []
+    for entry in json.loads(text):
+        fields = dict(zip(HOLD_ENTRY, entry, strict=True))
+        fields["origin"] = token_id(fields["origin"])
+        hold = StoredHold(**fields)
+        if type(hold.until) is not int or type(hold.hold_id) is not str:
+            raise ValueError
+        holds.append(hold)
+    return tuple(holds)
+
+
+def _is_sound(token: StoredToken) -> bool:
+    if min(token.created_at, token.expires_at, token.used_at, token.uses) < 0:
+        return False
+    if token.max_uses is not None and token.max_uses < 1:
+        return False
+    if not token.is_active:
+        return True
+    # A token that was switched on again by hand: its end tells of it.
+    has_use = token.max_uses is None or token.uses < token.max_uses
+    return token.ends_at == token.expires_at and has_use
