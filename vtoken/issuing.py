@@ -32,7 +32,7 @@ from vtoken.backend import (
     is_valid,
     satisfies,
 )
-from vtoken.errors import CooldownActive, InvalidInput, KeyGenerationError
+from vtoken.errors import ConfigurationError, CooldownActive, InvalidInput, KeyGenerationError
 from vtoken.ids import IdSequence
 from vtoken.keys import (
     CHECKSUM_LENGTH,
@@ -163,8 +163,9 @@ class Issuer:
         raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
 
     def _found(self, request: IssueRequest, stored: StoredToken) -> Issued:
-        if request.batch is not None and is_valid(stored, self._now()):
-            return Issued(stored, *reveal(self.keyring, request.policy, stored), is_new=False)
+        now = self._now()
+        if request.batch is not None and is_valid(stored, now):
+            return Issued(stored, *reveal(self.keyring, request.policy, stored, at=now), is_new=False)
         return Issued(stored, None, is_new=False)
 
     async def get_or_issue(self, store: TokenBackend, request: IssueRequest, at_least: int) -> Issued:
@@ -312,7 +313,9 @@ class Issuer:
             text = drawn_key(request.generator(**request.generator_kwargs))
         normal = Hidden(normalise_code(text.text(), policy.code_chars))
         if not normal.text():
-            raise InvalidInput("the key generator's code is empty once spaces and separators are dropped")
+            raise ConfigurationError(
+                "the key generator's code is empty once spaces and separators are dropped"
+            )
         digest = keyring.code(*subject, normal.text())
         others = keyring.codes(*subject, normal.text()).digests[1:]
         return NewKey(text, "code", digest, nonce, others)
@@ -346,13 +349,13 @@ def drawn_key(key: object, limit: int = inputs.MAX_KEY_BYTES) -> Hidden:
 
 
 def reveal(
-    keyring: Keyring, policy: ResolvedPolicy, stored: StoredToken
+    keyring: Keyring, policy: ResolvedPolicy, stored: StoredToken, *, at: int
 ) -> tuple[Hidden | None, Hidden | None]:
     """The link key (of a code policy the code) and a pair's code of a stored token: stored plainly, or
-    derived again. None for a key that cannot be had: better no link than a dead one."""
+    derived again. None for a key that cannot be had or is over: better no link than a dead one."""
     texts: dict[str, Hidden] = {}
     for key in stored.keys:
-        if key.origin == stored.id:
+        if key.origin == stored.id and key.expires_at >= at:
             text = Hidden(key.plain_key) if key.plain_key else _derived_again(keyring, policy, stored, key)
             if text is not None:
                 texts[key.kind] = text

@@ -86,7 +86,7 @@ class Limit:
     def name(self) -> str:
         """A short name for logs and metrics, such as ``"5 per 1d by ip across sms"``."""
         shared = f" across {self.across}" if self.across else ""
-        return f"{self.count} per {self.per} by {self.by}{shared}"
+        return f"{self.count} per {inputs.spelled(self.per_ms)} by {self.by}{shared}"
 
 
 class Spends(NamedTuple):

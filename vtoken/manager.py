@@ -9,6 +9,7 @@ work on one store.
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -18,8 +19,9 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import perf_counter
 from typing import Any, Final, Self
 
@@ -28,6 +30,7 @@ import anyio
 from vtoken import inputs
 from vtoken.backend import (
     PRETENDED,
+    Charge,
     InsertMode,
     Match,
     SetExtraData,
@@ -42,10 +45,12 @@ from vtoken.errors import (
     BackendError,
     ConfigurationError,
     CooldownActive,
+    CorruptStore,
     InvalidInput,
     InvalidToken,
     KeyGenerationError,
     TooManyAttempts,
+    VTokenError,
 )
 from vtoken.hooks import EventName, Hook, Hooks, LazyHook, logger
 from vtoken.inputs import ANY, DEFAULT, Duration, Lifetime, Unset, Wildcard
@@ -61,7 +66,7 @@ from vtoken.limits import (
     checked_by,
     window_end,
 )
-from vtoken.opening import Opening
+from vtoken.opening import Opening, to_the_end
 from vtoken.policy import (
     NO_POLICY,
     Policies,
@@ -86,7 +91,7 @@ from vtoken.registry import create_backend
 from vtoken.stats import SlugStats, Stats, Status
 from vtoken.subject import ContentTypes
 from vtoken.sweeper import Sweeper, purge_in_steps
-from vtoken.token import IssuedToken, VerificationToken, issued, loaded
+from vtoken.token import IssuedToken, VerificationToken, issued, loaded, loaded_without_keys
 
 _PAGE: Final = 100
 _AT_ONCE: Final = 256
@@ -219,7 +224,14 @@ class TokenManager:
     async def _prepare(self, store: TokenBackend) -> None:
         """Learn the store's random value, by which budgets are named; the first manager on a store draws
         it."""
-        self._limiter = Limiter(bytes.fromhex(await store.note("seed", secrets.token_hex(32))))
+        noted = await store.note("seed", secrets.token_hex(32))
+        try:
+            seed = bytes.fromhex(noted)
+        except ValueError:
+            seed = b""
+        if len(seed) != 32:
+            raise CorruptStore("the store's note 'seed', by which budgets are named, is damaged")
+        self._limiter = Limiter(seed)
 
     # Issued -------------------------------------------------------------------------------------
 
@@ -349,19 +361,25 @@ class TokenManager:
         try:
             yield self._with_keys(made)
         except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                await self._take_back(request, made, refund=isinstance(error, Exception))
+            has_failed = isinstance(error, Exception) and request.policy.cooldown
+            refunds = made.charges[:1] if has_failed else ()  # the cooldown's comes first
+            await to_the_end(partial(self._take_back, made, refunds))
             raise
 
-    async def _take_back(self, request: IssueRequest, made: Issued, *, refund: bool) -> None:
+    async def _take_back(self, made: Issued, refunds: tuple[Charge, ...]) -> None:
         """End a token that could not be sent. The block's own exception matters more than what fails here."""
         try:
             with self._opening.calls() as store:
                 await store.deactivate(Match(id=made.stored.id), self._now())
-                if refund and request.policy.cooldown:
-                    await store.refund(made.charges[:1])  # the cooldown's comes first
+                if refunds:
+                    await store.refund(refunds)
         except BackendError as error:
             logger.warning("a token that was not sent could not be ended: %r", error)
+
+    async def _take_back_all(self, issued: Iterable[Issued]) -> None:
+        """End tokens of ``issue_many`` that nobody was given, as if they had never been asked for."""
+        for made in issued:
+            await self._take_back(made, made.charges)
 
     async def issue_many(
         self,
@@ -391,9 +409,10 @@ class TokenManager:
             subjects: the objects, an iterable or async iterable of any length.
             slug: as in :meth:`issue`.
             batch: 1 to 128 bytes; needs a policy with ``key_storage="derived"``, because a key that was
-                stored but not yet handed out must be had again.
+                stored but not yet handed out must be had again. Run a batch again only while its tokens are
+                kept (``purge(keep=...)``): the store knows a token that was purged no more.
             extra_data: as in :meth:`issue`, for each of them.
-            replace: as in :meth:`issue`; with ``batch`` always True.
+            replace: as in :meth:`issue`; False does not go with ``batch``.
             expires_in: as in :meth:`issue`.
             key_generator_kwargs: as in :meth:`issue`.
             context: as in :meth:`issue`.
@@ -406,7 +425,9 @@ class TokenManager:
 
         Raises:
             ConfigurationError: ``batch`` without derived keys.
-            CooldownActive: at the first object that is over a limit. A later call goes on from there.
+            CooldownActive: at the first object that is over a limit. A later call goes on from there: with
+                ``batch``, what was issued for later objects is found again; without, it was ended, and its
+                limits were given back.
             Exception: else as in :meth:`issue`.
 
         .. versionadded:: 0.1
@@ -421,23 +442,31 @@ class TokenManager:
                     f"batch needs a policy with key_storage='derived' for the slug {slug!r}, so that a run"
                     " that was interrupted can have its keys again"
                 )
+            if not replace:
+                raise InvalidInput("the tokens of a batch replace older ones: leave out replace=False")
         mode = InsertMode.ONCE if batch is not None else InsertMode.REPLACE if replace else InsertMode.ADD
 
-        async def one(obj: object) -> VerificationToken:
+        async def one(obj: object) -> Issued:
             request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
-            made = await self._issue(request._replace(batch=batch), mode, None)
-            return loaded(made.stored) if made.key is None else self._with_keys(made)
+            return await self._issue(request._replace(batch=batch), mode, None)
 
         done = 0
-        async for group in _groups(subjects, _AT_ONCE):
-            tokens, failure = await _all_of(one, group)
-            done += len(tokens)
-            if progress is not None:
-                progress(done)
-            for token in tokens:
-                yield token
-            if failure is not None:
-                raise failure
+        async with aclosing(_groups(subjects, _AT_ONCE, self.content_types.resolve)) as groups:
+            async for group in groups:
+                results = deque(await _all_of(one, group))
+                done += next((n for n, made in enumerate(results) if isinstance(made, Exception)), len(group))
+                try:
+                    if progress is not None:
+                        progress(done)
+                    while results:
+                        made = results.popleft()
+                        if isinstance(made, Exception):
+                            raise made
+                        yield loaded(made.stored) if made.key is None else self._with_keys(made)
+                finally:
+                    rest = [made for made in results if isinstance(made, Issued) and batch is None]
+                    if rest:
+                        await to_the_end(partial(self._take_back_all, rest))
 
     async def pretend(
         self,
@@ -478,6 +507,8 @@ class TokenManager:
         try:
             with self._opening.calls() as store:
                 await self._issuer.pretend(store, request, self._limiter)
+                if self._hooks and request.policy.is_capped:
+                    await self._locked_until(store, request)  # which issue() asks for its event
         except CooldownActive as error:
             await self._tell_limited(request, error)
             raise
@@ -537,15 +568,19 @@ class TokenManager:
                 if made.is_new:
                     await self._after_issue(store, request, made)
                     return self._with_keys(made)
-                key, code = reveal(self._keyring, request.policy, made.stored)
+                now = self._now()
+                key, code = reveal(self._keyring, request.policy, made.stored, at=now)
                 if key is None and code is None:
                     return loaded(made.stored)
-                spending = await store.spend(request.spends.spends, self._now())
+                if request.spends.spends:
+                    spending = await store.spend(request.spends.spends, now)
+                    if spending.full is not None:
+                        return loaded_without_keys(made.stored)
         except CooldownActive as error:
             await self._tell_limited(request, error)
             raise
-        if spending.full is not None:
-            return loaded(made.stored)
+        if self._hooks:
+            await self._tell_of("revealed", made.stored)
         return loaded(
             made.stored,
             key=None if key is None else key.text(),
@@ -591,7 +626,7 @@ class TokenManager:
                     " key_storage='derived'"
                 )
             now = self._now()
-            key, code = reveal(self._keyring, policy, stored)
+            key, code = reveal(self._keyring, policy, stored, at=now)
             if not is_valid(stored, now) or key is None:
                 return None
             await self._charge_reveal(store, policy, stored, now)
@@ -1466,31 +1501,43 @@ def _token_id(token: VerificationToken) -> str:
 
 
 async def _groups(
-    subjects: Iterable[object] | AsyncIterable[object], size: int
-) -> AsyncIterator[list[object]]:
-    """The objects in groups, without reading further ahead than one group."""
+    subjects: Iterable[object] | AsyncIterable[object],
+    size: int,
+    name_of: Callable[[object], tuple[str, str | None]],
+) -> AsyncGenerator[list[object]]:
+    """The objects in groups, without reading further ahead than one group. An object that comes twice opens a
+    new group, so that its second token replaces the first and not the other way round."""
     group: list[object] = []
-    if isinstance(subjects, AsyncIterable):
-        async for subject in subjects:
-            group.append(subject)
-            if len(group) == size:
+    names: set[object] = set()
+    async with aclosing(_each(subjects)) as each:
+        async for subject in each:
+            try:
+                name: object = name_of(subject)
+            except VTokenError:
+                name = object()  # refused in its turn, after the tokens of those before it
+            if len(group) == size or name in names:
                 yield group
-                group = []
-    else:
-        for subject in subjects:
+                group, names = [], set()
             group.append(subject)
-            if len(group) == size:
-                yield group
-                group = []
+            names.add(name)
     if group:
         yield group
 
 
+async def _each(subjects: Iterable[object] | AsyncIterable[object]) -> AsyncGenerator[object]:
+    if isinstance(subjects, AsyncIterable):
+        async for subject in subjects:
+            yield subject
+    else:
+        for subject in subjects:
+            yield subject
+
+
 async def _all_of(
-    one: Callable[[object], Awaitable[VerificationToken]], group: list[object]
-) -> tuple[list[VerificationToken], Exception | None]:
-    """The tokens of a group up to the first object that failed, and its error."""
-    results: list[VerificationToken | Exception | None] = [None] * len(group)
+    one: Callable[[object], Awaitable[Issued]], group: list[object]
+) -> list[Issued | Exception]:
+    """What became of each object of a group, in their order."""
+    results: dict[int, Issued | Exception] = {}
 
     async def run(place: int) -> None:
         try:
@@ -1501,10 +1548,4 @@ async def _all_of(
     async with anyio.create_task_group() as tasks:
         for place in range(len(group)):
             tasks.start_soon(run, place)
-    tokens: list[VerificationToken] = []
-    for result in results:
-        if isinstance(result, Exception):
-            return tokens, result
-        assert result is not None  # noqa: S101  # the task group has waited for it
-        tokens.append(result)
-    return tokens, None
+    return [results[place] for place in range(len(group))]

@@ -30,7 +30,6 @@ from vtoken.backend import (
     TokenBackend,
     Use,
     UseHeld,
-    changed,
     key_of,
     refusal,
     running_holds,
@@ -60,7 +59,7 @@ from vtoken.keys import (
 from vtoken.limits import NOTHING_TO_SPEND, full_limit, seconds
 from vtoken.opening import Opening, current_task, to_the_end
 from vtoken.policy import ResolvedPolicy
-from vtoken.token import VerificationToken, loaded
+from vtoken.token import VerificationToken, loaded, loaded_without_keys
 
 Context = str | Mapping[str, str] | Callable[[str], Awaitable[str | Mapping[str, str]]]
 """What a token is bound to: a text, several named texts, or an async callable that is given the object's
@@ -298,10 +297,10 @@ class Redeemer:
         assert stored is not None  # noqa: S101  # present() has seen to it
         if now - answer.used_at > REPLAY_WINDOW:
             await self._tell("reused", key, token_id=stored.id, reason="used")
-            raise InvalidToken("used", token=_without_key(stored) if key.kind == "link" else None)
+            raise InvalidToken("used", token=loaded_without_keys(stored) if key.kind == "link" else None)
         await self._tell("replayed", key, token_id=stored.id)
         if isinstance(change, Hold):
-            raise AlreadyUsed(_without_key(stored))
+            raise AlreadyUsed(loaded_without_keys(stored))
         return stored
 
     async def _refused(
@@ -326,7 +325,7 @@ class Redeemer:
         if reason == "leased":
             free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
             return TokenBusy(seconds(free_at - now))
-        shown = _without_key(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
+        shown = loaded_without_keys(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
         return InvalidToken(reason, attempts_left=left, token=shown)
 
     async def _tell(
@@ -375,11 +374,6 @@ def _has_plain_key(key: PresentedKey, stored: StoredToken) -> bool:
         if own.plain_key:
             return True
     return False
-
-
-def _without_key(stored: StoredToken) -> VerificationToken:
-    """A token for an error. Its key stays behind where it is stored readable, too."""
-    return loaded(changed(stored, ForgetKey()) or stored)
 
 
 _entered: ContextVar[tuple[Redemption, ...]] = ContextVar("vtoken_redemptions", default=())

@@ -230,6 +230,11 @@ def loaded(
     return _made(VerificationToken, stored, link, own_code, key, code, own_holds, is_replay)
 
 
+def loaded_without_keys(stored: StoredToken) -> VerificationToken:
+    """A token whose key stays behind even where the store holds it readable."""
+    return loaded(stored._replace(keys=tuple(key._replace(plain_key="") for key in stored.keys)))
+
+
 def _own_keys(stored: StoredToken) -> tuple[StoredKey | None, StoredKey | None]:
     """The link key and the code key that a token was issued with, as far as it still has them."""
     link = code = None
