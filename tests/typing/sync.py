@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import assert_type
 
-from vtoken import IssuedToken, Stats, Subject, VerificationToken
+from vtoken import IssuedToken, Stats, Status, Subject, VerificationToken
 from vtoken.sync import SyncTokenManager
 
 
@@ -23,6 +23,19 @@ def used(user: Subject) -> None:
         assert_type(manager.consume(user, "password-reset", token.key), VerificationToken)
         manager.consume(user, "password-reset", None)  # type: ignore[arg-type]  # no key
         manager.consume(user, "password-reset")  # type: ignore[call-arg]  # no key
+        assert_type(manager.issue(user, "log-in", expires_in="5m"), IssuedToken)
+        for one in manager.issue_many([user], "invite", batch="spring"):
+            assert_type(one, VerificationToken)
+        with manager.issuing(user, "log-in") as sent:
+            assert_type(sent, IssuedToken)
+        assert_type(manager.pretend(user, "log-in"), None)
+        assert_type(manager.reveal(token), IssuedToken | None)
+        assert_type(manager.status(user, "log-in"), Status)
+        assert_type(manager.history(user), Iterator[VerificationToken])
+        assert_type(manager.erase(user), int)
+        assert_type(manager.reset_limits(user), int)
+        assert_type(manager.ping(), float)
+        assert_type(manager.content_object(token), object | None)
         block = manager.redeem(user, "password-reset", token.key)
         assert_type(block, AbstractContextManager[VerificationToken])
         assert_type(manager.filter_active_tokens(user), Iterator[VerificationToken])
