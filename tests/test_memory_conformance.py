@@ -19,5 +19,5 @@ class TestMemory(BackendConformance):
 
     def raw(self, store: str) -> bytes:
         # No public way leads past the backend's own methods, and a probe must not use those.
-        records = memory._named_stores[store.removeprefix("memory://")].by_id.values()  # pyright: ignore[reportPrivateUsage]  # past the protocol
-        return repr([tuple(record) for record in records]).encode()
+        records = memory._named_stores[store.removeprefix("memory://")].tokens.values()  # pyright: ignore[reportPrivateUsage]  # past the protocol
+        return repr([[tuple(key) for key in record.keys] + [*record] for record in records]).encode()

@@ -24,6 +24,10 @@ from vtoken.backend import (
     StoredToken,
     TokenBackend,
 )
+from vtoken.hooks import Hook
+from vtoken.manager import TokenManager
+from vtoken.policy import Settings, TokenPolicy
+from vtoken.subject import Subject
 from vtoken.testing.clock import Clock
 
 SuiteT = TypeVar("SuiteT", bound="Suite")
@@ -35,6 +39,8 @@ E = TypeVar("E", bound=BaseException)
 NOW: Final = 4_102_444_800_123
 MINUTE: Final = 60_000
 DAY: Final = 24 * 60 * MINUTE
+SECRET: Final = "a secret of the conformance suite, 32 bytes or more"
+USER: Final = Subject("auth.user", "42")
 PATIENCE: Final = 120
 """Seconds after which a case that hangs is failed."""
 MINIMUMS: Final[Mapping[str, int]] = {"rounds": 3, "tasks": 6, "processes": 2, "kills": 1}
@@ -96,6 +102,29 @@ class Bench:
     async def two_backends(self) -> list[TokenBackend]:
         """Two backends on the store, open, to race on."""
         return [await self.backend(), await self.backend()]
+
+    async def manager(
+        self, *policies: TokenPolicy, settings: Settings | None = None, hooks: Iterable[Hook] = ()
+    ) -> TokenManager:
+        """Another manager on another backend of the store, open."""
+        manager = self.new_manager(*policies, settings=settings, hooks=hooks)
+        return await self.stack.enter_async_context(manager)
+
+    def new_manager(
+        self, *policies: TokenPolicy, settings: Settings | None = None, hooks: Iterable[Hook] = ()
+    ) -> TokenManager:
+        """The same, not yet open."""
+        return TokenManager(
+            self.suite.backend(self.store),
+            settings=settings or Settings(secret=SECRET),
+            policies=policies,
+            clock=self.clock,
+            hooks=hooks,
+        )
+
+    async def two_managers(self, *policies: TokenPolicy) -> list[TokenManager]:
+        """Two managers on two backends of the store, open, to race on."""
+        return [await self.manager(*policies), await self.manager(*policies)]
 
     async def stored(self) -> list[StoredToken]:
         """All tokens of the store, newest first, as another backend sees them."""
