@@ -306,9 +306,12 @@ class Issuer:
         if fixed is not None:
             text, nonce = Hidden(fixed), ""
         elif nonce:
-            text = Hidden(derived_code(keyring, policy, nonce, *subject, ""))
+            derived = keyring.derive_code(nonce, *subject, keyring.secret_ids[0], *_code_form(policy))
+            assert derived is not None  # noqa: S101  # the current secret is always there
+            text = Hidden(derived)
+            del derived
         elif policy.kind == "pair":
-            text = Hidden(random_key(policy.code_length, policy.code_chars or ""))
+            text = Hidden(random_key(*_code_form(policy)))
         else:
             text = drawn_key(request.generator(**request.generator_kwargs))
         normal = Hidden(normalise_code(text.text(), policy.code_chars))
@@ -371,9 +374,9 @@ def _derived_again(
         return None
     subject = stored.content_type, stored.object_id, stored.slug
     if key.kind == "code":
-        if policy.code_chars is None:
+        if policy.code_length is None:
             return None
-        code = keyring.derive_code(key.nonce, *subject, key.secret_id, policy.code_length, policy.code_chars)
+        code = keyring.derive_code(key.nonce, *subject, key.secret_id, *_code_form(policy))
         if code is None:
             return None
         text, found = Hidden(code), keyring.codes(*subject, code).digests
@@ -385,22 +388,11 @@ def _derived_again(
     return text if key.digest in keyring.links(text.text()).digests else None
 
 
-def derived_code(
-    keyring: Keyring,
-    policy: ResolvedPolicy,
-    nonce: str,
-    content_type: str,
-    object_id: str,
-    slug: str,
-    secret_id: str,
-) -> str:
-    """The derived code of a nonce."""
-    assert policy.code_chars is not None  # noqa: S101  # the policy has seen to it
-    code = keyring.derive_code(
-        nonce, content_type, object_id, slug, secret_id, policy.code_length, policy.code_chars
-    )
-    assert code is not None  # noqa: S101  # the current secret is always there
-    return code
+def _code_form(policy: ResolvedPolicy) -> tuple[int, str]:
+    """The length and the alphabet of codes that we draw or derive."""
+    assert policy.code_length is not None  # noqa: S101  # the policy has seen to it
+    assert policy.code_chars is not None  # noqa: S101
+    return policy.code_length, policy.code_chars
 
 
 def framed(policy: ResolvedPolicy, body: str) -> str:

@@ -935,7 +935,7 @@ class TokenManager:
         real = Match(content_type=subject[0], object_id=subject[1], slug=slug, context=context, valid_at=now)
         name = self._limiter.object_name(*subject).hex()
         stand_in = Match(content_type=PRETENDED, object_id=name, slug=slug, context=context)
-        found = await store.find(real, 1)
+        found = [one for one in await store.find(real, _PAGE) if has_free_use(one, now)]
         pretended = [one for one in await store.find(stand_in, 1) if one.expires_at >= now]
         return [loaded(one).expires_at for one in found or pretended]
 
