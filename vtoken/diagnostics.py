@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
@@ -19,6 +20,9 @@ from vtoken.registry import create_backend, diagnostics_path
 
 NUMBER: Final = "{n}"
 """What a text that makes each store a new one replaces in a URL."""
+
+CLOCK_TOLERANCE: Final = 2
+"""Seconds by which clocks may differ: codes live for minutes."""
 
 FindingState = Literal["ok", "warning", "failed"]
 
@@ -122,6 +126,22 @@ def diagnostics_of(url: str) -> Diagnostics:
     if path is None:
         return Diagnostics(url)
     return cast("Diagnostics", cast("Any", import_object(path))(url))
+
+
+def clock_finding(skew: Callable[[], timedelta]) -> Finding:
+    """What to say about a server's clock.
+
+    Args:
+        skew: asks the server by how much its clock is ahead of ours.
+    """
+    try:
+        ahead = skew().total_seconds()
+    except Exception as error:  # the driver's own; its message may quote the URL
+        return Finding("server's clock", "warning", f"it was not told ({type(error).__name__})")
+    state: FindingState = "ok" if abs(ahead) <= CLOCK_TOLERANCE else "warning"
+    return Finding(
+        "server's clock", state, f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} ours"
+    )
 
 
 _WITHOUT_DATA: Final = (type, ModuleType, FunctionType, BuiltinFunctionType, FrameType)

@@ -4,7 +4,7 @@
 status meaning
 ====== =============================================================================
 0      valid, or done
-1      not valid; too many attempts; a cooldown runs; a copy is not equal, a guarantee does not hold; declined
+1      not valid; a limit is reached; a copy is not equal, a guarantee does not hold; declined
 2      usage or configuration; also an argument out of its range
 3      the store failed: not there, not reachable, damaged, outcome unknown
 4      an unexpected error: a mistake in vtoken, or in the application's own hooks and generators
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Coroutine, Sequence
@@ -27,7 +28,20 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
 from vtoken._version import __version__
-from vtoken.cli import conformance, demo, doctor, looking, moving, purging, store, tokens
+from vtoken.cli import (
+    completion,
+    conformance,
+    demo,
+    doctor,
+    issue_many,
+    listing,
+    migrating,
+    objects,
+    purge,
+    settings,
+    store,
+    tokens,
+)
 from vtoken.cli.options import Output
 from vtoken.cli.output import Result, print_json, show, show_error
 from vtoken.cli.terminal import Declined
@@ -35,6 +49,7 @@ from vtoken.errors import (
     BackendError,
     CooldownActive,
     InvalidToken,
+    TokenBusy,
     TooManyAttempts,
     VTokenError,
 )
@@ -59,20 +74,27 @@ for _command in (
     store.init,
     doctor.doctor,
     tokens.issue,
+    issue_many.issue_many,
     tokens.check,
     tokens.consume,
     tokens.deactivate,
-    looking.show,
+    objects.status,
+    objects.history,
+    objects.erase,
+    objects.reset_limits,
+    listing.show,
     store.stats,
-    purging.purge,
-    moving.copy,
+    store.ping,
+    purge.purge,
+    migrating.copy,
     conformance.conformance,
-    store.config,
+    settings.config,
+    settings.secret,
 ):
     app.command(_command)
-app.command(looking.list_, name="list")
-app.command(moving.import_, name="import")
-app.register_install_completion_command(help="Install tab completion for this shell.")
+app.command(listing.list_, name="list")
+app.command(migrating.import_, name="import")
+app.command(completion.command(app), name="--install-completion")
 
 
 def main() -> int:
@@ -85,6 +107,9 @@ def main() -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    folder = str(Path.cwd())
+    if not sys.flags.safe_path and folder not in sys.path:  # as under `python -m`
+        sys.path.insert(0, folder)
     status = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -130,16 +155,18 @@ def _report(error: Exception, as_json: bool) -> int:
     if isinstance(error, CycloptsError):
         show_error("UsageError", _usage(error), as_json)
         return USAGE
-    if isinstance(error, TooManyAttempts | CooldownActive):
+    if isinstance(error, TooManyAttempts | CooldownActive | TokenBusy):
         data["retry_after"] = error.retry_after
+    if isinstance(error, TooManyAttempts | CooldownActive):
+        data["limit"] = None if error.limit is None else error.limit.name
     if isinstance(error, InvalidToken):
-        data["reason"] = error.reason
+        data |= {"reason": error.reason, "attempts_left": error.attempts_left}
         if as_json:
             print_json({"valid": False, **data})
     if isinstance(error, VTokenError):
         show_error(kind, _message(error), as_json, **data)
         return _status(error)
-    if isinstance(error, OSError):  # a temporary folder that cannot be written, say
+    if isinstance(error, OSError):  # a file or folder that cannot be written, say
         show_error(kind, error.strerror or kind, as_json)
         return STORE_FAILED
     show_error(kind, f"unexpected {kind}{_place(error)}", as_json)
@@ -153,13 +180,18 @@ def _status(error: VTokenError) -> int:
 
 
 def _message(error: VTokenError) -> str:
+    text = str(error) or type(error).__name__
     if isinstance(error, TooManyAttempts):
-        return f"Too many attempts: nothing was compared. Try again in {error.retry_after:.0f} seconds."
-    if isinstance(error, CooldownActive):
-        return f"{error} Try again in {error.retry_after:.0f} seconds."
-    if isinstance(error, InvalidToken):
-        return f"{error} ({error.reason})"
-    return str(error) or type(error).__name__
+        text = "Too many attempts: the key was not compared."
+    elif isinstance(error, InvalidToken):
+        left = "" if error.attempts_left is None else f", {error.attempts_left} attempts left"
+        text = f"{error} ({error.reason}{left})"
+    if isinstance(error, TooManyAttempts | CooldownActive | TokenBusy):
+        text += f" Try again in {math.ceil(error.retry_after)} seconds."
+    if isinstance(error, TooManyAttempts | CooldownActive) and error.limit is not None:
+        text += f" The limit is {error.limit.name}."
+    # Notes are for the operator: what may be wrong on this side.
+    return " ".join([text, *(f"Note: {note}." for note in getattr(error, "__notes__", ()))])
 
 
 def _usage(error: CycloptsError) -> str:

@@ -15,9 +15,10 @@ from vtoken.cli.options import Output
 from vtoken.cli.output import Result, printable
 
 if TYPE_CHECKING:
-    from vtoken.cli.suites import Outcome
+    from vtoken.cli.cases import Outcome
 
 NOT_CONFORMANT: Final = 1
+_OUTPUT = Output()  # frozen: the form in which cyclopts takes shared options
 _STYLES: Final = {"holds": "green", "fails": "bold red", "not run": "yellow"}
 
 
@@ -26,8 +27,8 @@ def conformance(
         str,
         Parameter(
             name="URL",
-            help="memory://, sqlite:///tokens.db, mongodb://host, another scheme with {n} where a text makes"
-            " each store a new one, or the import path of a suite, package.module:TestMine.",
+            help="memory://, sqlite:///tokens.db, the URL of a server, another scheme with {n} where any text"
+            " makes a new store, or the import path of a suite, package.module:TestMine.",
         ),
     ],
     /,
@@ -40,7 +41,7 @@ def conformance(
             help="The store lives in one process: no case that reopens it or starts processes.",
         ),
     ] = False,
-    output: Output = Output(),  # noqa: B008  # frozen: the form in which cyclopts takes shared options
+    output: Output = _OUTPUT,
 ) -> Result:
     """Hold a backend to every guarantee; a line each. Exit status 0 only if all of them hold.
 
@@ -48,15 +49,15 @@ def conformance(
     folder beside it, databases of other names on its server, or for other schemes what {n} makes of the URL;
     these stay behind. What needs a look past such a backend is not run, and that is no success.
     """
-    from vtoken.cli import suites  # here, because no other command needs what it loads
+    from vtoken.cli import cases  # here, because no other command needs what it loads
 
-    suite, parent = suites.chosen(url)
+    suite, parent = cases.chosen(url)
     outcomes: list[Outcome] = []
     with TemporaryDirectory(prefix="vtoken-conformance-", dir=parent) as folder:
-        for number, case in enumerate(suites.cases(suite, in_process=in_process)):
+        for number, case in enumerate(cases.cases(suite, in_process=in_process)):
             directory = Path(folder, str(number))
             directory.mkdir()
-            outcomes.append(suites.run_case(suite, case, directory))
+            outcomes.append(cases.run_case(suite, case, directory))
             if not output.json:
                 _print(outcomes[-1])
     return _report(outcomes)

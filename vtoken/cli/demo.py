@@ -23,8 +23,11 @@ _WRONG = "0" * 32
 Step = dict[str, Any]
 
 
-async def demo(*, output: Output = Output()) -> Result:  # noqa: B008  # frozen: cyclopts' form
-    """Show the life of a token: issue, check, wrong guess, consume, consume again, purge."""
+_OUTPUT = Output()  # frozen: the form in which cyclopts takes shared options
+
+
+async def demo(*, output: Output = _OUTPUT) -> Result:
+    """Show the life of a token: issue, check, a wrong key, consume, consume again, purge."""
     del output  # how it is shown is the application's business
     with TemporaryDirectory(prefix="vtoken-demo-") as folder:
         url = f"sqlite:///{quote(Path(folder, 'tokens.db').as_posix())}"
@@ -36,13 +39,13 @@ async def demo(*, output: Output = Output()) -> Result:  # noqa: B008  # frozen:
 
 async def _play(manager: TokenManager, folder: Path) -> list[Step]:
     user = Subject("auth.user", 42)
-    token = await manager.deactivate_and_create(user, _SLUG)
+    token = await manager.issue(user, _SLUG)
     key = token.key
     issued = f"a key for auth.user:42 and {_SLUG}, good for an hour: {key}"
     return [
         _step("issue", True, issued),
         await _accepted("check", "consumes nothing", manager.verify(user, _SLUG, key)),
-        await _refused("wrong guess", manager.verify(user, _SLUG, _WRONG)),
+        await _refused("wrong key", manager.verify(user, _SLUG, _WRONG)),
         await _accepted("consume", "now the password may be changed", manager.consume(user, _SLUG, key)),
         await _refused("consume again", manager.consume(user, _SLUG, key)),
         _step("look into file", not _holds(folder, key), "the key is nowhere in it, only its digest"),

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from getpass import getpass
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final, cast
 
+import anyio.to_thread
 from cyclopts import Parameter
 
+from vtoken import inputs
 from vtoken.config import Configuration, create_backend, redact_url
-from vtoken.config_read import convert, seconds
-from vtoken.errors import InvalidInput
-from vtoken.hooks import Hook
-from vtoken.inputs import MAX_KEY_BYTES
+from vtoken.config_read import lifetime as read_lifetime
+from vtoken.diagnostics import diagnostics_of
+from vtoken.errors import BackendUnavailable, ConfigurationError, InvalidInput
+from vtoken.inputs import DEFAULT, MAX_KEY_BYTES, Lifetime, Unset
+from vtoken.loading import import_object
 from vtoken.manager import TokenManager
 from vtoken.subject import Subject
 
-DEFAULT_URL: Final = "sqlite:///vtoken.db"
+DEFAULT_URL: Final = "sqlite:///tokens.db"
 
 
 @Parameter(name="*")
@@ -36,26 +43,105 @@ class Store(Output):
 
     url: Annotated[
         str | None,
-        Parameter(help=f"The store. Left out: VTOKEN_URL, the configuration file's, else {DEFAULT_URL}."),
+        Parameter(
+            help="The store. Left out: VTOKEN_URL, else that of the configuration file (VTOKEN_CONFIG, or"
+            " vtoken.toml or [tool.vtoken] of pyproject.toml in the working directory), else"
+            f" {DEFAULT_URL}."
+        ),
+    ] = None
+    manager: Annotated[
+        str | None,
+        Parameter(
+            help="The application's own manager, package.module:attribute, with its store, settings and"
+            " policies."
+        ),
     ] = None
 
     def configuration(self) -> Configuration:
         """What the environment, the configuration file and ``--url`` say."""
-        return Configuration.from_env(url=self.url, default_url=DEFAULT_URL)
+        return Configuration.from_env(url=self.url, default_url=DEFAULT_URL, folder=Path.cwd())
 
     def shown(self) -> str:
-        """The URL, without its passwords."""
-        return redact_url(self.configuration().url)
+        """How the store is called, without passwords."""
+        return f"the store of {self.manager}" if self.manager else redact_url(self.configuration().url)
 
-    def manager(self, *hooks: Hook) -> TokenManager:
-        """A manager as configured, with further hooks, not open yet."""
-        found = self.configuration()
-        return TokenManager(
-            create_backend(found.url),
-            settings=found.settings,
-            policies=found.policies,
-            hooks=(*found.hooks, *hooks),
-        )
+    def made(self) -> TokenManager:
+        """A manager as configured, or the application's own; not open yet.
+
+        Raises:
+            ConfigurationError: the configuration cannot work, or ``--manager`` names something else.
+        """
+        if self.manager is None:
+            found = self.configuration()
+            return TokenManager(
+                create_backend(found.url), settings=found.settings, policies=found.policies, hooks=found.hooks
+            )
+        if self.url is not None:
+            raise ConfigurationError("--manager has a store of its own: leave out --url")
+        named = import_object(self.manager)
+        if not isinstance(named, TokenManager):
+            raise ConfigurationError(
+                f"--manager: {self.manager!r} must be a TokenManager, not {type(named).__name__}"
+            )
+        return named
+
+    @asynccontextmanager
+    async def opened(self, *, may_make_it: bool = False) -> AsyncGenerator[TokenManager]:
+        """A manager, open.
+
+        Args:
+            may_make_it: whether the store may be made where there is none.
+
+        Raises:
+            BackendUnavailable: there is no store, and this command must not make one.
+        """
+        manager = self.made()
+        if not may_make_it and self.manager is None:
+            await require_store(self.configuration().url)
+        async with manager:
+            yield manager
+
+
+async def require_store(url: str) -> None:
+    """Go on only where there is a store.
+
+    Raises:
+        BackendUnavailable: there is none; the message names its path.
+    """
+    missing = await anyio.to_thread.run_sync(diagnostics_of(url).missing)
+    if missing is not None:
+        raise BackendUnavailable(f"{missing}; vtoken init makes a store")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """What the policy may ask to be told of the caller."""
+
+    context: Annotated[
+        str | None, Parameter(help="What the token is bound to, where its policy requires a context.")
+    ] = None
+    by: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="What a limit of the policy counts by, such as ip=192.0.2.7; several times for several.",
+        ),
+    ] = None
+
+    def dimensions(self) -> dict[str, str]:
+        """``--by`` as a mapping.
+
+        Raises:
+            InvalidInput: one has no equals sign.
+        """
+        found: dict[str, str] = {}
+        for given in self.by or ():
+            name, equals, value = given.partition("=")
+            if not equals:
+                raise InvalidInput("--by must be name=value, such as ip=192.0.2.7")
+            found[name] = value
+        return found
 
 
 def _read_key(_: Any, tokens: Any) -> str:
@@ -63,12 +149,12 @@ def _read_key(_: Any, tokens: Any) -> str:
     given: str = tokens[0].value
     if given != "-":
         return given
-    # Here, before the event loop runs: a blocking read inside it would not hear Ctrl-C.
+    # Before the event loop runs: a blocking read inside it would not react to Ctrl-C.
     if sys.stdin is None or sys.stdin.closed:
         return ""
     if sys.stdin.isatty():
         return getpass("Key: ")
-    # One more than a key can have, so that a longer one is refused and not cut.
+    # One byte more than a key can have, so that a longer one is refused and not cut.
     return sys.stdin.buffer.readline(MAX_KEY_BYTES + 3).decode(errors="surrogateescape").rstrip("\r\n")
 
 
@@ -89,6 +175,16 @@ AnySubjectText = Annotated[
     ),
 ]
 Slug = Annotated[str | None, Parameter(help="The purpose. Left out: tokens without one.")]
+AnySlug = Annotated[str | None, Parameter(help="Only this purpose. Left out: every one.")]
+ExtraData = Annotated[str | None, Parameter(name="--extra", help="JSON to keep with the token.")]
+ExpiresIn = Annotated[
+    str | None,
+    Parameter(
+        name="--expires-in",
+        help='Lifetime: minutes, a duration such as 90s or 12h, or "never". Left out: as the policy or the'
+        " settings say.",
+    ),
+]
 Yes = Annotated[bool, Parameter(negative="", show_default=False, help="Do not ask.")]
 
 
@@ -100,7 +196,7 @@ def subject_of(text: str) -> Subject:
     """
     content_type, colon, object_id = text.partition(":")
     if not colon:
-        raise InvalidInput("SUBJECT is content_type:object_id, e.g. auth.user:42")
+        raise InvalidInput("SUBJECT must be content_type:object_id, such as auth.user:42")
     return Subject(content_type, object_id)
 
 
@@ -113,6 +209,34 @@ def duration(option: str, text: str) -> timedelta:
     """A duration such as ``90s``, ``10m``, ``24h``.
 
     Raises:
-        ConfigurationError: it is none.
+        InvalidInput: it is none.
     """
-    return convert(option, seconds, text)
+    return timedelta(milliseconds=inputs.duration(option, text, least=timedelta(0)))
+
+
+def lifetime(text: str | None) -> Lifetime | Unset:
+    """What ``--expires-in`` says.
+
+    Raises:
+        InvalidInput: it is not a lifetime.
+    """
+    if text is None:
+        return DEFAULT
+    value = read_lifetime(text)
+    inputs.lifetime("--expires-in", value)
+    return cast("Lifetime", value)
+
+
+def extra_data_of(text: str | None) -> Any:
+    """What ``--extra`` says.
+
+    Raises:
+        InvalidInput: it is not JSON.
+    """
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass  # raised below, so that the text is not in the error's context
+    raise InvalidInput("--extra is not JSON")

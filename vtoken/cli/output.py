@@ -10,8 +10,10 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 from rich.text import Text
 
+from vtoken.policy import Policies
 from vtoken.token import VerificationToken
 
 _WIDE = 10_000
@@ -23,12 +25,12 @@ class Result:
 
     Args:
         data: the answer as JSON values.
-        text: the same for people.
+        text: the same for people; None for nothing.
         status: the exit status.
     """
 
     data: Mapping[str, Any]
-    text: RenderableType
+    text: RenderableType | None
     status: int = 0
 
 
@@ -37,10 +39,13 @@ def show(result: Result, as_json: bool) -> None:
     if as_json:
         print_json(result.data)
         return
-    # Without a terminal nothing is cut or wrapped to a width that nobody has.
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, soft_wrap=True)
+    if result.text is None:
+        return
+    # Without a terminal nothing is cut or wrapped to a width that nobody has. Lines of text are left to the
+    # terminal to wrap, so that a key can be copied in one piece; a table has to fold its own cells.
+    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
     with console.capture() as captured:  # rich itself exits with status 1 when the reader has gone
-        console.print(result.text)
+        console.print(result.text, soft_wrap=not isinstance(result.text, Table))
     sys.stdout.write(captured.get())
 
 
@@ -90,36 +95,71 @@ def token_data(token: VerificationToken) -> dict[str, Any]:
         "content_type": token.content_type,
         "object_id": token.object_id,
         "slug": token.slug,
-        "created_at": _iso(token.created_at),
-        "expires_at": _iso(token.expires_at),
+        "created_at": iso(token.created_at),
+        "expires_at": iso(token.expires_at),
+        "code_expires_at": iso(token.code_expires_at),
         "is_active": token.is_active,
         "uses": token.uses,
         "max_uses": token.max_uses,
-        "used_at": _iso(token.used_at),
+        "used_at": iso(token.used_at),
+        "is_replay": token.is_replay,
         "extra_data": token.get_extra_data(),
     }
 
 
-def token_rows(token: VerificationToken) -> list[tuple[str, object]]:
+def token_rows(token: VerificationToken, now: datetime) -> list[tuple[str, object]]:
     """A token for people, without its key."""
     rows: list[tuple[str, object]] = [
         ("id", token.id),
         ("subject", f"{token.content_type}:{token.object_id}"),
         ("slug", "(none)" if token.slug is None else token.slug),
-        ("created", moment(token.created_at)),
-        ("expires", "never" if token.expires_at is None else moment(token.expires_at)),
+        ("created", when(token.created_at, now)),
+        ("expires", "never" if token.expires_at is None else when(token.expires_at, now)),
     ]
-    if token.max_uses > 1 or token.uses:
-        rows.append(("uses", f"{token.uses} of {token.max_uses}"))
+    if token.code_expires_at is not None:
+        rows.append(("code expires", when(token.code_expires_at, now)))
+    if token.max_uses != 1 or token.uses:
+        rows.append(("uses", f"{token.uses} of {'any number' if token.max_uses is None else token.max_uses}"))
+    if token.used_at is not None:
+        rows.append(("used", when(token.used_at, now)))
     if token.extra_data is not None:
         rows.append(("extra data", token.extra_data))
     return rows
 
 
-def moment(at: datetime) -> str:
-    """A point in time for people."""
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+def state_of(token: VerificationToken, now: datetime) -> str:
+    """``"valid"``, or why a token cannot be used: ``"used"``, ``"inactive"``, ``"expired"``, ``"leased"``."""
+    if not token.is_active:
+        return "used" if token.max_uses is not None and token.uses >= token.max_uses else "inactive"
+    if token.expires_at is not None and token.expires_at < now:
+        return "expired"
+    return "valid" if token.is_valid(now) else "leased"
 
 
-def _iso(at: datetime | None) -> str | None:
+def when(at: datetime, now: datetime) -> str:
+    """A point in time for people, and how far away it is."""
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC ({relative(at, now)})"
+
+
+def relative(at: datetime, now: datetime) -> str:
+    """How far away a point in time is: ``"in 59 min"``, ``"3 days ago"``."""
+    seconds = round(abs((at - now).total_seconds()))
+    for unit, length in (("day", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * length or length == 1 or (unit != "day" and seconds >= length):
+            count = seconds // length
+            break
+    named = f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
+    return f"in {named}" if at >= now else f"{named} ago"
+
+
+def iso(at: datetime | None) -> str | None:
+    """A point in time as JSON has it."""
     return None if at is None else at.isoformat(timespec="milliseconds")
+
+
+def without_policy(policies: Policies, slug: str | None) -> str | None:
+    """A sentence for a slug that no policy names here, as another configuration may have one; else None."""
+    if policies.get(slug or "").is_policy_given:
+        return None
+    named = "tokens without a slug" if slug is None else f"the slug {slug!r}"
+    return f"no policy is configured here for {named}, so the settings alone apply"

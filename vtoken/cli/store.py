@@ -1,10 +1,8 @@
-"""Commands about a whole store."""
+"""The commands ``init``, ``stats`` and ``ping``: about a whole store."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,17 +11,26 @@ from vtoken.cli.options import Store
 from vtoken.cli.output import Result, pairs, printable
 from vtoken.stats import SlugStats, Stats
 
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
 
-async def init(*, store: Store = Store()) -> Result:  # noqa: B008  # frozen: cyclopts' form
+
+async def init(*, store: Store = _STORE) -> Result:
     """Make the store, with its tables and indexes; one that is there already is checked and left as it is."""
-    async with store.manager():
+    async with store.opened(may_make_it=True):
         url = store.shown()
     return Result({"ready": True, "url": url}, pairs([("ready", url)]))
 
 
-async def stats(*, store: Store = Store()) -> Result:  # noqa: B008  # as above
+async def ping(*, store: Store = _STORE) -> Result:
+    """Ask the store for an answer, and tell how long it took: for health probes."""
+    async with store.opened() as manager:
+        seconds = await manager.ping()
+    return Result({"seconds": seconds}, pairs([("answered in", f"{seconds * 1000:.1f} ms")]))
+
+
+async def stats(*, store: Store = _STORE) -> Result:
     """Count the tokens, in all and by slug."""
-    async with store.manager() as manager:
+    async with store.opened() as manager:
         found = await manager.stats()
     slugs = sorted(found.by_slug.items(), key=lambda item: item[0] or "")
     data = {
@@ -35,13 +42,6 @@ async def stats(*, store: Store = Store()) -> Result:  # noqa: B008  # as above
         "by_slug": {slug or "": asdict(numbers) for slug, numbers in slugs},
     }
     return Result(data, _stats_table(found, slugs))
-
-
-async def config(*, store: Store = Store()) -> Result:  # noqa: B008  # as above
-    """Print the effective configuration, secrets redacted. Exit status 2: it cannot work."""
-    store.manager()  # finds what only the parts together show: a missing driver, a code without a secret
-    data = store.configuration().describe()
-    return Result(data, pairs(_flat("", data)))
 
 
 def _stats_table(found: Stats, slugs: list[tuple[str | None, SlugStats]]) -> Table:
@@ -57,10 +57,3 @@ def _stats_table(found: Stats, slugs: list[tuple[str | None, SlugStats]]) -> Tab
         "all", str(found.total), str(found.active), str(found.expired), str(found.used), style="bold"
     )
     return table
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, object]]:
-    """Nested tables as dotted names."""
-    if isinstance(value, dict) and value:
-        return [row for name, item in value.items() for row in _flat(f"{prefix}{name}.", item)]
-    return [(prefix.rstrip("."), value if isinstance(value, str) else json.dumps(value))]

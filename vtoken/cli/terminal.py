@@ -18,23 +18,24 @@ class Declined(Exception):
 
 
 def ask(question: str, yes: bool, *, without_terminal: bool) -> None:
-    """Go on only with the operator's consent. Not in an event loop: a blocking read would not hear Ctrl-C.
+    """Go on only with the operator's consent. Not for use in an event loop: a blocking read there would not
+    react to Ctrl-C.
 
     Args:
         question: what is about to be done.
         yes: consent was given beforehand.
-        without_terminal: where nobody can be asked, go on; else consent must be given beforehand.
+        without_terminal: whether to go on where there is no terminal to ask on.
 
     Raises:
         Declined: the answer was no.
-        InvalidInput: there was nobody to ask.
+        InvalidInput: there is no terminal to ask on.
     """
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stderr.isatty():
         if without_terminal:
             return
-        raise InvalidInput(f"{question} Nobody is here to be asked: give --yes.")
+        raise InvalidInput(f"{question} There is no terminal to ask on; pass --yes.")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Declined
@@ -42,11 +43,11 @@ def ask(question: str, yes: bool, *, without_terminal: bool) -> None:
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Generator[Callable[[int], None]]:
-    """A bar while a block runs, which is told how much is done. Without a terminal there is none.
+    """Show a bar while a block runs, which tells it how much is done. Without a terminal, show nothing.
 
     Args:
         what: the work, in a word or two.
-        total: how much there is to do; None where nobody knows.
+        total: how much there is to do; None if that is not known.
     """
     if not sys.stderr.isatty():
         yield lambda done: None

@@ -1,20 +1,38 @@
-"""Commands about the tokens of one object."""
+"""The commands ``issue``, ``check``, ``consume`` and ``deactivate``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vtoken.cli.options import AnySubjectText, Key, Slug, Store, SubjectText, Yes, any_subject_of, subject_of
-from vtoken.cli.output import Result, pairs, printable, token_data, token_rows
+from vtoken.cli.options import (
+    AnySlug,
+    AnySubjectText,
+    Caller,
+    ExpiresIn,
+    ExtraData,
+    Key,
+    Slug,
+    Store,
+    SubjectText,
+    Yes,
+    any_subject_of,
+    extra_data_of,
+    lifetime,
+    subject_of,
+)
+from vtoken.cli.output import Result, pairs, printable, token_data, token_rows, without_policy
 from vtoken.cli.terminal import ask
-from vtoken.config_read import convert, minutes
-from vtoken.errors import InvalidInput
-from vtoken.inputs import ANY, DEFAULT, Unset
+from vtoken.errors import InvalidInput, InvalidToken
+from vtoken.inputs import ANY
+from vtoken.manager import TokenManager, utc_now
 from vtoken.subject import Subject
+
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_CALLER = Caller()
 
 
 async def issue(
@@ -22,24 +40,35 @@ async def issue(
     /,
     *,
     slug: Slug = None,
-    expires_in: Annotated[
-        str | None,
-        Parameter(help='Lifetime in minutes, or "never". Left out: as the policy or the settings say.'),
-    ] = None,
-    extra: Annotated[str | None, Parameter(help="JSON to keep with the token.")] = None,
-    store: Store = Store(),  # noqa: B008  # frozen: the form in which cyclopts takes shared options
+    expires_in: ExpiresIn = None,
+    extra: ExtraData = None,
+    add: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Leave the older tokens valid.")
+    ] = False,
+    caller: Caller = _CALLER,
+    store: Store = _STORE,
 ) -> Result:
-    """Issue a token and print its key; older ones of the same object and slug end."""
-    expiration: float | Unset | None = DEFAULT
-    if expires_in is not None:
-        expiration = convert("--expires-in", minutes, expires_in)
-    extra_data = None if extra is None else _from_json(extra)
-    async with store.manager() as manager:
-        token = await manager.deactivate_and_create(
-            subject_of(subject), slug, extra_data, expiration_in_minutes=expiration
+    """Issue a token and print its key, and of a pair its code; older ones of the same object and slug end."""
+    expires = lifetime(expires_in)
+    extra_data = extra_data_of(extra)
+    async with store.opened(may_make_it=True) as manager:
+        token = await manager.issue(
+            subject_of(subject),
+            slug,
+            extra_data=extra_data,
+            replace=not add,
+            expires_in=expires,
+            context=caller.context,
+            by=caller.dimensions(),
         )
-    data = {**token_data(token), "key": token.key}
-    return Result(data, pairs([*token_rows(token), ("key", token.key)]))
+        note = without_policy(manager.policies, slug)
+    data = {**token_data(token), "key": token.key, "code": token.code, "note": note}
+    rows = [*token_rows(token, utc_now()), ("key", token.key)]
+    if token.code is not None:
+        rows.append(("code", token.code))
+    if note is not None:
+        rows.append(("note", note))
+    return Result(data, pairs(rows))
 
 
 async def check(
@@ -48,12 +77,16 @@ async def check(
     /,
     *,
     slug: Slug = None,
-    store: Store = Store(),  # noqa: B008  # as above
+    caller: Caller = _CALLER,
+    store: Store = _STORE,
 ) -> Result:
     """Check a key without consuming it. Exit status 1: it is not valid."""
-    async with store.manager() as manager:
-        token = await manager.verify(subject_of(subject), slug, key)
-    return Result({"valid": True, **token_data(token)}, pairs([("valid", "yes"), *token_rows(token)]))
+    async with store.opened() as manager, _explained(manager, subject_of(subject), slug):
+        token = await manager.verify(
+            subject_of(subject), slug, key, context=caller.context, by=caller.dimensions()
+        )
+    data = {"valid": True, **token_data(token)}
+    return Result(data, pairs([("valid", "yes"), *token_rows(token, utc_now())]))
 
 
 async def consume(
@@ -62,26 +95,66 @@ async def consume(
     /,
     *,
     slug: Slug = None,
-    store: Store = Store(),  # noqa: B008  # as above
+    consume_id: Annotated[
+        str | None,
+        Parameter(help="A name for this use: the same one again, within 15 minutes, gives the same answer."),
+    ] = None,
+    caller: Caller = _CALLER,
+    store: Store = _STORE,
 ) -> Result:
     """Use a token: exactly one caller can. Exit status 1: the key is not valid."""
-    async with store.manager() as manager:
-        token = await manager.consume(subject_of(subject), slug, key)
-    return Result({"valid": True, **token_data(token)}, pairs([("consumed", "yes"), *token_rows(token)]))
+    async with store.opened() as manager, _explained(manager, subject_of(subject), slug):
+        token = await manager.consume(
+            subject_of(subject),
+            slug,
+            key,
+            consume_id=consume_id,
+            context=caller.context,
+            by=caller.dimensions(),
+        )
+    data = {"valid": True, **token_data(token)}
+    return Result(data, pairs([("consumed", "yes"), *token_rows(token, utc_now())]))
+
+
+@asynccontextmanager
+async def _explained(manager: TokenManager, subject: Subject, slug: str | None) -> AsyncGenerator[None]:
+    """Tell the operator, beside a refusal, what may be wrong with the slug. Notes are shown by the
+    application; people who present keys never see them."""
+    try:
+        yield
+    except InvalidToken as error:
+        note = without_policy(manager.policies, slug)
+        if note is not None and slug is not None:
+            error.add_note(note)
+        if slug is None and error.reason == "unknown":
+            slugs = {token.slug async for token in manager.filter_active_tokens(subject)} - {None}
+            if slugs:
+                named = ", ".join(sorted(str(name) for name in slugs))
+                error.add_note(f"the object has active tokens of the slugs {named}: see --slug")
+        raise
 
 
 def deactivate(
-    subject: AnySubjectText,
+    subject: AnySubjectText | None = None,
     /,
     *,
-    slug: Annotated[str | None, Parameter(help="Only this purpose. Left out: every one.")] = None,
+    slug: AnySlug = None,
+    token_id: Annotated[
+        str | None, Parameter(name="--id", help="Only the token of this id, without SUBJECT.")
+    ] = None,
     yes: Yes = False,
-    store: Store = Store(),  # noqa: B008  # as above
+    store: Store = _STORE,
 ) -> Coroutine[Any, Any, Result]:
-    """Deactivate the active tokens of an object, or of all objects of a content type.
+    """Deactivate an object's active tokens, or one token by its id.
 
-    For all objects it asks; where there is no terminal it wants --yes.
+    Those of all objects of a content type end only after a question, or with --yes.
     """
+    if token_id is not None:
+        if subject is not None or slug is not None:
+            raise InvalidInput("--id names one token: leave out SUBJECT and --slug")
+        return _deactivate_one(token_id, store)
+    if subject is None:
+        raise InvalidInput("give SUBJECT, or --id for one token")
     found = any_subject_of(subject)
     if found.object_id is ANY:
         what = "tokens" if slug is None else f"{printable(slug)} tokens"
@@ -91,14 +164,17 @@ def deactivate(
 
 
 async def _deactivate(subject: Subject, slug: str | None, store: Store) -> Result:
-    async with store.manager() as manager:
-        count = await manager.deactivate(subject, ANY if slug is None else slug)
+    async with store.opened() as manager:
+        count = await manager.deactivate(
+            subject, ANY if slug is None else slug, all_objects=subject.object_id is ANY
+        )
     return Result({"deactivated": count}, pairs([("deactivated", count)]))
 
 
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass  # raised below, so that the text is not in the error's context
-    raise InvalidInput("--extra is not JSON")
+async def _deactivate_one(token_id: str, store: Store) -> Result:
+    async with store.opened() as manager:
+        token = await manager.get(token_id)
+        if token is None:
+            return Result({"deactivated": 0, "found": False}, "no token has this id", 1)
+        count = await manager.deactivate(token)
+    return Result({"deactivated": count, "found": True}, pairs([("deactivated", count)]))

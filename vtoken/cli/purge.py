@@ -13,15 +13,17 @@ from typing import Annotated, Any
 import anyio
 from cyclopts import Parameter
 
+from vtoken.backend import running_holds
 from vtoken.cli.options import Store, Yes, duration
-from vtoken.cli.output import Result, pairs, say
+from vtoken.cli.output import Result, pairs, printable, say
 from vtoken.cli.terminal import ask, progress
 from vtoken.errors import InvalidInput
-from vtoken.hooks import TokenEvent
-from vtoken.inputs import check_count, milliseconds
+from vtoken.inputs import Duration, check_count, milliseconds
 from vtoken.manager import utc_now
-from vtoken.transfer import pages
+from vtoken.migrate import pages
+from vtoken.sweeper import Sweeper
 
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
 _KEEP_AS_A_SERVICE = timedelta(hours=24)
 
 
@@ -30,19 +32,22 @@ def purge(
     batch_size: Annotated[int, Parameter(help="How many tokens are deleted in one step.")] = 1000,
     keep: Annotated[
         str | None,
-        Parameter(help="Tokens that ended no longer ago stay, e.g. 24h. Left out: 0s; with --every, 24h."),
+        Parameter(
+            help="Tokens that ended no longer ago than this stay, such as 24h. Left out: 0s; with"
+            " --every, 24h."
+        ),
     ] = None,
     every: Annotated[
         str | None,
-        Parameter(help="Go on, and purge again every so often, e.g. 10m, until SIGTERM or Ctrl-C."),
+        Parameter(help="Go on, and purge again every so often, such as 10m, until SIGTERM or Ctrl-C."),
     ] = None,
     dry_run: Annotated[
         bool, Parameter(negative="", show_default=False, help="Delete nothing: count what would be deleted.")
     ] = False,
     yes: Yes = False,
-    store: Store = Store(),  # noqa: B008  # frozen: the form in which cyclopts takes shared options
+    store: Store = _STORE,
 ) -> Coroutine[Any, Any, Result]:
-    """Delete the tokens that are used, deactivated or expired; valid ones stay.
+    """Delete the tokens that are used, deactivated or expired, and spent budgets; valid tokens stay.
 
     It asks on a terminal. Elsewhere (cron, a service) it does not: what it deletes is of no use any more.
     """
@@ -63,7 +68,7 @@ def purge(
 
 
 async def _once(store: Store, batch_size: int, keep: timedelta) -> Result:
-    async with store.manager() as manager:
+    async with store.opened() as manager:
         with progress("purging") as bar:
             count = await manager.purge(batch_size, keep, bar)
     return _purged(count)
@@ -71,7 +76,7 @@ async def _once(store: Store, batch_size: int, keep: timedelta) -> Result:
 
 async def _count(store: Store, keep: timedelta) -> Result:
     """What a purge would delete, by the condition of ``TokenBackend.purge``. The whole store is read."""
-    async with store.manager() as manager:
+    async with store.opened() as manager:
         total = (await manager.stats()).total
         now = milliseconds(utc_now())
         before = now - milliseconds_of(keep)
@@ -79,11 +84,11 @@ async def _count(store: Store, keep: timedelta) -> Result:
         done = 0
         with progress("counting", total) as bar:
             async for tokens in pages(manager.backend):
-                by_slug.update(t.slug for t in tokens if t.ends_at < before and t.lease_until <= now)
+                by_slug.update(t.slug for t in tokens if t.ends_at < before and not running_holds(t, now))
                 done += len(tokens)
                 bar(done)
     count = by_slug.total()
-    rows = [(slug or "(none)", number) for slug, number in sorted(by_slug.items())]
+    rows = [(printable(slug) or "(none)", number) for slug, number in sorted(by_slug.items())]
     return Result(
         {"would_purge": count, "by_slug": dict(sorted(by_slug.items()))},
         pairs([*rows, ("would be purged", count)]),
@@ -94,21 +99,23 @@ async def _serve(store: Store, batch_size: int, keep: timedelta, every: timedelt
     """Purge until a signal comes. Each step is atomic, so it ends at once."""
     total = 0
 
-    def tell(event: TokenEvent) -> None:
-        nonlocal total
-        if event.name == "purged":
-            total += event.count
-            say({"purged": event.count}, f"purged {event.count}", store.json)
-
     with anyio.CancelScope() as until_a_signal:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # Windows: Ctrl-C interrupts as ever
+            with suppress(NotImplementedError):  # Windows: Ctrl-C interrupts as always
                 loop.add_signal_handler(number, until_a_signal.cancel)
-        async with store.manager(tell) as manager:
+        async with store.opened() as manager:
+
+            async def purge_and_tell(limit: int, kept: Duration) -> None:
+                nonlocal total
+                count = await manager.purge(limit, kept)
+                total += count
+                if count:
+                    say({"purged": count}, f"purged {count}", store.json)
+
             say({"every": every.total_seconds()}, f"purging every {every}, keeping {keep}", store.json)
-            await manager.purge(batch_size, keep)
-            async with manager.sweeper(every, keep, batch_size):
+            await purge_and_tell(batch_size, keep)
+            async with Sweeper(purge_and_tell, every, keep, batch_size, anyio.sleep):
                 await anyio.sleep_forever()
     return _purged(total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -9,18 +10,19 @@ from zoneinfo import ZoneInfo
 
 from cyclopts import Parameter
 
-from vtoken.cli.options import Output, Store
+from vtoken.cli.options import Output, Store, require_store
 from vtoken.cli.output import Result, pairs
 from vtoken.cli.terminal import progress
 from vtoken.config import create_backend
-from vtoken.dumpdata import DumpReader
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import milliseconds
 from vtoken.manager import TokenManager, utc_now
-from vtoken.transfer import Copied, add
-from vtoken.transfer import copy as copy_tokens
+from vtoken.migrate import Copied, DumpReader, import_tokens
+from vtoken.migrate import copy as copy_tokens
 
 INCOMPLETE = 1
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_OUTPUT = Output()
 
 
 async def copy(
@@ -28,17 +30,18 @@ async def copy(
     destination: Annotated[str, Parameter(name="DST", help="The URL of the store to copy to.")],
     /,
     *,
-    output: Output = Output(),  # noqa: B008  # frozen: the form in which cyclopts takes shared options
+    output: Output = _OUTPUT,
 ) -> Result:
     """Copy every token from one store to another, then compare both. Exit status 1: they are not equal.
 
     Interrupted, it is started again and goes on where it was. Beside live traffic, run it once more with the
-    application stopped: what was used or deactivated meanwhile then ends in the copy, too.
+    application stopped: what was used or deactivated meanwhile then ends in the copy, too. What ended and was
+    purged in DST since an earlier copy is not taken again.
 
-    Not copied is what no token carries. Budgets of attempts and cooldowns begin anew, and of tokens that
-    overlap, using one no longer ends the other.
+    Budgets of attempts and cooldowns are not copied, and consume ids are forgotten.
     """
     del output  # how it is shown is the application's business
+    await require_store(source)
     async with (
         TokenManager(create_backend(source)) as one,
         TokenManager(create_backend(destination)) as other,
@@ -52,16 +55,27 @@ async def copy(
 
 def _rows(copied: Copied) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("copied", copied.inserted), ("there already", copied.skipped)]
-    if copied.ended:
-        rows.append(("ended since", copied.ended))
+    rows += [
+        (name, count)
+        for name, count in (
+            ("taken before, not again", copied.taken_before),
+            ("id or key taken, skipped", copied.refused),
+            ("ended since", copied.ended),
+        )
+        if count
+    ]
     rows += [("in the source", copied.tokens), ("missing", copied.missing), ("different", copied.different)]
     if copied.others:
         rows.append(("others there", copied.others))
+    explained = copied.taken_before + copied.refused
+    remedy = "no: stop the application and run it again"
+    if copied.missing and copied.missing <= explained and not copied.different:
+        remedy = "no: the missing ones are those that were not taken"
     rows += [
         ("source SHA-256", copied.source_digest),
         ("copies' SHA-256", copied.destination_digest),
-        ("equal", "yes" if copied.is_complete else "no: stop the application and run it again"),
-        ("not copied", "budgets of attempts and cooldowns, overlaps: see vtoken copy --help"),
+        ("equal", "yes" if copied.is_complete else remedy),
+        ("not copied", "budgets of attempts and cooldowns, consume ids: see vtoken copy --help"),
     ]
     return rows
 
@@ -73,26 +87,33 @@ async def import_(
     content_types: Annotated[
         str | None,
         Parameter(
-            help="Names by primary key, e.g. 7=auth.user,9=shop.order: for a dump that has only numbers."
+            help="Names by primary key, such as 7=auth.user,9=shop.order: for a dump that has only numbers."
         ),
     ] = None,
     timezone: Annotated[
-        str | None, Parameter(help="The zone of times without an offset, e.g. UTC or Europe/Berlin.")
+        str | None, Parameter(help="The zone of times without an offset, such as UTC or Europe/Berlin.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        Parameter(
+            help="A name of the application, where dumps of several are imported. Left out: the model's name."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, Parameter(negative="", show_default=False, help="Read and check the file, store nothing.")
     ] = False,
-    store: Store = Store(),  # noqa: B008  # as above
+    store: Store = _STORE,
 ) -> Result:
     """Import the tokens of the Django application from its dumpdata; the plaintext keys become digests.
 
     The settings and policies say how, so that keys that people hold go on working. The whole file is checked
-    before anything is stored. Started again, it skips what is there.
+    before anything is stored. Interrupted, it is started again and goes on where it was. What was imported
+    before and has ended and been purged since is not taken again.
     """
-    found = store.configuration()
+    made = store.made()
     reader = DumpReader(
-        found.settings,
-        found.policies,
+        made.settings,
+        made.policies,
         content_types=_names(content_types),
         timezone=_zone(timezone),
         now=milliseconds(utc_now()),
@@ -104,13 +125,22 @@ async def import_(
                 bar(count)
     if dry_run:
         return Result({"readable": count}, pairs([("readable", count)]))
-    async with store.manager() as manager:
+    with file.open("rb") as raw:
+        digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    async with store.opened(may_make_it=True) as manager:
         with _opened(file) as dump, progress("importing", count) as bar:
-            added = await add(manager.backend, reader.tokens(dump), progress=bar)
-    return Result(
-        {"imported": added.inserted, "skipped": added.skipped},
-        pairs([("imported", added.inserted), ("there already", added.skipped)]),
-    )
+            imported = await import_tokens(
+                manager.backend,
+                reader.tokens(dump),
+                source=source or ",".join(sorted(reader.models)),
+                dump=digest,
+                now=milliseconds(utc_now()),
+                progress=bar,
+            )
+    rows = [("imported", imported.imported), ("there already", imported.skipped)]
+    if imported.taken_before:
+        rows.append(("taken before, not again", imported.taken_before))
+    return Result(imported._asdict(), pairs(rows))
 
 
 def _opened(file: Path) -> TextIO:
@@ -128,7 +158,7 @@ def _names(text: str | None) -> dict[int, str]:
     for part in filter(None, (text or "").split(",")):
         number, equals, name = part.partition("=")
         if not equals or not name.strip() or not number.strip().isdecimal():
-            raise InvalidInput("--content-types: must be such as 7=auth.user,9=shop.order")
+            raise InvalidInput("--content-types: must be numbers and names, such as 7=auth.user,9=shop.order")
         names[int(number)] = name.strip()
     return names
 
@@ -138,4 +168,4 @@ def _zone(name: str | None) -> ZoneInfo | None:
         return None
     with suppress(OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
         return ZoneInfo(name)
-    raise ConfigurationError("--timezone: must be the name of a time zone, e.g. UTC or Europe/Berlin")
+    raise ConfigurationError("--timezone: must be the name of a time zone, such as UTC or Europe/Berlin")

@@ -1,0 +1,263 @@
+"""The command ``issue-many``: a token for each object of a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, Final, TextIO, cast
+
+from cyclopts import Parameter
+
+from vtoken.cli.options import (
+    Caller,
+    ExpiresIn,
+    ExtraData,
+    Slug,
+    Store,
+    extra_data_of,
+    lifetime,
+    subject_of,
+)
+from vtoken.cli.output import Result, iso, pairs, without_policy
+from vtoken.cli.terminal import progress
+from vtoken.errors import InvalidInput
+from vtoken.manager import TokenManager
+from vtoken.subject import ContentTypes, Subject
+from vtoken.token import VerificationToken
+
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_CALLER = Caller()
+_FIELDS: Final = ("id", "content_type", "object_id", "slug", "expires_at", "key", "code")
+_NAMES: Final = ("subject", "content_type", "object_id")
+
+
+def issue_many(
+    file: Annotated[
+        str,
+        Parameter(
+            name="FILE",
+            help="CSV with the columns content_type and object_id, or with one column of"
+            " content_type:object_id; or JSON lines with the same names. - reads standard input.",
+            allow_leading_hyphen=True,
+        ),
+    ],
+    /,
+    *,
+    slug: Slug = None,
+    batch: Annotated[
+        str | None,
+        Parameter(
+            help="The name of this run, for a policy with derived keys: started again, it creates no token"
+            " twice and gives the same keys."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Parameter(
+            help="Where the keys go: a file that only its owner can read, CSV if it ends with .csv, else JSON"
+            " lines. Left out: standard output."
+        ),
+    ] = None,
+    expires_in: ExpiresIn = None,
+    extra: ExtraData = None,
+    caller: Caller = _CALLER,
+    store: Store = _STORE,
+) -> Coroutine[Any, Any, Result]:
+    """Issue a token for each object of a file, and write down their keys.
+
+    The whole file is checked before anything is issued. Interrupted, it is started again: with --batch it
+    goes on where it was, and its output is whole. A key is empty where an earlier run of the batch created a
+    token that is over.
+    """
+    expires, extra_data = lifetime(expires_in), extra_data_of(extra)
+    # Before the event loop runs: a blocking read inside it would not react to Ctrl-C.
+    content = _content(file)
+    count = sum(1 for _ in _subjects(content))
+    options: dict[str, Any] = {
+        "batch": batch,
+        "extra_data": extra_data,
+        "expires_in": expires,
+        "context": caller.context,
+        "by": caller.dimensions(),
+    }
+
+    def issuing(manager: TokenManager, told: Callable[[int], object]) -> AsyncGenerator[VerificationToken]:
+        return manager.issue_many(_subjects(content), slug, progress=told, **options)
+
+    return _issue(issuing, count, slug, out, store)
+
+
+async def _issue(
+    issuing: Callable[[TokenManager, Callable[[int], object]], AsyncGenerator[VerificationToken]],
+    count: int,
+    slug: str | None,
+    out: Path | None,
+    store: Store,
+) -> Result:
+    issued = over = 0
+    async with store.opened(may_make_it=True) as manager:
+        note = without_policy(manager.policies, slug)
+        with _written(out) as write, progress("issuing", count) as bar:
+            async for token in issuing(manager, bar):
+                write(token)
+                issued += token.key is not None
+                over += token.key is None
+    data = {"issued": issued, "over": over, "out": None if out is None else str(out), "note": note}
+    rows: list[tuple[str, object]] = [("issued", issued)]
+    if over:
+        rows.append(("over already", over))
+    if out is not None:
+        rows.append(("written to", out))
+    if note is not None:
+        rows.append(("note", note))
+    if out is not None:
+        return Result(data, pairs(rows))
+    print(", ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
+    return Result({}, None)
+
+
+# What comes in -----------------------------------------------------------------------------------
+
+
+def _content(file: str) -> TextIO:
+    """The file; standard input is kept in a temporary file, because it is read twice."""
+    problem = "it is read twice, so it must be a file, or - for standard input"
+    try:
+        if file == "-":
+            spooled = tempfile.SpooledTemporaryFile(1 << 20, "w+", encoding="utf-8", newline="")  # noqa: SIM115
+            shutil.copyfileobj(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""), spooled)
+            return cast("TextIO", spooled)
+        if Path(file).is_file() or not Path(file).exists():
+            return Path(file).open(encoding="utf-8-sig", newline="")  # as long as the command
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    except ValueError:
+        problem = "it is not UTF-8 text"
+    raise InvalidInput(f"FILE cannot be read: {problem}")
+
+
+def _subjects(content: TextIO) -> Iterator[Subject]:
+    """The objects of a file, from its beginning.
+
+    Raises:
+        InvalidInput: a line is something else; the message says which one.
+    """
+    content.seek(0)
+    problem, line = "", 1
+    try:
+        start = content.read(1)
+        content.seek(0)
+        read = _json_lines if start in ("{", '"') else _csv_rows
+        for line, found in read(content):  # noqa: B007  # named in the message below
+            yield _subject(found)
+    except InvalidInput as error:
+        problem = str(error)
+    except (ValueError, csv.Error):
+        problem = "neither CSV nor JSON lines in UTF-8"
+    if problem:
+        raise InvalidInput(f"FILE, line {line}: {problem}")
+
+
+def _json_lines(content: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(content, 1):
+        if line.strip():
+            found: Any = None
+            with suppress(ValueError, RecursionError):
+                found = json.loads(line)
+            yield number, found
+
+
+def _csv_rows(content: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    rows = csv.reader(content)
+    names: list[str] | None = None
+    for row in rows:
+        if not any(field.strip() for field in row):
+            continue
+        if names is None:
+            header = [field.strip().lower() for field in row]
+            if any(name in header for name in _NAMES):
+                names = header
+                continue
+            names = ["subject"]
+        yield rows.line_num, dict(zip(names, row, strict=False))
+
+
+def _subject(found: Any) -> Subject:
+    """An object, from a text or from named fields."""
+    if isinstance(found, dict):
+        fields = cast("dict[str, Any]", found)
+        found = fields.get("subject")
+        if found is None and fields.get("content_type") is not None:
+            found = Subject(fields["content_type"], fields.get("object_id", ""))
+    subject = subject_of(found.strip()) if isinstance(found, str) else found
+    if not isinstance(subject, Subject):
+        raise InvalidInput("needs content_type and object_id, or subject")
+    content_type, object_id = ContentTypes().resolve(subject)
+    return Subject(content_type, object_id or "")
+
+
+# What goes out -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _written(out: Path | None) -> Generator[Callable[[VerificationToken], None]]:
+    """Write tokens with their keys. What was written is kept, also where the run ends with an error."""
+    if out is None:
+        yield _writer(sys.stdout, as_csv=False)
+        sys.stdout.flush()
+        return
+    part = out.with_name(f"{out.name}.part")
+    _check_replaceable(out)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, 0o600)  # an earlier part may have been somebody's
+    with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+        try:
+            yield _writer(file, as_csv=out.suffix.lower() == ".csv")
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(out)
+
+
+def _writer(file: TextIO, *, as_csv: bool) -> Callable[[VerificationToken], None]:
+    if not as_csv:
+        return lambda token: print(json.dumps(_fields(token)), file=file)
+    rows = csv.DictWriter(file, _FIELDS)
+    rows.writeheader()
+    return lambda token: cast("None", rows.writerow(_fields(token)))
+
+
+def _fields(token: VerificationToken) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "content_type": token.content_type,
+        "object_id": token.object_id,
+        "slug": token.slug,
+        "expires_at": iso(token.expires_at),
+        "key": token.key,
+        "code": token.code,
+    }
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace a file that this command has not written.
+
+    Raises:
+        InvalidInput: the file begins otherwise.
+    """
+    if not out.exists():
+        return
+    start = ""
+    with suppress(OSError, ValueError), out.open(encoding="utf-8") as file:
+        start = file.read(200)
+    if start and not start.startswith((",".join(_FIELDS), '{"id": "')):
+        raise InvalidInput(f"--out: {out} exists and is not an output of issue-many")

@@ -1,0 +1,83 @@
+"""The commands about one object: ``status``, ``history``, ``erase`` and ``reset-limits``."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from vtoken.cli.listing import tokens_table
+from vtoken.cli.options import AnySlug, Caller, Slug, Store, SubjectText, Yes, subject_of
+from vtoken.cli.output import Result, iso, pairs, printable, state_of, token_data, when, without_policy
+from vtoken.cli.terminal import ask
+from vtoken.inputs import ANY
+from vtoken.manager import utc_now
+from vtoken.subject import Subject
+
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_CALLER = Caller()
+
+
+async def status(
+    subject: SubjectText,
+    /,
+    *,
+    slug: Slug = None,
+    caller: Caller = _CALLER,
+    store: Store = _STORE,
+) -> Result:
+    """Tell how an object stands: has it a valid token, how many attempts are left, when may it have a new
+    one."""
+    async with store.opened() as manager:
+        found = await manager.status(
+            subject_of(subject), slug, context=caller.context, by=caller.dimensions()
+        )
+        note = without_policy(manager.policies, slug)
+    now = utc_now()
+    data = {
+        "has_valid": found.has_valid,
+        "expires_at": iso(found.expires_at),
+        "attempts_left": found.attempts_left,
+        "attempts_reset_at": iso(found.attempts_reset_at),
+        "can_issue_at": iso(found.can_issue_at),
+        "note": note,
+    }
+    rows: list[tuple[str, object]] = [("valid token", "yes" if found.has_valid else "no")]
+    if found.has_valid:
+        rows.append(("expires", "never" if found.expires_at is None else when(found.expires_at, now)))
+    rows.append(("attempts left", "any number" if found.attempts_left is None else found.attempts_left))
+    if found.attempts_reset_at is not None:
+        rows.append(("attempts reset", when(found.attempts_reset_at, now)))
+    rows.append(("new token", "now" if found.can_issue_at <= now else when(found.can_issue_at, now)))
+    if note is not None:
+        rows.append(("note", note))
+    return Result(data, pairs(rows))
+
+
+async def history(subject: SubjectText, /, *, slug: AnySlug = None, store: Store = _STORE) -> Result:
+    """List every stored token of an object, whatever its state, newest first."""
+    async with store.opened() as manager:
+        found = manager.history(subject_of(subject), ANY if slug is None else slug)
+        tokens = [token async for token in found]
+    now = utc_now()
+    data = {"tokens": [{"state": state_of(token, now), **token_data(token)} for token in tokens]}
+    return Result(data, tokens_table(tokens, now))
+
+
+def erase(subject: SubjectText, /, *, yes: Yes = False, store: Store = _STORE) -> Coroutine[Any, Any, Result]:
+    """Delete every stored token of an object, and what is counted of its attempts (data protection)."""
+    found = subject_of(subject)
+    ask(f"Delete every token of {printable(subject)} in {store.shown()}?", yes, without_terminal=False)
+    return _erase(found, store)
+
+
+async def _erase(subject: Subject, store: Store) -> Result:
+    async with store.opened() as manager:
+        count = await manager.erase(subject)
+    return Result({"erased": count}, pairs([("erased", count)]))
+
+
+async def reset_limits(subject: SubjectText, /, *, slug: AnySlug = None, store: Store = _STORE) -> Result:
+    """Let an object's attempts and cooldowns start afresh: support unlocks an account."""
+    async with store.opened() as manager:
+        count = await manager.reset_limits(subject_of(subject), ANY if slug is None else slug)
+    return Result({"reset": count}, pairs([("budgets reset", count)]))

@@ -1,0 +1,38 @@
+"""The commands ``config`` and ``secret``."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any, cast
+
+from vtoken.cli.options import Output, Store
+from vtoken.cli.output import Result, pairs
+from vtoken.errors import ConfigurationError
+
+_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_OUTPUT = Output()
+
+
+async def config(*, store: Store = _STORE) -> Result:
+    """Print the effective configuration, secrets redacted. Exit status 2: it cannot work."""
+    if store.manager is not None:
+        raise ConfigurationError("config prints what the environment and the file say: leave out --manager")
+    store.made()  # finds what only the parts together show: a missing driver, a code without a secret
+    data = store.configuration().describe()
+    return Result(data, pairs(_flat("", data)))
+
+
+def secret(*, output: Output = _OUTPUT) -> Result:
+    """Draw a secret, for VTOKEN_SECRET: keep it where the application's other secrets are."""
+    del output  # how it is shown is the application's business
+    drawn = secrets.token_urlsafe(32)
+    return Result({"secret": drawn}, drawn)
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, object]]:
+    """Nested tables as dotted names."""
+    if isinstance(value, dict) and value:
+        items = cast("dict[str, Any]", value).items()
+        return [row for name, item in items for row in _flat(f"{prefix}{name}.", item)]
+    return [(prefix.rstrip("."), value if isinstance(value, str) else json.dumps(value))]
