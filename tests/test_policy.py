@@ -539,6 +539,15 @@ class TestTestCodes:
         shown = f"{given!r} {ResolvedPolicy.of(given, SECRETS)!r}"
         assert "867530" not in shown
 
+    @pytest.mark.parametrize("make", [TokenPolicy, TokenPolicy.code, TokenPolicy.pair])
+    def test_a_refusal_keeps_test_codes_out_of_its_frames(self, make: Any) -> None:
+        with pytest.raises(ConfigurationError) as info:
+            make("s", test_codes={Subject("a", 1): "867530999"}, test_codes_why="review")
+        frames = traceback.TracebackException.from_exception(info.value, capture_locals=True).stack
+        ours = [frame for frame in frames if frame.filename != __file__]
+        assert ours
+        assert "867530" not in str([frame.locals for frame in ours])
+
 
 class TestCalls:
     """Fault 21 of issue 11: floors hold for calls as they do for policies."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 from vtoken import inputs, limits
@@ -194,6 +194,7 @@ class PairOptions(_TypedCodeOptions, total=False):
     code_context: Context
 
 
+@_hiding_its_secrets
 @dataclass(frozen=True, slots=True)
 class TokenPolicy:
     """What tokens of one slug are like. ``TokenPolicy.link``, ``.code`` and ``.pair`` are the presets.
@@ -289,9 +290,11 @@ class TokenPolicy:
             **overrides: arguments of :class:`TokenPolicy`.
         """
         preset: dict[str, Any] = {"expiration": 60}
-        return cls(slug, **{**preset, **overrides, "kind": "link"})
+        fields: dict[str, Any] = {**preset, **overrides, "kind": "link"}
+        return cls(slug, **fields)
 
     @classmethod
+    @without_locals(ConfigurationError)
     def code(cls, slug: str | None, digits: int = 6, **overrides: Unpack[CodeOptions]) -> TokenPolicy:
         """A policy for codes that people type: digits, valid for 10 minutes, 5 attempts in 15 minutes
         (NIST SP 800-63B-4, section 3.1.3.2: 6 digits, 10 minutes; the cap is stricter than the 100 of
@@ -312,9 +315,11 @@ class TokenPolicy:
             "key_length": digits,
             "key_chars": DIGITS,
         }
-        return cls(slug, **{**preset, **overrides, "kind": "code"})
+        fields: dict[str, Any] = {**preset, **overrides, "kind": "code"}
+        return cls(slug, **fields)
 
     @classmethod
+    @without_locals(ConfigurationError)
     def pair(
         cls,
         slug: str | None,
@@ -338,7 +343,8 @@ class TokenPolicy:
         """
         preset: dict[str, Any] = {"expiration": 60, "max_attempts": 5}
         lengths: dict[str, Any] = {"digits": digits, "code_expiration": code_expiration, "kind": "pair"}
-        return cls(slug, **{**preset, **overrides, **lengths})
+        fields: dict[str, Any] = {**preset, **overrides, **lengths}
+        return cls(slug, **fields)
 
     def __post_init__(self) -> None:
         for name in ("attempt_limits", "issue_limits"):
@@ -769,7 +775,7 @@ class Policies:
             self._by_slug[resolved.slug] = resolved
         self._is_strict = settings.unknown_slugs == "refuse"
         default = ResolvedPolicy.of(NO_POLICY, settings)
-        self._unnamed = lru_cache(256)(lambda slug: replace(default, slug=slug))
+        self._unnamed = lru_cache(256)(partial(_for_slug, default))
         unlimited = self.unlimited_codes()
         if unlimited:
             logger.warning(
@@ -808,6 +814,5 @@ class Policies:
         )
 
 
-def resolve(policies: Iterable[TokenPolicy], settings: Settings) -> Policies:
-    """Combine policies with the settings; see :class:`Policies`."""
-    return Policies(policies, settings)
+def _for_slug(policy: ResolvedPolicy, slug: str) -> ResolvedPolicy:
+    return replace(policy, slug=slug)
