@@ -54,6 +54,8 @@ MS: Final = timedelta(milliseconds=1)
 MINUTE: Final = timedelta(minutes=1)
 CODE: Final = TokenPolicy.code("login")
 WRONG: Final = "no such key"
+WRONG_CODE: Final = "271828"
+"""A code that no test issues on purpose: one in a million draws it."""
 
 unhurried: Final = hypothesis.settings(deadline=None)
 """For Hypothesis: its deadline is an assertion about wall time."""

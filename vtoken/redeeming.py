@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -201,7 +202,12 @@ async def bound(context: Hidden, object_id: str | None) -> bytes:
     value: Any = context.reveal()
     if callable(value):
         # Where no token was found, there is no object that the context could be computed for.
-        value = None if object_id is None else await value(object_id)
+        value = None if object_id is None else value(object_id)
+        if value is not None:
+            if not inspect.isawaitable(value):
+                del value
+                raise InvalidInput("context: a callable must be async")
+            value = await value
     if value is None or value == "":
         return context_digest("")
     problem = inputs.context_problem(value)
