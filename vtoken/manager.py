@@ -906,14 +906,19 @@ class TokenManager:
         policy = self.policies.of(slug_text)
         if hidden.reveal() is not None and not policy.needs_context:
             raise InvalidInput(_CONTEXT_NOT_HEEDED)
-        given = await bound(hidden, object_id) if hidden.reveal() is not None else None
+        line = Match(
+            content_type=content_type,
+            object_id=object_id,
+            slug=slug_text,
+            context=await bound(hidden, object_id) if hidden.reveal() is not None else None,
+        )
         now, limiter = self._now(), self._limiter
         attempts = limiter.attempts(policy, slug_text, content_type, object_id, dimensions, lenient=True)
         issues = limiter.issues(
-            policy, slug_text, content_type, object_id, given or b"", dimensions, lenient=True
+            policy, slug_text, content_type, object_id, line.context or b"", dimensions, lenient=True
         )
         with self._opening.calls() as store:
-            expiries = await self._expiries(store, (content_type, object_id), slug_text, given, now)
+            expiries = await self._expiries(store, line, limiter.object_name(content_type, object_id), now)
             budgets = tuple(spend.budget for spend in (*attempts.spends, *issues.spends))
             states = await store.budgets(budgets) if budgets else []
         of_attempts, of_issues = states[: len(attempts.spends)], states[len(attempts.spends) :]
@@ -927,15 +932,14 @@ class TokenManager:
         )
 
     async def _expiries(
-        self, store: TokenBackend, subject: tuple[str, str], slug: str, context: bytes | None, now: int
+        self, store: TokenBackend, line: Match, pretended_for: bytes, now: int
     ) -> list[datetime | None]:
         """When the valid tokens of a line expire, the newest's first. One that was pretended counts like a
         real one, and is looked for in either case, so that neither the answer nor its time tells them
         apart."""
-        real = Match(content_type=subject[0], object_id=subject[1], slug=slug, context=context, valid_at=now)
-        name = self._limiter.object_name(*subject).hex()
-        stand_in = Match(content_type=PRETENDED, object_id=name, slug=slug, context=context)
-        found = [one for one in await store.find(real, _PAGE) if has_free_use(one, now)]
+        stand_in = line._replace(content_type=PRETENDED, object_id=pretended_for.hex())
+        valid = await store.find(line._replace(valid_at=now), _PAGE)
+        found = [one for one in valid if has_free_use(one, now)]
         pretended = [one for one in await store.find(stand_in, 1) if one.expires_at >= now]
         return [loaded(one).expires_at for one in found or pretended]
 
