@@ -10,21 +10,22 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict, is_dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import vtoken
 from vtoken import (
+    IssuedToken,
     Settings,
+    Subject,
     TokenEvent,
     TokenManager,
     TokenPolicy,
     create_backend,
 )
 from vtoken.backend import Match
-from vtoken.testing import Clock
+from vtoken.testing.clock import Clock
 
 from .core_tools import START, USER, Watched
 
@@ -39,14 +40,30 @@ CANARIES: Final = (KEY, WRONG_KEY, CODE, WRONG_CODE, CONTEXT, SECRET, OLD_SECRET
 TESTS: Final = str(Path(__file__).parent)
 SETTINGS: Final = Settings(secret=SECRET, previous_secrets=[OLD_SECRET])
 
+
+def zeros() -> str:
+    """A generator of the application's own."""
+    return "0" * 10
+
+
+TEST_CODE: Final = "867530"
+
 POLICIES: Final = (
     TokenPolicy("link"),
     TokenPolicy("other"),
-    TokenPolicy.code("code", digits=10),
+    # A generator of its own, which each call replaces by one that gives a canary.
+    TokenPolicy.code("code", key_generator=zeros, cooldown="1ms"),
     TokenPolicy("bound", context="required", max_attempts=3),
     TokenPolicy("derived", key_storage="derived"),
     TokenPolicy("prefixed", prefix="vt_"),
-    TokenPolicy("cooling", cooldown=timedelta(minutes=1)),
+    TokenPolicy("cooling", cooldown="1m"),
+    TokenPolicy.pair("pair", key_storage="derived", cooldown="1ms"),
+    TokenPolicy.code(
+        "tested",
+        cooldown="1ms",
+        test_codes={Subject("auth.user", 42): TEST_CODE},
+        test_codes_why="the sieve",
+    ),
 )
 
 
@@ -83,7 +100,9 @@ def spellings(value: object) -> Iterator[str | bytes]:
     if is_dataclass(value) and not isinstance(value, type | Settings):
         yield repr(asdict(value))
     if isinstance(value, TokenManager | Settings):
-        return  # not for pickling: a manager cannot be, and whoever pickles settings wants them whole
+        return  # a manager cannot be pickled, and a pickle of settings holds the secrets, as they say
+    if isinstance(value, IssuedToken):
+        return  # which cannot be pickled or copied
     for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
         yield pickle.dumps(value, protocol)
     for same in (copy.copy(value), copy.deepcopy(value)):
@@ -157,7 +176,8 @@ class Canary:
     async def learn(self) -> None:
         """From now on the stored digests are canaries too."""
         for stored in await self.backend.inner.find(Match(), 1000):
-            self.sieve.add(stored.digest)
+            for key in stored.keys:
+                self.sieve.add(key.digest)
             if stored.context:
                 self.sieve.add(stored.context)
 

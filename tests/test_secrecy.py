@@ -29,6 +29,7 @@ from vtoken import (
     TokenEvent,
     TokenManager,
     TooManyAttempts,
+    VerificationToken,
 )
 from vtoken.backend import Match
 
@@ -69,7 +70,7 @@ async def canary(request: pytest.FixtureRequest, tmp_path: Path, records: Record
     made.check_all()
     await made.aclose()
     made.check_all()
-    assert ("aiosqlite" in records.seen) is (request.param == "sqlite")  # else the drivers were not heard
+    assert records.seen  # else nothing was looked at
 
 
 async def test_what_is_returned_shows_no_key(canary: Canary) -> None:
@@ -100,11 +101,24 @@ async def test_what_is_returned_shows_no_key(canary: Canary) -> None:
             canary.check_value(one)
     again = await manager.get_active_or_create(USER, "derived")
     assert again.key == derived.key
-    for value in (derived, again, await manager.stats(), canary.events, manager, manager.settings, POLICIES):
+    pair = await manager.issue(USER, "pair")
+    tested = await manager.issue(USER, "tested")
+    await canary.learn()
+    for secret in (pair.key, pair.code, tested.key):
+        assert secret is not None
+        canary.sieve.add(secret.encode())
+    revealed = await manager.reveal(pair)
+    assert revealed is not None
+    assert (revealed.key, revealed.code) == (pair.key, pair.code)
+    for token in (pair, tested, revealed, await manager.verify(USER, "pair", pair.code or "")):
+        canary.check_value(token)
+    for value in (await manager.status(USER, "pair"), [t async for t in manager.history(USER)]):
         canary.check_value(value)
-    for private in (manager._life, manager._life.keyring, manager._life.hooks):  # pyright: ignore[reportPrivateUsage]  # its insides too
-        canary.sieve.check(repr(private) + repr(getattr(private, "__dict__", "")), "the manager's parts")
-    canary.sieve.check(repr(vars(manager)) + repr(vars(manager._life)), "the manager")  # pyright: ignore[reportPrivateUsage]  # its insides too
+    for value in (derived, again, await manager.stats(), canary.events, manager, manager.settings):
+        canary.check_value(value)
+    canary.sieve.check(repr(POLICIES), "the policies")  # a pickle of theirs holds the test codes
+    for name, part in vars(manager).items():  # its insides, too
+        canary.sieve.check(f"{part!r} {getattr(part, '__dict__', '')!r}", name)
 
 
 async def test_stored_rows_show_no_digest(canary: Canary) -> None:
@@ -112,7 +126,8 @@ async def test_stored_rows_show_no_digest(canary: Canary) -> None:
     await canary.issue(manager, "link", KEY)
     for stored in await canary.backend.inner.find(Match(), 10):
         canary.sieve.check(f"{stored} {stored!r} {[stored]}", "a row")
-        match = Match(digests=(stored.digest,), context=stored.context)
+        canary.sieve.check(f"{stored.keys} {list(stored.keys)!r}", "a key")
+        match = Match(digests=tuple(key.digest for key in stored.keys), context=stored.context)
         canary.sieve.check(f"{match} {match!r} {[match]}", "a condition")
 
 
@@ -128,59 +143,73 @@ def redeeming(slug: str, key: Any, error: BaseException | None = None, **keyword
     return call
 
 
-async def listing(manager: TokenManager, key: Any) -> None:
-    async for _ in manager.filter_active_tokens(USER, "link", key):
-        pass
+async def listing(manager: TokenManager, key: Any) -> list[VerificationToken]:
+    return [token async for token in manager.filter_active_tokens(USER, "link", key)]
 
 
 def generating(key: Any) -> dict[str, Any]:
     return {"key_generator_kwargs": {"generator": lambda: key}}
 
 
-BAD_KEYS: Final[list[Any]] = [
-    WRONG_KEY * 20,
-    WRONG_KEY + "\0",
-    WRONG_KEY + "\ud800",
-    [WRONG_KEY],
-    {"$ne": WRONG_KEY},
-    WRONG_KEY.encode(),
-    None,
-]
+GARBLED_KEYS: Final = [WRONG_KEY * 20, WRONG_KEY + "\0", WRONG_KEY + "\ud800"]
+NO_KEYS: Final[list[Any]] = [[WRONG_KEY], {"$ne": WRONG_KEY}, WRONG_KEY.encode(), None]
 
 
-@pytest.mark.parametrize("slug", ["link", "code", "bound", "prefixed"])
+@pytest.mark.parametrize("slug", ["link", "code", "bound", "prefixed", "derived", "pair", "tested"])
 async def test_wrong_keys(canary: Canary, slug: str) -> None:
     manager = await canary.manager()
     await canary.issue(manager, "link", KEY)
-    for key in (WRONG_KEY, "", *BAD_KEYS):
-        for call in calls_with(slug, key):
+    for key in (WRONG_KEY, WRONG_CODE, "", *GARBLED_KEYS, *NO_KEYS):
+        for call in presenting(slug, key):
             canary.check_error(await refused(vtoken.VTokenError, call(manager)))
+    for key in GARBLED_KEYS:
+        for call in asking(slug, key):
+            try:
+                answer = await call(manager)
+            except vtoken.VTokenError as error:
+                canary.check_error(error)
+            else:
+                assert not answer
+    for bad in (*GARBLED_KEYS, *NO_KEYS):
+        for call in drawing(bad):
+            canary.check_error(await refused(InvalidInput, call(manager)))
+    for bad in NO_KEYS:
+        for call in asking(slug, bad):
+            canary.check_error(await refused(InvalidInput, call(manager)))
 
 
-def calls_with(slug: str, key: Any) -> list[Failing]:
-    calls: list[Failing] = [
-        lambda m: m.verify(USER, slug, key, context=CONTEXT),
-        lambda m: m.consume(USER, slug, key, consume_id="id", context=CONTEXT),
-        redeeming(slug, key, context=CONTEXT),
+def presenting(slug: str, key: Any) -> list[Failing]:
+    context = {"context": CONTEXT} if slug == "bound" else {}
+    return [
+        lambda m: m.verify(USER, slug, key, **context),
+        lambda m: m.consume(USER, slug, key, consume_id="id", **context),
+        redeeming(slug, key, **context),
     ]
-    if key not in (WRONG_KEY, ""):
-        more: list[Failing] = [
-            lambda m: m.exists_valid(USER, slug, key, context=CONTEXT),
-            lambda m: m.exists_valid(USER, key=key),
-            lambda m: m.deactivate(USER, "link", key),
-            lambda m: m.deactivate(USER, key=key),
-            lambda m: listing(m, key),
-            lambda m: m.deactivate_and_create(USER, "link", **generating(key)),
-            lambda m: m.get_active_or_create(USER, "other", **generating(key)),
-            lambda m: m.generate_key(lambda: key),
-        ]
-        calls += more
-    return calls
+
+
+def asking(slug: str, key: Any) -> list[Failing]:
+    context = {"context": CONTEXT} if slug == "bound" else {}
+    return [
+        lambda m: m.exists_valid(USER, slug, key, **context),
+        lambda m: m.exists_valid(USER, key=key),
+        lambda m: m.deactivate(USER, "link", key),
+        lambda m: m.deactivate(USER, key=key),
+        lambda m: listing(m, key),
+    ]
+
+
+def drawing(key: Any) -> list[Failing]:
+    return [
+        lambda m: m.deactivate_and_create(USER, "link", **generating(key)),
+        lambda m: m.get_active_or_create(USER, "other", **generating(key)),
+        lambda m: m.generate_key(lambda: key),
+    ]
 
 
 async def test_bad_contexts_and_consume_ids(canary: Canary) -> None:
     manager = await canary.manager()
     bads: list[Any] = [CONTEXT * 20, CONTEXT + "\0", CONTEXT + "\ud800", [CONTEXT], CONTEXT.encode()]
+    bads += [{"cookie": CONTEXT * 20}, {"cookie": [CONTEXT]}, {5: CONTEXT}]
     for bad in bads:
         for call in calls_in(bad):
             canary.check_error(await refused(InvalidInput, call(manager)))
@@ -195,6 +224,8 @@ def calls_in(bad: Any) -> list[Failing]:
         redeeming("bound", WRONG_KEY, context=bad),
         lambda m: m.deactivate_and_create(USER, "bound", context=bad),
         lambda m: m.get_active_or_create(USER, "bound", context=bad),
+        lambda m: m.deactivate_and_create(USER, "link", context=bad),
+        lambda m: m.status(USER, "bound", context=bad),
     ]
 
 
@@ -241,22 +272,32 @@ async def test_keys_that_are_taken(canary: Canary) -> None:
         canary.check_error(await refused(KeyGenerationError, call(manager)))
 
 
-METHODS: Final = ("insert", "find", "update", "deactivate", "purge", "count", "spend", "refund", "reset")
+METHODS: Final = (
+    *("insert", "present", "find", "update", "deactivate", "erase", "purge", "count"),
+    *("spend", "refund", "budgets", "reset"),
+)
 
 
 def uses_of(slug: str, key: str) -> list[Failing]:
+    context = {"context": CONTEXT} if slug == "bound" else {}
     return [
-        lambda m: m.verify(USER, slug, key, context=CONTEXT),
-        lambda m: m.exists_valid(USER, slug, key, context=CONTEXT),
-        redeeming(slug, key, ZeroDivisionError("the block's own"), context=CONTEXT),
-        lambda m: m.consume(USER, slug, key, context=CONTEXT),
-        lambda m: m.deactivate_and_create(USER, slug, context=CONTEXT, **generating(WRONG_KEY)),
-        lambda m: m.get_active_or_create(USER, slug, context=CONTEXT, **generating(WRONG_KEY)),
+        lambda m: m.verify(USER, slug, key, **context),
+        lambda m: m.exists_valid(USER, slug, key, **context),
+        redeeming(slug, key, ZeroDivisionError("the block's own"), **context),
+        lambda m: m.consume(USER, slug, key, **context),
+        lambda m: m.deactivate_and_create(USER, slug, **context, **generating(WRONG_KEY)),
+        lambda m: m.get_active_or_create(USER, slug, **context, **generating(WRONG_KEY)),
+        lambda m: m.status(USER, slug, **context),
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [*((name, BackendUnavailable) for name in METHODS), ("update", OutcomeUnknown)]
+    ("name", "error"),
+    [
+        *((name, BackendUnavailable) for name in METHODS),
+        ("present", OutcomeUnknown),
+        ("insert", OutcomeUnknown),
+    ],
 )
 async def test_a_store_that_fails_in_the_middle(canary: Canary, name: str, error: type[BackendError]) -> None:
     manager = await canary.manager()
@@ -271,6 +312,10 @@ async def test_a_store_that_fails_in_the_middle(canary: Canary, name: str, error
         lambda m: m.deactivate(USER, "link", KEY),
         lambda m: listing(m, KEY),
         lambda m: m.generate_key(),
+        lambda m: m.reset_limits(USER),
+        lambda m: m.erase(USER),
+        lambda m: m.stats(),
+        lambda m: m.purge(),
     ]
     for token in issued:
         assert token.slug is not None
@@ -283,7 +328,7 @@ async def test_a_store_that_fails_in_the_middle(canary: Canary, name: str, error
             failed += isinstance(raised, error)
             canary.check_error(raised)
     canary.backend.failing.clear()
-    assert failed > 0 or name in ("purge", "count", "reset")
+    assert failed > 0 or name in ("spend", "refund", "update")  # which fail in silence, or are not needed
 
 
 async def test_generators_and_hooks_that_raise(canary: Canary) -> None:
@@ -314,11 +359,11 @@ async def test_redeem_with_an_exception_in_the_block_or_its_lease_lost(canary: C
     canary.check_error(info.value)
     with pytest.raises(LeaseLost) as info:
         async with manager.redeem(USER, "link", KEY):
-            await manager.deactivate(USER)
+            await manager.erase(USER)
     canary.check_error(info.value)
 
 
-@pytest.mark.parametrize("name", ["find", "update", "spend", "refund", "insert"])
+@pytest.mark.parametrize("name", ["find", "present", "update", "deactivate", "insert"])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_cancelled(canary: Canary, name: str, when: str) -> None:
     manager = await canary.manager()
@@ -331,10 +376,10 @@ async def test_cancelled(canary: Canary, name: str, when: str) -> None:
         await asyncio.Event().wait()
 
     calls: dict[str, Failing] = {
-        "find": lambda m: m.verify(USER, "code", CODE),
+        "find": lambda m: listing(m, KEY),
+        "present": lambda m: m.consume(USER, "code", CODE),
         "update": redeeming("code", CODE),
-        "spend": lambda m: m.consume(USER, "code", CODE),
-        "refund": lambda m: m.verify(USER, "code", CODE),
+        "deactivate": lambda m: m.deactivate(USER, "link", KEY),
         "insert": lambda m: m.deactivate_and_create(USER, "code", **generating(WRONG_CODE)),
     }
     getattr(canary.backend, when)[name] = hang
@@ -366,8 +411,8 @@ async def test_a_real_driver_error(tmp_path: Path, records: Records) -> None:
     await canary.issue(manager, "link", KEY)
     await canary.issue(manager, "code", CODE)
     with closing(sqlite3.connect(tmp_path / "tokens.db")) as connection:
-        for table in ("tokens", "budgets"):
-            connection.execute(f"ALTER TABLE {table} RENAME TO no_{table}")
+        for table in ("tokens", "keys", "budgets"):
+            connection.execute(f"DROP TABLE vtoken_{table}")
         connection.commit()
     calls: list[Failing] = [
         lambda m: m.verify(USER, "link", KEY),
@@ -389,7 +434,7 @@ async def test_a_damaged_row(tmp_path: Path, records: Records) -> None:
     manager = await canary.manager()
     token = await canary.issue(manager, "link", KEY)
     with closing(sqlite3.connect(tmp_path / "tokens.db")) as connection:
-        connection.execute("UPDATE tokens SET use_ids = '5'")
+        connection.execute("UPDATE vtoken_tokens SET keys = '5'")
         connection.commit()
     calls: list[Callable[[TokenManager], Awaitable[object]]] = [
         lambda m: m.get(token.id),
