@@ -27,7 +27,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import OperationFailure, PyMongoError
 
-from vtoken_backends._mongodb_documents import BUDGET_INDEXES, TOKEN_INDEXES
+from vtoken_backends.mongodb.documents import BUDGET_INDEXES, TOKEN_INDEXES
 
 DECLARED_URL: Final = "VTOKEN_TEST_MONGODB_URL"
 

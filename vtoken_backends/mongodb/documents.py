@@ -1,0 +1,372 @@
+"""What is stored: records as documents, and back. No input or output here.
+
+One document is one line: its current exclusive token, and the tokens that this one replaced::
+
+    {_id, names: [line, digests..., ids...], line, object, content_type, object_id, slug,
+     context, token: {...}, former: [{...}, ...], revision, claim, due, beside}
+
+- ``names``: what the document is found by, in one unique index: the line (16 bytes), the digests of all
+  keys (32 bytes) and the ids of all tokens (numbers, the newest first: see :func:`id_name`).
+- ``object``: a digest of content type and object id, the index of ``find``, ``deactivate`` and ``erase``.
+- ``token``, ``former``: records by field name, without what all tokens of the line share. ``receipts`` is what
+  is remembered of a token's uses (see :class:`Kept`).
+- ``revision``: grows with every write, which is a compare-and-set on it. ``claim``: which flush wrote last.
+- ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
+- ``beside``: how many tokens were added beside the line (see ``writes``).
+- ``spilling``, ``spill``, ``spill_id``: tombstones on their way into a document of their own.
+
+A token that was added beside others is a document of its own, with ``beside_line`` instead of the line among
+its names. Tombstones that a line has no room for are a document with ``former`` alone.
+
+Callers' strings stand only as values of ``$eq``, ``$ne``, ``$in`` and ``$set``, or under ``$literal``, where
+the server takes nothing for an operator or a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, Final, NamedTuple, get_args, get_type_hints
+
+from bson import ObjectId
+from bson.int64 import Int64
+
+from vtoken.backend import Budget, Match, SlugCount, State, StoredHold, StoredKey, StoredToken
+from vtoken.errors import CorruptStore
+
+Document = dict[str, Any]
+
+SHARED: Final = ("content_type", "object_id", "slug", "context")
+"""The fields that all tokens of a line share."""
+TOKEN_INDEXES: Final[tuple[Document, ...]] = (
+    {"key": {"names": 1}, "unique": True},
+    {"key": {"object": 1}},
+    {"key": {"due": 1}},
+    {"key": {"spilling": 1}, "sparse": True},
+)
+BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
+LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claim": 0}
+"""The projection that leaves out tombstones: they are rarely asked for, and may be many."""
+MOST_FORMER: Final = 8
+"""Tombstones in a line, until those that nobody holds are spilled."""
+RECEIPT: Final = 54
+"""Characters of a receipt: a digest of the use id (22), the key's origin (16), the time (16)."""
+MOST_RECEIPTS: Final = 1_024
+
+
+class Kept(NamedTuple):
+    """A token and what is remembered of its uses: one text of fixed-size receipts, oldest first."""
+
+    token: StoredToken
+    receipts: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Kept {self.token.id}>"
+
+    def used_at(self, origin: str, use_id: str) -> int | None:
+        """When a use was counted, or None."""
+        wanted = receipt_of(use_id) + origin
+        place = self.receipts.find(wanted)
+        return None if place < 0 else _signed(self.receipts[place + len(wanted) : place + RECEIPT])
+
+    def with_receipt(self, origin: str, use_id: str, at: int) -> Kept:
+        receipts = self.receipts + receipt_of(use_id) + origin + receipt_time(at)
+        return self._replace(receipts=receipts[-RECEIPT * MOST_RECEIPTS :])
+
+
+def receipt_of(use_id: str) -> str:
+    """22 characters that stand for a use id."""
+    return hashlib.sha256(use_id.encode()).hexdigest()[:22]
+
+
+def receipt_time(at: int) -> str:
+    """16 characters for a time."""
+    return f"{at & 0xFFFF_FFFF_FFFF_FFFF:016x}"
+
+
+def _signed(text: str) -> int:
+    number = int(text, 16)
+    return number - (1 << 64) if number >> 63 else number
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+def id_name(token_id: str) -> Int64:
+    """The name of an id: a number that is the smaller the newer the id is."""
+    return Int64(~int(token_id, 16))
+
+
+def names_of(tokens: Iterable[StoredToken]) -> list[object]:
+    """The names by which a document with these tokens is found, without that of a line."""
+    return [
+        name for token in tokens for name in (*(bytes(key.digest) for key in token.keys), id_name(token.id))
+    ]
+
+
+def line_of(content_type: str, object_id: str, slug: str, context: bytes) -> bytes:
+    """16 bytes that stand for a line."""
+    return _digest(content_type.encode(), object_id.encode(), slug.encode(), context)
+
+
+def object_of(content_type: str, object_id: str) -> bytes:
+    """16 bytes that stand for an object."""
+    return _digest(content_type.encode(), object_id.encode())
+
+
+def _digest(*parts: bytes) -> bytes:
+    # A NUL is in no text, so it keeps the parts apart; only the last one is of bytes.
+    return hashlib.sha256(b"\0".join(parts)).digest()[:16]
+
+
+# Records by field name ----------------------------------------------------------------------------
+
+
+class _Shape:
+    """How the records of a class become documents, as its annotations say."""
+
+    def __init__(self, cls: type[Any], without: Sequence[str] = ()) -> None:
+        self.cls = cls
+        self.names = tuple(name for name in cls._fields if name not in without)
+        self.values = itemgetter(*self.names)
+        hints = get_type_hints(cls)
+        self.types = {name: _stored_types(hints[name]) for name in self.names}
+        self.checked = lru_cache(256)(self._checked)  # there are few such tuples, and many records to be read
+
+    def read(self, found: Document) -> dict[str, Any]:
+        """The fields of a record.
+
+        Raises:
+            CorruptStore: one is missing or of another type than it was stored with.
+        """
+        try:
+            values: Sequence[Any] = self.values(found)
+        except (KeyError, TypeError):
+            values = [found.get(name, ...) if isinstance(found, dict) else ... for name in self.names]
+        damaged, is_long = self.checked(tuple(map(type, values)))
+        if damaged:
+            raise CorruptStore(f"the field {damaged!r} of a stored {self.cls.__name__} is damaged")
+        fields = dict(zip(self.names, values, strict=True))
+        for name in is_long:
+            fields[name] = int(fields[name])
+        return fields
+
+    def _checked(self, types_: tuple[type, ...]) -> tuple[str, list[str]]:
+        """The first field of another type than it was stored with, and those that came as Int64."""
+        for name, type_ in zip(self.names, types_, strict=True):
+            if type_ not in self.types[name]:
+                return name, []
+        return "", [name for name, type_ in zip(self.names, types_, strict=True) if type_ is Int64]
+
+
+def _stored_types(hint: Any) -> tuple[type, ...]:
+    """The types that a field's values come back as."""
+    if isinstance(hint, types.UnionType):
+        return tuple(type_ for part in get_args(hint) for type_ in _stored_types(part))
+    if hint is int or hint is State:
+        return (int, Int64)
+    return (hint,) if hint in (str, bytes, bool, type(None)) else (list,)
+
+
+_TOKEN: Final = _Shape(StoredToken, without=SHARED)
+_KEY: Final = _Shape(StoredKey)
+_HOLD: Final = _Shape(StoredHold)
+_STATES: Final = {state.value: state for state in State}
+
+
+def token_document(kept: Kept) -> Document:
+    """The document within a document of a token."""
+    token = kept.token
+    document: Document = {name: getattr(token, name) for name in _TOKEN.names}
+    document["state"] = token.state.value
+    document["keys"] = [key_document(key) for key in token.keys]
+    document["holds"] = [hold._asdict() for hold in token.holds]
+    if kept.receipts:
+        document["receipts"] = kept.receipts
+    return document
+
+
+def key_document(key: StoredKey) -> Document:
+    return {**key._asdict(), "digest": bytes(key.digest)}
+
+
+def kept_of(found: Document, shared: Document) -> Kept:
+    """A token of its document, and of the fields that it shares with its line.
+
+    Raises:
+        CorruptStore: it is damaged.
+    """
+    fields = _TOKEN.read(found)
+    state = _STATES.get(fields["state"])
+    if state is None:
+        raise CorruptStore("the field 'state' of a stored StoredToken is damaged")
+    fields["state"] = state
+    fields["keys"] = tuple([StoredKey(**_KEY.read(key)) for key in fields["keys"]])
+    fields["holds"] = tuple([StoredHold(**_HOLD.read(hold)) for hold in fields["holds"]])
+    receipts = found.get("receipts", "")
+    if type(receipts) is not str or len(receipts) % RECEIPT:
+        raise CorruptStore("the field 'receipts' of a stored StoredToken is damaged")
+    return Kept(StoredToken(**shared, **fields), receipts)
+
+
+# Documents as they are worked on ------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Stored:
+    """A document, as it was read and as it will be written."""
+
+    shared: Document
+    """The values of :data:`SHARED`."""
+    line: bytes | None = None
+    """The line that it is; None for what stands beside one, and for tombstones of their own."""
+    beside_line: bytes | None = None
+    beside: int = 0
+    kept: Kept | None = None
+    former: list[Kept] | None = field(default_factory=list)
+    """None: not read. What is appended then stands in ``pushed``."""
+    pushed: list[Kept] = field(default_factory=list)
+    spill: list[Kept] = field(default_factory=list)
+    spill_id: ObjectId | None = None
+    names: list[object] = field(default_factory=list)
+    oid: ObjectId = field(default_factory=ObjectId)
+    revision: int | None = None
+    """None: it is not stored yet."""
+    before: Kept | None = None
+    """``kept``, as it was read."""
+    is_changed: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Stored {self.oid}>"
+
+    def tokens(self) -> list[Kept]:
+        """All tokens in it, as far as they were read."""
+        current = [self.kept] if self.kept is not None else []
+        return [*current, *(self.former or ()), *self.pushed, *self.spill]
+
+    def is_empty(self) -> bool:
+        """Whether nothing is in it any more, so that it is to be deleted."""
+        return self.revision is not None and not self.beside and self.former == [] and not self.tokens()
+
+    def has_new_token(self) -> bool:
+        """Whether another token is the current one than when it was read."""
+        if self.kept is None or self.before is None:
+            return self.kept is not self.before
+        return self.kept.token.id != self.before.token.id
+
+    def replace(self, old: Kept, new: Kept) -> None:
+        """Put what has become of a token in its place."""
+        self.is_changed = True
+        if self.kept is old:
+            self.kept = new
+        elif self.former is not None and any(other is old for other in self.former):
+            self.former = [new if other is old else other for other in self.former]
+        else:
+            self.pushed = [new if other is old else other for other in self.pushed]
+
+
+_SHARED_VALUES: Final = itemgetter(*SHARED)
+_SHARED_TYPES: Final = (str, str, str, bytes)
+
+
+def stored_of(found: Document, *, is_whole: bool) -> Stored:
+    """A document that was read, whole or without what :data:`LIGHT` leaves out.
+
+    Raises:
+        CorruptStore: it is damaged.
+    """
+    try:
+        values = _SHARED_VALUES(found)
+        shared = dict(zip(SHARED, values, strict=True))
+        if tuple(map(type, values)) != _SHARED_TYPES:
+            kinds = zip(SHARED, values, _SHARED_TYPES, strict=True)
+            damaged = next(name for name, value, kind in kinds if type(value) is not kind)
+            raise CorruptStore(f"the field {damaged!r} of a stored document is damaged")
+        token = found.get("token")
+        kept = None if token is None else kept_of(token, shared)
+        return Stored(
+            shared=shared,
+            line=found.get("line"),
+            beside_line=found.get("beside_line"),
+            beside=int(found.get("beside", 0)),
+            kept=kept,
+            former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
+            spill=[kept_of(one, shared) for one in found.get("spill", ())] if is_whole else [],
+            spill_id=found.get("spill_id"),
+            names=found["names"] if is_whole else [],
+            oid=found["_id"],
+            revision=int(found["revision"]),
+            before=kept,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = type(error).__name__
+    raise CorruptStore(f"a stored document is damaged ({problem})")
+
+
+def shared_of(token: StoredToken) -> Document:
+    return {name: getattr(token, name) for name in SHARED}
+
+
+def whole(stored: Stored, claim: ObjectId) -> Document:
+    """The document, to be inserted or to take the place of what was read whole."""
+    tokens = [kept.token for kept in (*([stored.kept] if stored.kept else ()), *(stored.former or ()))]
+    line: list[object] = [stored.line] if stored.line is not None else []
+    document: Document = {
+        "_id": stored.oid,
+        "names": line + names_of(tokens),
+        "object": object_of(stored.shared["content_type"], stored.shared["object_id"]),
+        **stored.shared,
+        "revision": 0 if stored.revision is None else stored.revision + 1,
+        "claim": claim,
+        "due": Int64(due_of(stored)),
+    }
+    if stored.line is not None:
+        document["line"] = stored.line
+    if stored.beside_line is not None:
+        document["beside_line"] = stored.beside_line
+    if stored.beside:
+        document["beside"] = stored.beside
+    if stored.kept is not None:
+        document["token"] = token_document(stored.kept)
+    if stored.former:
+        document["former"] = [token_document(kept) for kept in stored.former]
+    if stored.spill:
+        document["spill"] = [token_document(kept) for kept in stored.spill]
+        document["spilling"] = names_of(kept.token for kept in stored.spill)
+        document["spill_id"] = stored.spill_id
+    return document
+
+
+NEVER_DUE: Final = (1 << 63) - 1
+
+
+def due_of(stored: Stored) -> int:
+    """The earliest end of its tokens."""
+    return min((kept.token.ends_at for kept in stored.tokens()), default=NEVER_DUE)
+
+
+def condition(match: Match) -> Document:
+    """What a match says of a document, as far as it says anything of every token in it."""
+    query: Document = {}
+    for name in SHARED:
+        value = getattr(match, name)
+        if value is not None:
+            query[name] = {"$eq": value}
+    if match.content_type is not None and match.object_id is not None:
+        query["object"] = object_of(match.content_type, match.object_id)
+    return query
+
+
+def budget_id(budget: Budget) -> bytes:
+    """The ``_id`` of the document of a budget: one for each object, and one for each that belongs to none."""
+    return budget.object if any(budget.object) else budget.object + budget.name
+
+
+def slug_count(found: Document) -> SlugCount:
+    """One row of what counts tokens."""
+    numbers = {name: int(found[name]) for name in ("total", "active", "expired", "used")}
+    return SlugCount(slug=found["_id"], **numbers)

@@ -1,0 +1,470 @@
+"""What becomes of documents by each operation. No input or output here.
+
+Documents are read *light* first, without their tombstones, because most operations need none. An operation
+that needs more answers :class:`Unread`, and is decided again on whole documents. One that needs another write
+before its own answers with that :class:`Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
+
+from bson import ObjectId
+
+from vtoken.backend import (
+    Change,
+    Hold,
+    Inserted,
+    InsertMode,
+    InsertResult,
+    Match,
+    Outcome,
+    Presented,
+    State,
+    StoredKey,
+    StoredToken,
+    Use,
+    UseHeld,
+    changed,
+    is_valid,
+    key_of,
+    matches,
+    overlapping_keys,
+    refusal,
+    replaced,
+    running_holds,
+    satisfies,
+    with_hold,
+    with_use,
+)
+from vtoken_backends.mongodb.documents import (
+    MOST_FORMER,
+    Kept,
+    Stored,
+    id_name,
+    line_of,
+    names_of,
+    shared_of,
+)
+
+# Operations ---------------------------------------------------------------------------------------
+
+
+class Insert(NamedTuple):
+    """``TokenBackend.insert`` without its spends."""
+
+    token: StoredToken
+    mode: InsertMode
+    keep_until: int
+    wanted_until: int
+    also_taken: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"<Insert {self.token.id}>"
+
+    @property
+    def line(self) -> bytes:
+        token = self.token
+        return line_of(token.content_type, token.object_id, token.slug, token.context)
+
+    def digests(self) -> list[bytes]:
+        """All that count as taken."""
+        return [bytes(digest) for digest in (*(key.digest for key in self.token.keys), *self.also_taken)]
+
+
+class Present(NamedTuple):
+    """``TokenBackend.present`` without its spends."""
+
+    key: Match
+    change: Use | Hold | None
+    now: int
+
+    def __repr__(self) -> str:
+        return "<Present>"
+
+    @property
+    def use_id(self) -> str:
+        return "" if self.change is None else self.change.use_id
+
+
+class Update(NamedTuple):
+    """``TokenBackend.update``."""
+
+    match: Match
+    change: Change
+
+    def __repr__(self) -> str:
+        return "<Update>"
+
+
+Operation: TypeAlias = Insert | Present | Update
+Answer: TypeAlias = Inserted | Presented | StoredToken | None
+
+
+class Unread(NamedTuple):
+    """It takes whole documents to decide."""
+
+
+class Spill(NamedTuple):
+    """Finish moving a document's tombstones into one of their own."""
+
+    stored: Stored
+
+
+class Again(NamedTuple):
+    """Write what was changed in other documents, and decide again."""
+
+
+Step: TypeAlias = Spill | Again
+UNREAD: Final = Unread()
+AGAIN: Final = Again()
+
+
+# Documents at hand --------------------------------------------------------------------------------
+
+
+class Holder(NamedTuple):
+    """A token and the document that it is in."""
+
+    stored: Stored
+    kept: Kept
+
+    def __repr__(self) -> str:
+        return f"<Holder {self.kept.token.id}>"
+
+
+@dataclass(slots=True)
+class Documents:
+    """What was read, and what has been made of it so far."""
+
+    is_whole: bool
+    lines: dict[bytes, Stored] = field(default_factory=dict)
+    by_name: dict[object, Stored] = field(default_factory=dict)
+    beside: dict[bytes, list[Stored]] = field(default_factory=dict)
+    """Documents with active tokens that stand beside a line; read where a line has such."""
+    added: list[Stored] = field(default_factory=list)
+    all: dict[ObjectId, Stored] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Documents {len(self.all)}>"
+
+    def add(self, stored: Stored) -> None:
+        """Add a document that was read or made."""
+        self.all[stored.oid] = stored
+        if stored.line is not None:
+            self.lines[stored.line] = stored
+        self.index(stored)
+
+    def index(self, stored: Stored) -> None:
+        """Let a document be found by what it holds now."""
+        for name in names_of(kept.token for kept in stored.tokens()):
+            # A tombstone that is being spilled may stand in two documents: its own one counts.
+            if self.by_name.get(name) is None or not stored.spill:
+                self.by_name[name] = stored
+
+    def holder(self, name: object) -> Holder | None:
+        """The token that has a digest or an id."""
+        stored = self.by_name.get(name)
+        for kept in stored.tokens() if stored is not None else ():
+            token = kept.token
+            if any(key.digest == name for key in token.keys) or id_name(token.id) == name:
+                return Holder(stored, kept) if stored is not None else None
+        return None
+
+    def holders(self, digests: Iterable[bytes]) -> list[Holder]:
+        """The tokens that have keys with these digests, each once."""
+        found: dict[str, Holder] = {}
+        for digest in digests:
+            holder = self.holder(digest)
+            if holder is not None:
+                found.setdefault(holder.kept.token.id, holder)
+        return list(found.values())
+
+
+# Present ------------------------------------------------------------------------------------------
+
+
+class _Fitting(NamedTuple):
+    holder: Holder
+    key: StoredKey
+
+
+def present(op: Present, documents: Documents) -> Presented | Unread | Spill:
+    """Decide :meth:`TokenBackend.present`, and make the change where the key is right."""
+    digests = [bytes(digest) for digest in op.key.digests or ()]
+    found = _fitting(op, documents)
+    if not documents.is_whole and op.use_id and any(f.key.origin != f.holder.kept.token.id for f in found):
+        return UNREAD  # the uses of the token that the key came with have to be read, too
+    before = replayed(op, documents)
+    if before is not None:
+        return before
+    for holder, key in found:
+        if refusal(holder.kept.token, key, op.now) is None:
+            if op.change is not None and holder.stored.spill and holder.kept in holder.stored.spill:
+                return Spill(holder.stored)
+            return Presented(Outcome.RIGHT, _changed_by(holder, key, op).token)
+    if not documents.is_whole and any(documents.holder(digest) is None for digest in digests):
+        return UNREAD
+    return Presented(Outcome.REFUSED, found[0].holder.kept.token if found else None)
+
+
+def replayed(op: Present, documents: Documents) -> Presented | None:
+    """The answer to a key whose use was counted before under the same id."""
+    for fitting in _fitting(op, documents) if op.use_id else ():
+        answer = _replayed(fitting, op.use_id, documents)
+        if answer is not None:
+            return answer
+    return None
+
+
+def _fitting(op: Present, documents: Documents) -> list[_Fitting]:
+    """The tokens that match, with the keys that were presented."""
+    found: list[_Fitting] = []
+    for holder in documents.holders(bytes(digest) for digest in op.key.digests or ()):
+        key = key_of(holder.kept.token, op.key) if matches(holder.kept.token, op.key) else None
+        if key is not None:
+            found.append(_Fitting(holder, key))
+    return found
+
+
+def is_guess(op: Present, presented: Presented) -> bool:
+    """Whether a refused key is to be charged for."""
+    token = presented.token
+    if token is None:
+        return True
+    return refusal(token, key_of(token, op.key), op.now) not in ("used", "leased")
+
+
+def _replayed(fitting: _Fitting, use_id: str, documents: Documents) -> Presented | None:
+    origin = fitting.key.origin
+    first = fitting.holder
+    other = documents.holder(id_name(origin)) if origin != first.kept.token.id else None
+    for holder in (first, other):
+        used_at = holder.kept.used_at(origin, use_id) if holder is not None else None
+        if holder is not None and used_at is not None:
+            return Presented(Outcome.REPLAYED, holder.kept.token, used_at)
+    return None
+
+
+def _changed_by(holder: Holder, key: StoredKey, op: Present) -> Kept:
+    kept = holder.kept
+    match op.change:
+        case None:
+            return kept  # nothing is changed
+        case Hold():
+            after = kept._replace(token=with_hold(kept.token, key, op.change, op.now))
+        case Use():
+            after = _used(kept, key.origin, op.change)
+    holder.stored.replace(kept, after)
+    return after
+
+
+def _used(kept: Kept, origin: str, change: Use | UseHeld) -> Kept:
+    after = kept._replace(token=with_use(kept.token, change))
+    is_new = bool(change.use_id) and kept.used_at(origin, change.use_id) is None
+    return after.with_receipt(origin, change.use_id, change.at) if is_new else after
+
+
+# Update -------------------------------------------------------------------------------------------
+
+
+def update(op: Update, documents: Documents) -> StoredToken | Unread | Spill | None:
+    """Decide :meth:`TokenBackend.update`, and make the change."""
+    match, change = op
+    names = [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))
+    for name in names:
+        holder = documents.holder(name)
+        if holder is None and not documents.is_whole:
+            return UNREAD
+        if holder is None or not matches(holder.kept.token, match):
+            continue
+        kept = holder.kept
+        after = changed(kept.token, change)
+        if after is None:
+            continue
+        if holder.stored.spill and kept in holder.stored.spill:
+            return Spill(holder.stored)
+        if isinstance(change, UseHeld):
+            hold = next(hold for hold in kept.token.holds if hold.hold_id == change.hold_id)
+            new = _used(kept, hold.origin, change)
+            # `changed` drops the hold, and `_used` counts the use: `with_use` does both.
+        else:
+            new = kept._replace(token=after)
+        holder.stored.replace(kept, new)
+        return new.token
+    return None
+
+
+# Insert -------------------------------------------------------------------------------------------
+
+
+def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
+    """Decide :meth:`TokenBackend.insert`, and make the change where nothing is in the way."""
+    line = documents.lines.get(op.line)
+    own = line.kept if line is not None else None
+    if not documents.is_whole:
+        is_crowded = line is not None and line.beside > 0 and op.mode is not InsertMode.ADD
+        is_full = line is not None and len(line.pushed) >= MOST_FORMER
+        if op.also_taken or is_crowded or is_full:
+            return UNREAD
+        if documents.holders(op.digests()) or documents.holder(id_name(op.token.id)) is not None:
+            return UNREAD
+    elif line is not None and line.spill:
+        return Spill(line)
+    replacing = [] if op.mode is InsertMode.ADD else list(_active(op, own, documents))
+    if documents.is_whole:
+        taken = _taken(op, documents, replacing)
+        if taken is not None:
+            return taken
+    if op.mode is InsertMode.IF_NONE_VALID:
+        valid = [kept.token for kept in replacing if satisfies(kept.token, op.wanted_until)]
+        if valid:
+            return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
+    if op.mode is not InsertMode.ADD and _end_beside(op, documents):
+        return AGAIN
+    return _inserted(op, line, documents)
+
+
+def _end_beside(op: Insert, documents: Documents) -> bool:
+    """Replace the active tokens that were added beside the line; whether there were any."""
+    are_there = False
+    for stored in documents.beside.get(op.line, ()):
+        kept = stored.kept
+        if kept is not None and kept.token.is_active:
+            stored.replace(kept, kept._replace(token=replaced(kept.token, op.token.created_at)))
+            are_there = True
+    return are_there
+
+
+def _id(token: StoredToken) -> str:
+    return token.id
+
+
+def _active(op: Insert, own: Kept | None, documents: Documents) -> Iterator[Kept]:
+    """The active tokens of the line."""
+    if own is not None and own.token.is_active:
+        yield own
+    for stored in documents.beside.get(op.line, ()):
+        if stored.kept is not None and stored.kept.token.is_active:
+            yield stored.kept
+
+
+def _taken(op: Insert, documents: Documents, replacing: Collection[Kept]) -> Inserted | Step | None:
+    """The answer where a key or the id is taken; keys that are superseded are taken away."""
+    digests = op.digests()
+    losers: list[Holder] = []
+    for holder in documents.holders(digests):
+        if not _is_superseded(holder.kept.token, digests, op, replacing):
+            token = holder.kept.token if op.mode is InsertMode.ONCE else None
+            return Inserted(InsertResult.KEY_TAKEN, token)
+        losers.append(holder)
+    if documents.holder(id_name(op.token.id)) is not None:
+        return Inserted(InsertResult.KEY_TAKEN)
+    if any(satisfies(kept.token, op.wanted_until) for kept in replacing) and (
+        op.mode is InsertMode.IF_NONE_VALID
+    ):
+        return None
+    is_elsewhere = False
+    for stored, kept in losers:
+        if stored.spill and kept in stored.spill:
+            return Spill(stored)
+        keys = tuple(key for key in kept.token.keys if key.digest not in digests)
+        stored.replace(kept, kept._replace(token=kept.token._replace(keys=keys)))
+        is_elsewhere = is_elsewhere or stored.line != op.line
+    return AGAIN if is_elsewhere else None
+
+
+def _is_superseded(
+    owner: StoredToken, digests: Collection[bytes], op: Insert, replacing: Collection[Kept]
+) -> bool:
+    """Whether a token whose key is in the way of a new one loses it to the new one."""
+    token = op.token
+    return (
+        op.mode is not InsertMode.ONCE
+        and all(key.kind == "code" for key in owner.keys if key.digest in digests)
+        and (owner.content_type, owner.object_id, owner.slug)
+        == (token.content_type, token.object_id, token.slug)
+        and (not is_valid(owner, token.created_at) or any(owner.id == kept.token.id for kept in replacing))
+    )
+
+
+def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted:
+    token = op.token
+    own = line.kept if line is not None else None
+    is_apart = op.mode is InsertMode.ADD and (
+        token.is_beside or (token.is_active and own is not None and own.token.is_active)
+    )
+    if is_apart:
+        stored = Stored(shared=shared_of(token), beside_line=op.line, kept=Kept(token), is_changed=True)
+        documents.add(stored)
+        documents.added.append(stored)
+        return Inserted(InsertResult.INSERTED, token)
+    if line is None:
+        line = Stored(shared=shared_of(token), line=op.line, kept=Kept(token), is_changed=True)
+        documents.add(line)
+        return Inserted(InsertResult.INSERTED, token)
+    line.is_changed = True
+    if op.mode is InsertMode.ADD and not token.is_active and own is not None:
+        _push(line, Kept(token))  # a tombstone that is copied
+    else:
+        token = _replace_own(op, line)
+    documents.index(line)
+    _spill(line, token.created_at)
+    return Inserted(InsertResult.INSERTED, token)
+
+
+def _replace_own(op: Insert, line: Stored) -> StoredToken:
+    """Let the new token be the line's own one, and return it as it is stored."""
+    token, own = op.token, line.kept
+    if own is not None:
+        old = own.token
+        if old.is_active and op.mode is not InsertMode.ADD:
+            given = overlapping_keys(old, token, op.keep_until)
+            digests = {key.digest for key in given}
+            old = old._replace(keys=tuple(key for key in old.keys if key.digest not in digests))
+            old = replaced(old, token.created_at)
+            token = token._replace(keys=(*token.keys, *given))
+        _push(line, own._replace(token=old))
+    line.kept = Kept(token)
+    return token
+
+
+def _push(line: Stored, kept: Kept) -> None:
+    if line.former is None:
+        line.pushed.append(kept)
+    else:
+        line.former.append(kept)
+
+
+def _spill(line: Stored, now: int) -> None:
+    """Begin to move tombstones out of a line that has too many."""
+    if line.former is None or line.spill or len(line.former) <= MOST_FORMER:
+        return
+    line.spill = [kept for kept in line.former if not running_holds(kept.token, now)]
+    line.former = [kept for kept in line.former if running_holds(kept.token, now)]
+    line.spill_id = ObjectId() if line.spill else None
+
+
+def is_last_use(op: Operation, answer: Answer) -> StoredToken | None:
+    """The token whose last use an operation counted, if that ends the object's tokens of other contexts."""
+    change = op.change if isinstance(op, Present | Update) else None
+    token = answer.token if isinstance(answer, Presented) and answer.outcome is Outcome.RIGHT else answer
+    if not isinstance(change, Use | UseHeld) or not isinstance(token, StoredToken):
+        return None
+    is_last = token.state is State.USED and bool(token.context) and not token.is_beside
+    return token if is_last else None
+
+
+def needed_names(op: Operation, *, is_whole: bool) -> Sequence[object]:
+    """The names of the documents that it takes to decide an operation."""
+    match op:
+        case Insert():
+            others = [*op.digests(), id_name(op.token.id)] if is_whole or op.also_taken else []
+            return [op.line, *others]
+        case Present():
+            return list(map(bytes, op.key.digests or ()))
+        case Update():
+            match = op.match
+            return [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))

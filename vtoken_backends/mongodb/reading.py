@@ -1,0 +1,193 @@
+"""Look-ups and lists: what is found by names, by object, and among all.
+
+A list is newest first. The names of ids sort so that the unique index has the newest token first: a page of
+all tokens is the documents that this index names next. Each has at least one token of the page in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from inspect import isawaitable
+from typing import Any, Final, NamedTuple
+
+from vtoken.backend import PRETENDED, Match, SlugCount, State, StoredToken, matches
+from vtoken.errors import BackendError
+from vtoken_backends.mongodb.client import LONG, NAMES, Client, Document
+from vtoken_backends.mongodb.documents import (
+    Stored,
+    condition,
+    id_name,
+    slug_count,
+    stored_of,
+)
+from vtoken_backends.mongodb.lines import Documents
+from vtoken_backends.mongodb.writes import PAGE, Writes
+
+_ACTIVE: Final = State.ACTIVE.value
+
+
+class Find(NamedTuple):
+    """``TokenBackend.find`` by digests."""
+
+    match: Match
+    limit: int
+
+    def __repr__(self) -> str:
+        return "<Find>"
+
+
+class Reads:
+    """The look-ups of a store."""
+
+    def __init__(self, client: Client, writes: Writes) -> None:
+        self._client = client
+        self._writes = writes
+
+    async def by_digest(self, finds: Sequence[Find]) -> list[list[StoredToken]]:
+        """Many look-ups by digest at once."""
+        digests = list({bytes(digest): None for find in finds for digest in find.match.digests or ()})
+        documents = await self._named(digests)
+        found: list[list[StoredToken]] = []
+        for find in finds:
+            holders = documents.holders(bytes(digest) for digest in find.match.digests or ())
+            found.append(_newest((h.kept.token for h in holders), find.match, find.limit))
+        return found
+
+    async def by_id(self, match: Match) -> list[StoredToken]:
+        """The token that has the id of a match."""
+        name = id_name(match.id or "")
+        holder = (await self._named([name])).holder(name)
+        return [holder.kept.token] if holder is not None and matches(holder.kept.token, match) else []
+
+    async def _named(self, names: Sequence[object]) -> Documents:
+        """What has these names: mostly current tokens, so that tombstones are read only for those left."""
+        documents = Documents(is_whole=False)
+        for stored in await self._writes.named(names, is_whole=False):
+            documents.add(stored)
+        left = [name for name in names if documents.holder(name) is None]
+        for stored in await self._writes.named(left, is_whole=True) if left else ():
+            documents.add(stored)
+        return documents
+
+    async def page(self, match: Match, limit: int, after: str | None) -> list[StoredToken]:
+        """A page of a list."""
+        if match.content_type is None or match.object_id is None:
+            return await self._page_of_all(match, limit, after)
+        if match.active or match.valid_at is not None:
+            return await self._active_of_object(match, limit, after)
+        found: list[StoredToken] = []
+        last: Document = {}
+        while True:  # all of an object are looked at; those of a page are kept
+            query = {"$and": [condition(match), last]} if last else condition(match)
+            stored = await self._writes.whole(query, sort={"_id": 1})
+            tokens = (kept.token for one in stored for kept in one.tokens())
+            found = _newest([*found, *_after(tokens, after)], match, limit)
+            if len(stored) < PAGE:
+                return found
+            last = {"_id": {"$gt": stored[-1].oid}}
+
+    async def _active_of_object(self, match: Match, limit: int, after: str | None) -> list[StoredToken]:
+        """Active tokens are current ones, which the server sorts by itself."""
+        query = condition(match) | {"token.state": _ACTIVE}
+        if after is not None:
+            query["token.id"] = {"$lt": after}
+        if match.valid_at is not None:
+            query["token.expires_at"] = {"$gte": match.valid_at}
+
+        async def find() -> list[Stored]:
+            fields = {"former": 0, "names": 0, "spill": 0, "spilling": 0}
+            found = await self._client.find_all(query, limit, fields, sort={"token.id": -1})
+            return [stored_of(one, is_whole=False) for one in found]
+
+        found = await self._client.run(find, writes=False)
+        return _newest((one.kept.token for one in found if one.kept is not None), match, limit)
+
+    async def _page_of_all(self, match: Match, limit: int, after: str | None) -> list[StoredToken]:
+        found: list[StoredToken] = []
+        while len(found) < limit:
+            tokens, after = await self._next(match, limit, after)
+            found += _newest(tokens, match, limit)
+            if after is None:
+                break
+        return found[:limit]
+
+    async def _next(
+        self, match: Match, limit: int, after: str | None
+    ) -> tuple[list[StoredToken], str | None]:
+        """The tokens that come next, newest first and without a gap; the id of the last one, None at the end.
+
+        Each document is found by its newest token of the page. So the oldest of these is how far the page is
+        without a gap.
+        """
+        # Documents of another content type or slug hold no match, and need not be read.
+        others = {name: value for name, value in condition(match).items() if name != "object"}
+        first: Any = id_name(after) if after is not None else id_name(f"{(1 << 63) - 1:x}")
+        low = {"$gt" if after is not None else "$gte": first}
+
+        async def find() -> list[Stored]:
+            query = {"names": low, **others}
+            found = await self._client.find_all(query, limit, hint=dict(NAMES))
+            return [stored_of(one, is_whole=True) for one in found]
+
+        documents = await self._client.run(find, writes=False)
+        newest: list[str] = []
+        tokens: dict[str, StoredToken] = {}
+        for stored in documents:
+            of_document = list(_after((kept.token for kept in stored.tokens()), after))
+            tokens.update((token.id, token) for token in of_document)
+            named = [token.id for token in of_document]
+            if named:
+                newest.append(max(named))
+        if newest != sorted(newest, reverse=True):
+            raise BackendError("MongoDB: the server did not list tokens by their index")
+        if len(documents) < limit:
+            return list(tokens.values()), None
+        last = newest[-1]
+        return [token for token in tokens.values() if token.id >= last], last
+
+    async def count(self, now: int) -> list[SlugCount]:
+        """What :meth:`TokenBackend.count` says."""
+
+        async def count() -> list[SlugCount]:
+            cursor = self._client.tokens.aggregate(_counting(now), allowDiskUse=True)
+            if isawaitable(cursor):  # PyMongo's is, Motor's is not
+                cursor = await cursor
+            return [slug_count(found) for found in await cursor.to_list(None)]
+
+        return await self._client.run(count, writes=False, seconds=LONG)
+
+
+def _after(tokens: Iterable[StoredToken], after: str | None) -> Iterable[StoredToken]:
+    return tokens if after is None else (token for token in tokens if token.id < after)
+
+
+def _newest(tokens: Iterable[StoredToken], match: Match, limit: int) -> list[StoredToken]:
+    """The newest that match, each once."""
+    found = {token.id: token for token in tokens if matches(token, match)}
+    if len(found) < 2:
+        return list(found.values())
+    return heapq.nlargest(limit, found.values(), key=lambda token: token.id)
+
+
+def _counting(now: int) -> list[Document]:
+    """The aggregation of counts by slug."""
+
+    def number(*conditions: object) -> Document:
+        return {"$sum": {"$cond": [{"$and": list(conditions)}, 1, 0]}}
+
+    is_active = {"$eq": ["$tokens.state", _ACTIVE]}
+    counts = {
+        "total": {"$sum": 1},
+        "active": number(is_active, {"$gte": ["$tokens.expires_at", now]}),
+        "expired": number(is_active, {"$lt": ["$tokens.expires_at", now]}),
+        "used": number({"$not": [is_active]}, {"$gt": ["$tokens.uses", 0]}),
+    }
+    current = {"$cond": [{"$ne": [{"$type": "$token"}, "missing"]}, ["$token"], []]}
+    others = [{"$ifNull": [f"${name}", []]} for name in ("former", "spill")]
+    return [
+        {"$match": {"content_type": {"$ne": PRETENDED}}},
+        {"$project": {"slug": 1, "tokens": {"$concatArrays": [current, *others]}}},
+        {"$unwind": "$tokens"},
+        {"$group": {"_id": "$slug", **counts}},
+    ]

@@ -1,0 +1,580 @@
+"""Operations on documents, alone and in batches: read, decide in Python, compare and set.
+
+1. The documents that a batch needs are read by one command, without their tombstones.
+2. Each operation is decided on them in turn (see ``lines``), as if it were alone.
+3. What was changed is written by one bulk write. Every write is a compare-and-set on ``revision``.
+4. What others were quicker to change, what the unique index refused, and what takes whole documents to decide
+   is decided again on whole documents, until nothing is left.
+
+A write leaves the number of its flush in ``claim``. So a reply that was lost does no harm: the bulk write is
+sent once more, changes nothing that it had changed before, and the claims tell what is done.
+
+``ADD`` counts in the line that something stands beside it, before its document is inserted and once more
+afterwards. So a ``REPLACE`` that did not see the document came first: if it read the line before the second
+count, its own write comes to nothing and is decided again; otherwise ``ADD`` has not returned yet.
+
+Tombstones that a line has no room for move in three writes, after each of which they are found: the line
+names them under ``spilling`` instead of ``names``, and from then on they are not changed there; a document of
+their own is inserted, under the ``_id`` that the line has given it; the line drops them. Whoever comes upon
+such a line goes on where the move has stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+import bson
+from bson import ObjectId
+from bson.int64 import Int64
+from pymongo import DeleteMany, InsertOne, ReplaceOne, UpdateMany, UpdateOne
+
+from vtoken.backend import (
+    Inserted,
+    InsertMode,
+    InsertResult,
+    Match,
+    Outcome,
+    Presented,
+    StoredToken,
+    ended,
+    ends_other_context,
+    key_ended,
+    key_of,
+    matches,
+)
+from vtoken.errors import BackendError, OutcomeUnknown
+from vtoken_backends.mongodb.client import NAMES, Client, Document, after_a_write
+from vtoken_backends.mongodb.documents import (
+    LIGHT,
+    MOST_FORMER,
+    NEVER_DUE,
+    Kept,
+    Stored,
+    condition,
+    id_name,
+    names_of,
+    object_of,
+    stored_of,
+    token_document,
+    whole,
+)
+from vtoken_backends.mongodb.failures import Duplicate
+from vtoken_backends.mongodb.lines import (
+    Again,
+    Answer,
+    Documents,
+    Insert,
+    Operation,
+    Present,
+    Spill,
+    Unread,
+    Update,
+    insert,
+    is_last_use,
+    needed_names,
+    present,
+    replayed,
+    update,
+)
+from vtoken_backends.mongodb.patience import Patience
+
+PAGE: Final = 1_000
+"""Documents in one answer of the server, where nobody asked for fewer."""
+Changing = Callable[[Kept], "tuple[Kept, bool] | None"]
+"""What becomes of a token, and whether it counts; None to leave it as it is."""
+
+
+class Written(NamedTuple):
+    """What became of the documents of a bulk write."""
+
+    lost: set[ObjectId]
+    """Somebody else was quicker, or the unique index refused it."""
+    unknown: set[ObjectId]
+    refused: dict[ObjectId, BackendError]
+
+    def raise_problem(self) -> None:
+        """Raise what became of a document, unless that is to be tried again."""
+        if self.unknown:
+            raise unknown()
+        for error in self.refused.values():
+            raise type(error)(*error.args)
+
+
+class Writes:
+    """Operations on the documents of a store.
+
+    Args:
+        client: of the store.
+        check: raises where the unique index is missing.
+    """
+
+    def __init__(self, client: Client, check: Callable[[], Awaitable[None]]) -> None:
+        self._client = client
+        self._check = check
+
+    async def flush(
+        self, ops: Sequence[Operation], *, is_whole: bool = False
+    ) -> list[Answer | BaseException]:
+        """Decide and write a batch; an answer that is an exception is that operation's own.
+
+        Args:
+            ops: the batch.
+            is_whole: read whole documents at once.
+        """
+        answers: dict[int, Answer | BaseException] = {}
+        left = list(range(len(ops)))
+        pause = Patience()
+        while True:
+            left = await self._round(ops, left, answers, is_whole)
+            if not left:
+                break
+            is_whole = True
+            await pause()
+        in_order = [answers[number] for number in range(len(ops))]
+        await self.end_what_they_end(ops, in_order)
+        await self._confirm_replays(in_order)
+        return in_order
+
+    async def in_the_way(self, op: Insert) -> Inserted | None:
+        """What would keep a token from being inserted now; nothing is written."""
+        documents = await self._read([op], is_whole=True)
+        answer = insert(op, documents)
+        is_in_the_way = isinstance(answer, Inserted) and answer.result is not InsertResult.INSERTED
+        return answer if isinstance(answer, Inserted) and is_in_the_way else None
+
+    async def replayed(self, op: Present) -> Presented | None:
+        """The answer to a key whose use was counted before under the same id; nothing is written."""
+        answer = replayed(op, await self._read([op], is_whole=True))
+        if answer is not None:
+            await self._confirm_replays([answer])
+        return answer
+
+    async def _round(
+        self,
+        ops: Sequence[Operation],
+        numbers: Sequence[int],
+        answers: dict[int, Answer | BaseException],
+        is_whole: bool,
+    ) -> list[int]:
+        """Decide some operations once, and return those that are to be decided again."""
+        documents = await self._read([ops[number] for number in numbers], is_whole)
+        rests_on: dict[int, list[ObjectId]] = {}  # documents that were not written yet
+        again: list[int] = []
+        spilling: dict[ObjectId, Stored] = {}
+        for number in numbers:
+            answer = _decide(ops[number], documents)
+            if isinstance(answer, Unread | Again):
+                again.append(number)
+            elif isinstance(answer, Spill):
+                again.append(number)
+                spilling[answer.stored.oid] = answer.stored
+            else:
+                answers[number] = answer
+                rests_on[number] = [s.oid for s in _consulted(ops[number], documents) if s.is_changed]
+        await self._count_beside(documents.added)
+        written = await self.write(documents)
+        if documents.added:
+            await after_a_write(self._count_beside(documents.added))
+        spilling |= {
+            oid: stored
+            for oid, stored in documents.all.items()
+            if stored.is_changed and stored.spill and oid not in written.lost
+        }
+        for stored in spilling.values():
+            with suppress(BackendError):  # whoever comes upon it next goes on with it
+                await self.spill(stored)
+        for number, oids in rests_on.items():
+            if not written.lost.isdisjoint(oids):
+                again.append(number)
+            elif not written.unknown.isdisjoint(oids):
+                answers[number] = unknown()
+            for error in [written.refused[oid] for oid in oids if oid in written.refused]:
+                answers[number] = type(error)(*error.args)
+        return sorted(again)
+
+    # Reading --------------------------------------------------------------------------------------
+
+    async def _read(self, ops: Sequence[Operation], is_whole: bool) -> Documents:
+        documents = Documents(is_whole)
+        names = {name: None for op in ops for name in needed_names(op, is_whole=is_whole)}
+        if any(isinstance(op, Insert) for op in ops):
+            _, found = await asyncio.gather(self._check(), self.named(list(names), is_whole=is_whole))
+        else:
+            found = await self.named(list(names), is_whole=is_whole)
+        for stored in found:
+            documents.add(stored)
+        if is_whole:
+            await self._read_origins(ops, documents)
+            await self._read_beside(ops, documents)
+        return documents
+
+    async def named(self, names: Sequence[object], *, is_whole: bool) -> list[Stored]:
+        """The documents that have one of some names."""
+
+        async def find() -> list[Stored]:
+            fields = None if is_whole else LIGHT
+            query: Document = {"names": {"$in": names}}
+            found = await self._client.find_all(query, PAGE, fields, hint=dict(NAMES))
+            if is_whole:
+                found += await self._client.find_all({"spilling": {"$in": names}}, PAGE)
+            return [stored_of(one, is_whole=is_whole) for one in found]
+
+        return await self._client.run(find, writes=False)
+
+    async def _read_origins(self, ops: Sequence[Operation], documents: Documents) -> None:
+        """Read the tokens that keys were issued with, which remember the uses of them."""
+        origins = {
+            id_name(key.origin): None
+            for op in ops
+            if isinstance(op, Present) and op.use_id
+            for holder in documents.holders(map(bytes, op.key.digests or ()))
+            for key in holder.kept.token.keys
+            if documents.holder(id_name(key.origin)) is None
+        }
+        if origins:
+            for stored in await self.named(list(origins), is_whole=True):
+                documents.add(stored)
+
+    async def _read_beside(self, ops: Sequence[Operation], documents: Documents) -> None:
+        """Read what stands beside the lines that are to be replaced, after the lines themselves."""
+        lines = {
+            op.line: documents.lines[op.line]
+            for op in ops
+            if isinstance(op, Insert) and op.mode is not InsertMode.ADD and op.line in documents.lines
+        }
+        crowded = {line: stored for line, stored in lines.items() if stored.beside}
+        if not crowded:
+            return
+        objects = [object_of(s.shared["content_type"], s.shared["object_id"]) for s in crowded.values()]
+        active: Document = {"beside_line": {"$in": list(crowded)}, "token.state": 0}
+        for stored in await self.whole({"object": {"$in": objects}, **active}):
+            documents.add(stored)
+            if stored.beside_line is not None:
+                documents.beside.setdefault(stored.beside_line, []).append(stored)
+
+    async def whole(self, query: Document, limit: int = PAGE, **more: Any) -> list[Stored]:
+        """The documents of a query, whole."""
+
+        async def find() -> list[Stored]:
+            found = await self._client.find_all(query, limit, **more)
+            return [stored_of(one, is_whole=True) for one in found]
+
+        return await self._client.run(find, writes=False)
+
+    # Writing --------------------------------------------------------------------------------------
+
+    async def write(self, documents: Documents) -> Written:
+        """Write what was changed, and delete what holds nothing any more."""
+        changed = [stored for stored in documents.all.values() if stored.is_changed]
+        if not changed:
+            return Written(set(), set(), {})
+        claim = ObjectId()
+        steps, places = _steps(changed, claim)
+        oids = {stored.oid for stored in changed}
+        done, refused, is_known = await self._send(steps, changed, claim)
+        if not is_known:
+            return Written(set(), oids - done, {})
+        errors: dict[ObjectId, BackendError] = {}
+        for place, error in refused.items():
+            # Without whole documents, others may have been refused with it: they are all tried again.
+            if documents.is_whole and not isinstance(error, Duplicate):
+                errors |= dict.fromkeys(places[place], error)
+        return Written(oids - done - errors.keys(), set(), errors)
+
+    async def _send(
+        self, steps: Sequence[Any], changed: Sequence[Stored], claim: ObjectId
+    ) -> tuple[set[ObjectId], dict[int, BackendError], bool]:
+        """Send a bulk write: which documents were written, which steps were refused, and whether the fate of
+        the other documents is known."""
+        count = 0
+
+        async def send() -> None:
+            nonlocal count
+            result = await self._client.tokens.bulk_write(steps, ordered=False)
+            count = result.inserted_count + result.modified_count + result.deleted_count
+
+        with suppress(OutcomeUnknown):
+            refused = await self._client.write_each(send)
+            if not refused and count == len(changed):
+                return {stored.oid for stored in changed}, {}, True
+            return await self._claimed(changed, claim), refused, True
+        # The connection broke, say, or the primary stepped down. What the first try has changed stays so,
+        # and a second one changes the rest: drivers do the same for the commands that they can repeat.
+        with suppress(BackendError):
+            await self._client.write_each(send)
+            return await self._claimed(changed, claim), {}, False
+        return set(), {}, False
+
+    async def _claimed(self, changed: Sequence[Stored], claim: ObjectId) -> set[ObjectId]:
+        """Which documents a flush has written last, or deleted."""
+        oids = [stored.oid for stored in changed]
+
+        async def find() -> dict[ObjectId, object]:
+            query: Document = {"_id": {"$in": oids}}
+            found = await self._client.find_all(query, len(oids), {"claim": 1})
+            return {one["_id"]: one.get("claim") for one in found}
+
+        claims = await after_a_write(self._client.run(find, writes=False))
+        return {
+            stored.oid
+            for stored in changed
+            if (stored.oid not in claims if stored.is_empty() else claims.get(stored.oid) == claim)
+        }
+
+    async def _count_beside(self, added: Sequence[Stored]) -> None:
+        """Count in lines that something is added beside them."""
+
+        async def count() -> None:
+            steps = [_counting(stored) for stored in added]
+            await self._client.tokens.bulk_write(steps, ordered=False)
+
+        pause = Patience()
+        while added:
+            with suppress(Duplicate):  # two upserts at once both began to insert
+                await self._client.run(count)
+                return
+            await pause()
+
+    async def spill(self, stored: Stored) -> None:
+        """Go on with moving tombstones into a document of their own; every step may be repeated."""
+        oid = stored.spill_id
+        if oid is None:
+            return
+        moved = Stored(shared=stored.shared, former=list(stored.spill), oid=oid)
+
+        async def insert_moved() -> None:
+            document = whole(moved, ObjectId())
+            # A key that somebody has taken meanwhile stays with the token that has it now.
+            query: Document = {"names": {"$in": document["names"]}}
+            taken = await self._client.find_all(query, PAGE, {"names": 1})
+            others = [name for one in taken for name in one["names"]]
+            document["names"] = [name for name in document["names"] if name not in others]
+            await self._client.tokens.insert_one(document)
+
+        async def drop() -> None:
+            fields = {"spill": "", "spilling": "", "spill_id": ""}
+            update: Document = {"$unset": fields, "$inc": {"revision": 1}}
+            await self._client.tokens.update_one({"_id": stored.oid, "spill_id": oid}, update)
+
+        with suppress(Duplicate):  # somebody else has inserted it
+            await self._client.run(insert_moved)
+        await self._client.run(drop)
+
+    # Several documents ----------------------------------------------------------------------------
+
+    async def change_all(self, query: Document, changing: Changing) -> int:
+        """Change every token in the documents of a query, page by page, and return how many counted."""
+        count = 0
+        last: ObjectId | None = None
+        while True:
+            page = query if last is None else {"$and": [query, {"_id": {"$gt": last}}]}
+            found = await self.whole(page, sort={"_id": 1})
+            count += await self.change(found, changing)
+            if len(found) < PAGE:
+                return count
+            last = found[-1].oid
+
+    async def change(self, found: Sequence[Stored], changing: Changing) -> int:
+        """Change every token in some documents, and return how many counted."""
+        total = 0
+        pause = Patience()
+        while found:
+            documents = Documents(is_whole=True)
+            again: set[ObjectId] = set()
+            counts: dict[ObjectId, int] = {}
+            for stored in found:
+                if stored.spill and stored.spill_id is not None:
+                    await self.spill(stored)
+                    again |= {stored.oid, stored.spill_id}
+                    continue
+                documents.add(stored)
+                counts[stored.oid] = _changed(stored, changing)
+            written = await self.write(documents)
+            written.raise_problem()
+            total += sum(count for oid, count in counts.items() if oid not in written.lost)
+            again |= written.lost
+            if not again:
+                break
+            await pause()
+            found = await self.whole({"_id": {"$in": list(again)}})
+        return total
+
+    async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...]) -> int:
+        """What :meth:`TokenBackend.deactivate` says."""
+
+        def end(kept: Kept) -> tuple[Kept, bool] | None:
+            token = kept.token
+            if not matches(token, match):
+                return None
+            key = key_of(token, match) if match.digests is not None else None
+            if key is None or key.origin == token.id:
+                after, counts = ended(token, at, sparing), token.is_active
+            else:
+                after, counts = key_ended(token, key, at), token.is_active and key.expires_at >= at
+            return None if after == token else (kept._replace(token=after), counts)
+
+        if match.id is not None or match.digests is not None:
+            names = [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))
+            return await self.change(await self.named(names, is_whole=True), end)
+        return await self.change_all({"$and": [condition(match), _ENDABLE]}, end)
+
+    async def _confirm_replays(self, answers: Sequence[Answer | BaseException]) -> None:
+        """Wait until a majority has what was read, before it is said that a use was counted: what was read
+        may be something that a fail-over undoes."""
+        if not any(isinstance(a, Presented) and a.outcome is Outcome.REPLAYED for a in answers):
+            return
+        # A write that changes nothing waits for all that the server has written before.
+        nothing: Document = {"_id": "nothing"}
+        await self._client.run(lambda: self._client.meta.update_one(nothing, {"$set": {"text": ""}}))
+
+    async def end_what_they_end(
+        self, ops: Sequence[Operation], answers: list[Answer | BaseException]
+    ) -> None:
+        """End the tokens of other contexts that last uses end, one object after the other."""
+        for number, answer in enumerate(answers):
+            used = None if isinstance(answer, BaseException) else is_last_use(ops[number], answer)
+            if used is None:
+                continue
+            try:
+                await after_a_write(self.end_other_contexts(used))
+            except BackendError as error:
+                answers[number] = type(error)(*error.args)
+
+    async def end_other_contexts(self, used: StoredToken) -> None:
+        """End what the use that ended a token ends, too."""
+
+        def end(kept: Kept) -> tuple[Kept, bool] | None:
+            if not ends_other_context(used, kept.token):
+                return None
+            return kept._replace(token=ended(kept.token, used.used_at)), True
+
+        same = Match(content_type=used.content_type, object_id=used.object_id, slug=used.slug)
+        await self.change_all(condition(same) | {"token.state": 0}, end)
+
+
+_ENDABLE: Final[Document] = {
+    "$or": [
+        {"token.state": 0},
+        {"token.holds.0": {"$exists": True}},
+        {"former.holds.0": {"$exists": True}},
+        {"spill.0": {"$exists": True}},
+    ]
+}
+"""Documents in which there is something to deactivate: an active token, or a hold."""
+
+
+def unknown() -> OutcomeUnknown:
+    return OutcomeUnknown("MongoDB: the write may or may not have happened")
+
+
+def _decide(op: Operation, documents: Documents) -> Answer | Unread | Again | Spill:
+    match op:
+        case Insert():
+            return insert(op, documents)
+        case Present():
+            return present(op, documents)
+        case Update():
+            return update(op, documents)
+
+
+def _consulted(op: Operation, documents: Documents) -> Iterable[Stored]:
+    """The documents that an answer rests on."""
+    for name in needed_names(op, is_whole=True):
+        stored = documents.by_name.get(name)
+        if stored is None and isinstance(name, bytes):
+            stored = documents.lines.get(name)
+        if stored is not None:
+            yield stored
+
+
+def _changed(stored: Stored, changing: Changing) -> int:
+    """Change the tokens of a document, and return how many counted."""
+    count = 0
+    for kept in stored.tokens():
+        change = changing(kept)
+        if change is not None:
+            stored.replace(kept, change[0])
+            count += change[1]
+    return count
+
+
+def _counting(stored: Stored) -> UpdateOne:
+    """The step that counts one document beside its line."""
+    line, shared = stored.beside_line, stored.shared
+    made: Document = {
+        "names": [line],
+        "line": line,
+        "object": object_of(shared["content_type"], shared["object_id"]),
+        **shared,
+        "due": Int64(NEVER_DUE),
+    }
+    update = {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
+    return UpdateOne({"names": line}, update, upsert=True, hint=NAMES)
+
+
+def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[list[ObjectId]]]:
+    """The bulk write of changed documents, and which documents each of its steps is about."""
+    steps: list[Any] = []
+    places: list[list[ObjectId]] = []
+    alike: defaultdict[tuple[int | None, bytes], list[ObjectId]] = defaultdict(list)
+    empty: defaultdict[int | None, list[ObjectId]] = defaultdict(list)
+    for stored in changed:
+        same: Document = {"_id": stored.oid, "revision": stored.revision}
+        if stored.is_empty():
+            empty[stored.revision].append(stored.oid)
+            continue
+        if stored.revision is None:
+            steps.append(InsertOne(whole(stored, claim)))
+        elif stored.former is not None:
+            steps.append(ReplaceOne(same, whole(stored, claim)))
+        elif stored.has_new_token():
+            steps.append(_replacing(stored, same, claim))
+        else:
+            alike[stored.revision, bson.encode(_difference(stored))].append(stored.oid)
+            continue
+        places.append([stored.oid])
+    for (revision, difference), oids in alike.items():
+        change: Document = bson.decode(difference)
+        change["$set"] |= {"revision": (revision or 0) + 1, "claim": claim}
+        if len(oids) == 1:  # which drivers can repeat
+            steps.append(UpdateOne({"_id": oids[0], "revision": revision}, change))
+        else:
+            steps.append(UpdateMany({"_id": {"$in": oids}, "revision": revision}, change))
+        places.append(oids)
+    for revision, oids in empty.items():
+        steps.append(DeleteMany({"_id": {"$in": oids}, "revision": revision}))
+        places.append(oids)
+    return steps, places
+
+
+def _replacing(stored: Stored, same: Document, claim: ObjectId) -> UpdateOne:
+    """The step that makes another token the current one of a line whose tombstones were not read."""
+    before = set(names_of([stored.before.token])) if stored.before is not None else set[object]()
+    tokens = [kept.token for kept in stored.tokens()]
+    names = [name for name in dict.fromkeys(names_of(tokens)) if name not in before]
+    room = MOST_FORMER - len(stored.pushed)
+    query: Document = {**same, "names": {"$nin": names}, f"former.{room}": {"$exists": False}}
+    pushed: Document = {"names": {"$each": names}}
+    if stored.pushed:
+        pushed["former"] = {"$each": [token_document(kept) for kept in stored.pushed]}
+    values: Document = {"revision": (stored.revision or 0) + 1, "claim": claim}
+    if stored.kept is not None:
+        values["token"] = token_document(stored.kept)
+    due = Int64(min(token.ends_at for token in tokens))
+    return UpdateOne(query, {"$set": values, "$push": pushed, "$min": {"due": due}})
+
+
+def _difference(stored: Stored) -> Document:
+    """The update that makes the current token of a document what it has become."""
+    kept, before = stored.kept, stored.before
+    if kept is None or before is None:
+        raise BackendError("MongoDB: a document without a token cannot be changed by its difference")
+    new, old = token_document(kept), token_document(before)
+    update: Document = {"$set": {f"token.{name}": new[name] for name in new if new[name] != old.get(name)}}
+    if kept.token.ends_at != before.token.ends_at:
+        update["$min"] = {"due": Int64(kept.token.ends_at)}
+    return update
