@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import NoneType
 
 import pytest
 
 from vtoken.backend import (
     NEVER,
     Budget,
+    Change,
     Charge,
     ForgetKey,
     Hold,
     InsertMode,
     Match,
-    Presented,
     Release,
     SetExtraData,
     Spend,
@@ -45,11 +47,12 @@ class Player:
         self.number = 0
         self.ids: list[str] = []
         self.charges: tuple[Charge, ...] = ()
-        self.digests = [digest(number) for number in range(24)]
+        self.issued: list[bytes] = []
+        self.digests = [digest(number) for number in range(60)]
 
     def operation(self) -> tuple[str, Call]:
-        self.now += self.chance.choice([0, 0, 1, 5, 40, 200])
-        kinds = [self.insert] * 5 + [self.present] * 6 + [self.update] * 3 + [self.deactivate, self.find]
+        self.now += self.chance.choice([0, 0, 0, 1, 5, 40])
+        kinds = [self.insert] * 7 + [self.present] * 12 + [self.update] * 4 + [self.deactivate, self.find]
         kinds += [self.find, self.purge, self.count, self.spend, self.refund, self.budgets, self.reset]
         kinds += [self.erase] * (self.chance.random() < 0.2) + [self.note]
         chosen = self.chance.choice(kinds)
@@ -57,7 +60,7 @@ class Player:
 
     def insert(self) -> Call:
         token, choice = self.token(), self.chance.choice
-        mode = choice(list(InsertMode))
+        mode = choice([*InsertMode, InsertMode.REPLACE, InsertMode.IF_NONE_VALID])
         keep = choice([0, 0, self.now + 100, NEVER])
         wanted = self.now + choice([0, 0, 50, 500])
         taken = tuple(self.chance.sample(self.digests, choice([0, 0, 1, 2])))
@@ -71,14 +74,15 @@ class Player:
         self.number += 1
         new_id = f"{0x1000 + self.number + choice([0, 0, 0, -2, 4]):016x}"
         self.ids.append(new_id)
-        expires = NEVER if self.chance.random() < 0.1 else self.now + choice([0, 1, 60, 400, 1000])
+        expires = NEVER if self.chance.random() < 0.3 else self.now + choice([0, 60, 1000, 5000])
         kinds = choice([["link"], ["link"], ["code"], ["link", "code"], []])
         digests = self.chance.sample(self.digests, len(kinds))
-        state = choice([State.ACTIVE] * 6 + list(State))
-        max_uses = choice([1, 1, 2, 3, None])
+        self.issued += digests
+        state = choice([State.ACTIVE] * 12 + list(State))
+        max_uses = choice([1, 2, 3, None])
         return StoredToken(
             id=new_id,
-            content_type=choice(["auth.user"] * 4 + ["vtoken:pretended"]),
+            content_type=choice(["auth.user"] * 6 + ["vtoken:pretended"]),
             object_id=choice(["1", "1", "1", "2"]),
             slug=choice(["reset", "reset", "sms", ""]),
             context=choice([b"", b"", b"a" * 16, b"b" * 16]),
@@ -99,39 +103,41 @@ class Player:
                     nonce="é",
                     plain_key=choice(["", "plain"]),
                     kind=kind,
-                    expires_at=min(expires, self.now + choice([0, 30, 10_000])),
+                    expires_at=min(expires, self.now + choice([0, 30, 10_000, 10_000, 10_000])),
                     origin=new_id,
                 )
                 for kind, key_digest in zip(kinds, digests, strict=True)
             ),
-            holds=choice([(), (), (StoredHold(hold_id="h1", until=self.now + 70, origin=new_id),)]),
+            holds=choice([(), (), (), (), (StoredHold(hold_id="h1", until=self.now + 70, origin=new_id),)]),
         )
 
     def key(self) -> Match:
         choice = self.chance.choice
+        digests = tuple(self.chance.sample(self.digests, choice([1, 0, 2])))
+        if self.issued and self.chance.random() < 0.8:
+            digests = (choice(self.issued[-3:]),)
         return Match(
-            digests=tuple(self.chance.sample(self.digests, choice([1, 1, 1, 1, 0, 2]))),
-            kind=choice([None, None, "link", "code"]),
-            content_type=choice(["auth.user", "auth.user", None]),
-            object_id=choice(["1", None, None]),
-            slug=choice(["reset", None, None]),
-            context=choice([b"", None, None]),
+            digests=digests,
+            kind=choice([None, None, None, "link", "code"]),
+            content_type=choice(["auth.user", None]),
+            object_id=choice(["1", None, None, None]),
+            slug=choice(["reset", None, None, None]),
+            context=choice([b"", None, None, None]),
         )
 
-    def present(self) -> Call:
+    def present(self, change_type: type[object] | None = None) -> Call:
         choice, key, now, spends = self.chance.choice, self.key(), self.now, self.spends()
-        use_id = choice(["", "", "x", "y"])
-        resets = tuple(self.chance.sample([self.budget() for _ in range(3)], choice([0, 0, 1, 2])))
+        use_id = choice(["", "x", "x", "y"])
+        change_type = change_type or choice([NoneType, Use, Use, Hold])
+        resets = tuple(self.budget() for _ in range(choice([1, 2])))
         hold_id = choice(["h1", "h2", "h3"])
         until = now + choice([10, 60, 5_000, 3 * 86_400_000])
-        change = choice(
-            [
-                None,
-                Use(at=now, use_id=use_id, resets=resets),
-                Use(at=now, use_id=use_id),
-                Hold(hold_id=hold_id, until=until, use_id=use_id),
-            ]
-        )
+        changes: dict[type[object], Use | Hold | None] = {
+            NoneType: None,
+            Use: Use(at=now, use_id=use_id, resets=choice([(), resets])),
+            Hold: Hold(hold_id=hold_id, until=until, use_id=use_id),
+        }
+        change = changes[change_type]
         return lambda backend: backend.present(key, change, now, spends)
 
     def match(self) -> Match:
@@ -157,15 +163,14 @@ class Player:
         if match.digests is not None and len(match.digests) != 1:
             match = match._replace(digests=match.digests[:1])
         budgets = (self.budget(),)
-        change = choice(
-            [
-                UseHeld(hold_id="h1", at=self.now, use_id=choice(["", "x", "z"]), resets=budgets),
-                UseHeld(hold_id=choice(["h1", "h2", "h3"]), at=self.now),
-                Release(hold_id=choice(["h1", "h2"])),
-                SetExtraData(extra_data=choice([None, '{"a": 1}'])),
-                ForgetKey(),
-            ]
-        )
+        changes: list[Change] = [
+            UseHeld(hold_id="h1", at=self.now, use_id=choice(["", "x", "z"]), resets=budgets),
+            UseHeld(hold_id=choice(["h1", "h2", "h3"]), at=self.now),
+            Release(hold_id=choice(["h1", "h2"])),
+            SetExtraData(extra_data=choice([None, '{"a": 1}'])),
+            ForgetKey(),
+        ]
+        change = choice(changes)
         return lambda backend: backend.update(match, change)
 
     def deactivate(self) -> Call:
@@ -179,8 +184,8 @@ class Player:
 
     def purge(self) -> Call:
         now, limit = self.now, self.chance.choice([1, 2, 100])
-        before = now - self.chance.choice([-1, 0, 300, 900])
-        return lambda backend: backend.purge(before, now, limit, now - 100)
+        before = now - self.chance.choice([-1, 300, 3000, 3000])
+        return lambda backend: backend.purge(before, now, limit, now - 500)
 
     def count(self) -> Call:
         now = self.now
@@ -202,7 +207,7 @@ class Player:
         return tuple(
             Spend(
                 budget=budget,
-                limit=self.chance.choice([1, 2, 5]),
+                limit=self.chance.choice([1, 5, 9]),
                 window=window,
                 max_window=window * self.chance.choice([1, 4, 100]),
             )
@@ -242,20 +247,33 @@ class Player:
         return lambda backend: backend.note(name, text, replace=replace)
 
 
-async def play(player: Player, sqlite: TokenBackend, steps: int) -> None:
-    async with opened(MemoryBackend()) as memory:
-        for step in range(steps):
+async def check_store(sqlite: TokenBackend, memory: TokenBackend) -> None:
+    assert await sqlite.find(Match(), 1000) == await memory.find(Match(), 1000)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_the_same_operations_get_the_same_answers(tmp_path: Path, seed: int) -> None:
+    player = Player(seed)
+    sqlite = SQLiteBackend(tmp_path / "tokens.db", synchronous="normal")
+    async with opened(sqlite), opened(MemoryBackend()) as memory:
+        for step in range(300):
             name, call = player.operation()
             expected = await call(memory)
-            answer = await call(sqlite)
-            if isinstance(expected, Presented) and isinstance(answer, Presented):
-                assert answer.outcome is expected.outcome, (step, name)
-            assert answer == expected, (step, name)
-            stored = await memory.find(Match(), 1000)
-            assert await sqlite.find(Match(), 1000) == stored, (step, name)
+            assert await call(sqlite) == expected, (step, name)
+            await check_store(sqlite, memory)
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_the_same_operations_get_the_same_answers(tmp_path: Path, seed: int) -> None:
-    async with opened(SQLiteBackend(tmp_path / "tokens.db", synchronous="normal")) as backend:
-        await play(Player(seed), backend, 300)
+@pytest.mark.parametrize("seed", range(5))
+async def test_in_one_batch_they_do_too(tmp_path: Path, seed: int) -> None:
+    """The first operation goes alone, and the others share one statement, which does them in their order."""
+    player = Player(seed)
+    sqlite = SQLiteBackend(tmp_path / "tokens.db", synchronous="normal")
+    async with opened(sqlite), opened(MemoryBackend()) as memory:
+        for step in range(20):
+            for kind in (player.insert, lambda: player.present(Use), lambda: player.present(Hold)):
+                calls = [kind() for _ in range(player.chance.choice([2, 5, 12]))]
+                player.now += 1
+                expected = [await call(memory) for call in calls]
+                answers = await asyncio.gather(*(call(sqlite) for call in calls))
+                assert answers == expected, step
+                await check_store(sqlite, memory)

@@ -45,7 +45,6 @@ from vtoken.errors import (
     ConfigurationError,
     InvalidInput,
     OutcomeUnknown,
-    VTokenError,
 )
 from vtoken.inputs import nearest
 from vtoken_backends.batching import Batcher
@@ -77,8 +76,8 @@ class SQLiteBackend:
             :class:`~vtoken.BackendUnavailable`.
         check: when to run SQLite's integrity check at open: ``"auto"`` (files up to 64 MiB), ``"always"``
             or ``"never"``.
-        reads: where tokens are looked up by key: ``"auto"``: on the event loop's own thread as long as that is
-            quick; ``"worker"``: always on another thread.
+        reads: where tokens are looked up by key. ``"auto"``: on the event loop's own thread as long as
+            that is quick; ``"worker"``: always on another thread.
         shared: True lets the tables, whose names begin with ``vtoken_``, live beside those of an application.
 
     Raises:
@@ -218,7 +217,7 @@ class SQLiteBackend:
         if change is None and not spends:
             return operations.checked(await self._candidates(key), key, now)
         request = Present(key=key, change=change, now=now, spends=spends)
-        operation = SharedOperation(type(change), present_many, request)
+        operation = SharedOperation(request.kind, present_many, request)
         return cast("Presented", await self._writes.submit(operation))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
@@ -294,7 +293,7 @@ class SQLiteBackend:
         if rows is None:
             return await self._look_ups.submit(match)
         with contextlib.suppress(Unreadable):
-            return [from_row(row) for row in rows]
+            return operations.in_order([from_row(row) for row in rows], match)
         raise as_backend_error(Unreadable(), self._path)
 
     async def _flush_writes(self, batch: Sequence[Operation | SharedOperation]) -> list[Any]:

@@ -1,9 +1,11 @@
 """The connections of an open backend: who reads and writes where.
 
 1. One connection writes, on a thread of its own.
-2. One reads on another thread (listings, counts, look-ups that may be slow), so that no reader waits for a writer.
-3. One looks tokens up *on the spot*: on the event loop's own thread. A look-up touches three or four pages and
-   takes about 10 microseconds; a hop to a thread and back costs 15 times that. :class:`Pace` decides when.
+2. One reads on another thread (listings, counts, look-ups that may be slow), so that no reader waits for a
+   writer.
+3. One looks tokens up *on the spot*: on the event loop's own thread. A look-up touches three or four pages
+   and takes about 10 microseconds; a hop to a thread and back costs 15 times that. :class:`Pace` decides
+   when.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ _CHECKED_FOR: Final = 1.0
 class Pace:
     """Whether the next look-up is done on the spot.
 
-    Look-ups begin on the reader's thread, and go over to the spot once they are quick there. What they take is
-    bounded per turn of the event loop, and not only each: many tasks may look up in one turn. A page that is
-    in no cache has to come from the disk, and a slow disk would hold the event loop up: after one slow look-up
-    those that follow go to the reader's thread until they are quick again.
+    Look-ups begin on the reader's thread, and go over to the spot once they are quick there. What they take
+    is bounded per turn of the event loop, and not only each: many tasks may look up in one turn. A page that
+    is in no cache has to come from the disk, and a slow disk would hold the event loop up: after one slow
+    look-up those that follow go to the reader's thread until they are quick again.
     """
 
     def __init__(self) -> None:
@@ -104,11 +106,15 @@ class Connections:
     async def close(self) -> None:
         """Close the file. A call that is cancelled is finished all the same, by the threads."""
         loop = asyncio.get_running_loop()
-        closed = loop.create_future()
+        closed: asyncio.Future[None] = loop.create_future()
 
         def tell() -> None:
             with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
-                loop.call_soon_threadsafe(lambda: closed.done() or closed.set_result(None))
+                loop.call_soon_threadsafe(tell_loop)
+
+        def tell_loop() -> None:
+            if not closed.done():  # else the call was cancelled
+                closed.set_result(None)
 
         self.end(tell)
         await closed
@@ -197,8 +203,8 @@ class Connections:
 
 
 _open: set[Connections] = set()
-"""Kept here, so that a forked child never collects what it has inherited: by closing its parent's files it would
-drop the locks that the parent holds."""
+"""Kept here, so that a forked child never collects what it has inherited: by closing its parent's files it
+would drop the locks that the parent holds."""
 
 
 def execute_on(connection: sqlite3.Connection) -> Callable[[str, Any], Rows]:

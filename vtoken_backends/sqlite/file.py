@@ -140,7 +140,7 @@ def check_schema(database: sqlite3.Connection, path: str) -> int:
     version = _schema_version(database)
     found = set(database.execute("SELECT name, sql FROM main.sqlite_schema WHERE sql IS NOT NULL"))
     triggers = database.execute(
-        "SELECT name FROM main.sqlite_schema WHERE type = 'trigger' AND tbl_name LIKE 'vtoken\\_%' ESCAPE '\\'"
+        "SELECT name FROM main.sqlite_schema WHERE type = 'trigger' AND tbl_name GLOB 'vtoken_*'"
     ).fetchall()
     database.execute("RELEASE vtoken")
     if version > len(MIGRATIONS):
@@ -184,8 +184,8 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 
 _FOREIGN: Final = (
-    "{} is a database, but not one of vtoken; it was left as it is. To let vtoken's tables live beside others,"
-    " add ?shared=true to the URL"
+    "{} is a database, but not one of vtoken; it was left as it is. To let vtoken's tables live beside"
+    " others, add ?shared=true to the URL"
 )
 
 

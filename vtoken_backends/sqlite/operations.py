@@ -61,16 +61,16 @@ _DUE: Final = f"""
     WITH by_end (id, ends_at) AS (
         SELECT id, ends_at FROM vtoken_tokens
         WHERE state <> {State.ACTIVE.value} AND ends_at < ?1 AND {_HAS_NO_RUNNING_HOLD}
-        ORDER BY ends_at LIMIT ?3
+        ORDER BY ends_at, id LIMIT ?3
     ), horizon (ends_at) AS (
         SELECT iif(count(*) < ?3, ?1, max(ends_at) + 1) FROM by_end
     ), by_expiry (id, ends_at) AS (
         SELECT id, expires_at FROM vtoken_tokens
         WHERE expires_at < (SELECT ends_at FROM horizon) AND state = {State.ACTIVE.value}
             AND {_HAS_NO_RUNNING_HOLD}
-        ORDER BY expires_at LIMIT ?3
+        ORDER BY expires_at, id LIMIT ?3
     )
-    SELECT id FROM (SELECT * FROM by_end UNION ALL SELECT * FROM by_expiry) ORDER BY ends_at LIMIT ?3
+    SELECT id FROM (SELECT * FROM by_end UNION ALL SELECT * FROM by_expiry) ORDER BY ends_at, id LIMIT ?3
 """
 _PURGE: Final = f"DELETE FROM vtoken_tokens WHERE id IN ({_DUE}) RETURNING 1"
 _PURGE_BUDGETS: Final = """
@@ -125,8 +125,15 @@ def page(tokens: Sequence[StoredToken], match: Match, limit: int, after: str | N
 def candidates(match: Match) -> Steps[list[StoredToken]]:
     """The tokens with the id or one of the digests of a match."""
     sql, values = look_up(match)
-    rows = yield sql, values
-    return [from_row(row) for row in rows]
+    return in_order([from_row(row) for row in (yield sql, values)], match)
+
+
+def in_order(tokens: list[StoredToken], match: Match) -> list[StoredToken]:
+    """Tokens in the order of the digests by which they were looked up."""
+    if len(tokens) > 1 and match.digests is not None:
+        places = {digest: place for place, digest in reversed(list(enumerate(match.digests)))}
+        tokens.sort(key=lambda token: min(places.get(key.digest, len(places)) for key in token.keys))
+    return tokens
 
 
 def look_up(match: Match) -> tuple[str, Private]:
@@ -255,7 +262,8 @@ def _deactivate_many(match: Match, at: int, sparing: tuple[str, ...]) -> Steps[i
     if sparing:
         spared = ", ".join("?" * len(sparing))
         holds = f"""(
-            SELECT json_group_array(json(value)) FROM json_each(holds) WHERE {_OF_HOLD["hold_id"]} IN ({spared})
+            SELECT json_group_array(json(value)) FROM json_each(holds)
+            WHERE {_OF_HOLD["hold_id"]} IN ({spared})
         )"""
     else:
         holds = "'[]'"

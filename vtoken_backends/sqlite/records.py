@@ -1,7 +1,7 @@
 """Stored tokens as rows, and back.
 
-The tables are declared in ``schema``. A row is read and written by the names of its columns, and the JSON of a
-key by :data:`KEY_ENTRY`, so that neither depends on the order of the fields of the records.
+The tables are declared in ``schema``. A row is read and written by the names of its columns, and the JSON of
+a key by :data:`KEY_ENTRY`, so that neither depends on the order of the fields of the records.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ COLUMNS: Final = {
     "digests": "BLOB NOT NULL",
     "holds": "TEXT NOT NULL",
 }
-"""The columns of the table of tokens. Each but ``digests`` is the field of :class:`StoredToken` with its name.
+"""The columns of the table of tokens. Each but ``digests`` is the field of :class:`StoredToken` that has its
+name.
 
 ``keys`` is a JSON array with one entry for each 32 bytes of ``digests``: :data:`KEY_ENTRY` of the key, or,
 where the token has lost the key since, the key's origin alone."""

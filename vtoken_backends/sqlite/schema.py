@@ -67,9 +67,9 @@ TRIGGERS: Final = (
         SET keys = json_replace(keys, '$[' || ((instr(digests, OLD.digest) - 1) / 32) || ']', OLD.origin)
         WHERE id = OLD.token;
     END""",
-    # The use that ends a token ends the older exclusive tokens that its object and slug have in other contexts.
-    f"""CREATE TEMP TRIGGER vtoken_token_used AFTER UPDATE OF state ON main.vtoken_tokens
-    WHEN NEW.state = {State.USED.value} AND OLD.state <> NEW.state
+    # The use that ends a token ends the older exclusive tokens of its object and slug in other contexts.
+    f"""CREATE TEMP TRIGGER vtoken_token_used AFTER UPDATE OF uses ON main.vtoken_tokens
+    WHEN NEW.state = {State.USED.value} AND NEW.uses > OLD.uses
         AND NEW.context <> x'' AND NEW.is_beside = 0
     BEGIN
         UPDATE vtoken_tokens

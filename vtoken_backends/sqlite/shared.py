@@ -5,12 +5,12 @@ interval of 5 ms (``sys.setswitchinterval``). So the work of 1 or of 128 operati
 
 1. Every operation is a row of an ``INSERT`` into a temporary view.
 2. An ``INSTEAD OF`` trigger of the view does the work of a row: it looks at the keys and the limits, changes
-   or charges, and writes the answer down in a temporary table. An ``INSERT`` works row by row, so that a later
-   row sees what the earlier ones did, and it is durable before anybody has read its answers.
+   or charges, and writes the answer down in a temporary table. An ``INSERT`` works row by row, so that a
+   later row sees what the earlier ones did, and it is durable before anybody has read its answers.
 3. One ``SELECT`` fetches all answers as one text of JSON.
 
-``SELECT RAISE(IGNORE)`` ends the work of one row and goes on with the next. The views are temporary because an
-answer is nothing to store; they are made by :data:`FOR_A_CONNECTION`.
+``SELECT RAISE(IGNORE)`` ends the work of one row and goes on with the next. The views are temporary because
+an answer is nothing to store; they are made by :data:`FOR_A_CONNECTION`.
 """
 
 # ruff: noqa: S608  # the SQL is put together from this package's own texts; values are always parameters
@@ -90,7 +90,7 @@ def _has_running_hold(now: str) -> str:
     return f"(holds <> '[]' AND EXISTS (SELECT 1 FROM json_each(holds) WHERE {_runs(now)}))"
 
 
-# The limits of a row: `limits` is a JSON array of [limit, window, max_window], `budgets` the names, 32 bytes each.
+# The limits of a row: `limits` is a JSON array of [limit, window, max_window], `budgets` their names.
 _LIMITS: Final = """
     json_each(NEW.limits) AS spend LEFT JOIN vtoken_budgets AS budget
         ON budget.object = substr(NEW.budgets, 1 + 32 * spend.key, 16)
@@ -108,7 +108,7 @@ _STATES: Final = f"""(
         SELECT spent, strikes, until FROM {_LIMITS} ORDER BY spend.key
     )
 )"""
-_CHARGE: Final = f"""
+_CHARGE: Final = """
     INSERT INTO vtoken_budgets (object, name, spent, strikes, until)
     WITH_STATE
     ON CONFLICT DO UPDATE SET spent = excluded.spent, strikes = excluded.strikes, until = excluded.until;
@@ -335,8 +335,8 @@ def _view(name: str, columns: Sequence[str]) -> str:
     return f"CREATE TEMP VIEW {name} AS SELECT {', '.join(f'NULL AS {column}' for column in columns)}"
 
 
-_PRESENT: Final = {Use: "vtoken_use", Hold: "vtoken_hold", type(None): "vtoken_check"}
-"""The view for each change that somebody who presents a key asks for."""
+_USES, _HOLDS, _CHECKS = "vtoken_use", "vtoken_hold", "vtoken_check"
+"""The views for what somebody who presents a key asks for."""
 FOR_A_CONNECTION: Final = (
     "CREATE TEMP TABLE vtoken_numbers (nth INTEGER PRIMARY KEY)",
     f"""
@@ -351,10 +351,10 @@ FOR_A_CONNECTION: Final = (
     """,
     _view("vtoken_insert", _INSERT_COLUMNS),
     _INSERT_TRIGGER,
-    *(_view(view, _PRESENT_COLUMNS) for view in _PRESENT.values()),
-    _present_trigger(_PRESENT[Use], _USE),
-    _present_trigger(_PRESENT[Hold], _HOLD),
-    _present_trigger(_PRESENT[type(None)], ""),
+    *(_view(view, _PRESENT_COLUMNS) for view in (_USES, _HOLDS, _CHECKS)),
+    _present_trigger(_USES, _USE),
+    _present_trigger(_HOLDS, _HOLD),
+    _present_trigger(_CHECKS, ""),
 )
 """What a connection keeps in memory for itself alone."""
 _ANSWERS: Final = """
@@ -390,6 +390,13 @@ class Present(NamedTuple):
     now: int
     spends: tuple[Spend, ...]
 
+    @property
+    def kind(self) -> str:
+        """Which requests can share a statement."""
+        if self.change is None:
+            return _CHECKS
+        return _USES if isinstance(self.change, Use) else _HOLDS
+
     def __repr__(self) -> str:
         return "<Present>"
 
@@ -408,8 +415,7 @@ def insert_many(requests: Sequence[Insert]) -> Steps[list[Inserted | Exception]]
 def present_many(requests: Sequence[Present]) -> Steps[list[Presented | Exception]]:
     """Present keys, one after the other, for changes of one type."""
     rows = [_present_row(place, request) for place, request in enumerate(requests)]
-    view = _PRESENT[type(requests[0].change)]
-    yield _insert_sql(view, _PRESENT_COLUMNS, len(rows)), _padded(rows, _PRESENT_COLUMNS)
+    yield _insert_sql(requests[0].kind, _PRESENT_COLUMNS, len(rows)), _padded(rows, _PRESENT_COLUMNS)
     answers = yield from _answers(len(requests))
     return [
         answer if isinstance(answer, Exception) else _presented(request, answer)
@@ -583,7 +589,11 @@ def _presented(request: Present, answer: _Answer) -> Presented:
     if answer.outcome == _REFUSED:
         spending = charged(answer.states, spends, now)[0] if spends else Spending()
         return Presented(outcome=Outcome.REFUSED, token=answer.token, spending=spending)
-    spending = uncharged(answer.states, spends, now) if spends else Spending()
+    states = answer.states
+    if answer.outcome == _RIGHT and isinstance(request.change, Use):
+        resets = request.change.resets
+        states = [None if s.budget in resets else state for state, s in zip(states, spends, strict=True)]
+    spending = uncharged(states, spends, now) if spends else Spending()
     outcome = {_RIGHT: Outcome.RIGHT, _REPLAYED: Outcome.REPLAYED, _TOO_LATE: Outcome.REFUSED}[answer.outcome]
     used_at = answer.at if outcome is Outcome.REPLAYED else 0
     return Presented(outcome=outcome, token=answer.token, used_at=used_at, spending=spending)

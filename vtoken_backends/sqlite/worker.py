@@ -28,7 +28,7 @@ class Worker:
         """Have a function run; await its result, or what it raised."""
         loop = asyncio.get_running_loop()
         job = _Job(function, loop, loop.create_future())
-        self._jobs.put(job)  # type: ignore[arg-type]  # a queue of jobs of every type
+        self._jobs.put(job)
         return job.result
 
     def end(self, last: Callable[[], None]) -> None:
