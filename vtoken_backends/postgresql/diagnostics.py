@@ -1,85 +1,85 @@
-"""What ``vtoken doctor`` and ``vtoken conformance`` ask a PostgreSQL server, beside the backend."""
+"""What ``vtoken doctor`` and ``vtoken conformance`` know about PostgreSQL databases, beside the backend."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 
-from vtoken.diagnostics import Diagnostics, Finding, clock_finding
+from vtoken.diagnostics import Diagnostics, Finding, NotObservable
 from vtoken_backends.postgresql.tables import TABLES, VERSION, quoted
+from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
 
-_PATIENCE: Final = 5
-"""Seconds to wait for a server."""
-_OURS: Final = ("schema", "pool_size")
-"""Parameters of the URL that are the backend's own."""
+OLDEST: Final = 13
+"""The oldest major version of PostgreSQL that has what the backend needs."""
+_CLOCK_TOLERANCE: Final = 5.0
 
 
 class PostgreSQLDiagnostics(Diagnostics):
-    """A few tables of a schema a store."""
+    """One schema of a database a store."""
+
+    integrity = "tables, columns and indexes are there; pg_amcheck examines their contents"
 
     def missing(self) -> str | None:
         schema = _schema(self.url)
-        place = f"{quoted(schema)}.{VERSION.name}"
-        try:
-            with _connected(self.url) as connection:
-                found = connection.execute("SELECT to_regclass(%s), current_database()", [place]).fetchone()
-        except psycopg.Error:
-            return None  # the backend will say more precisely what is wrong
-        if found is None or found[0] is not None:
-            return None
-        return f"the database {found[1]!r} has no table {VERSION.name} in the schema {schema!r}"
+        found = self._asked("SELECT to_regclass(%s) IS NOT NULL", f"{quoted(schema)}.{VERSION.name}")
+        return f"the schema {schema!r} has no tables of vtoken's" if found is False else None
+
+    def before_opening(self) -> list[Finding]:
+        version = self._asked("SELECT current_setting('server_version_num')::integer")
+        if not isinstance(version, int):
+            return []  # opening says why it cannot be reached
+        shown = f"PostgreSQL {version // 10_000}.{version % 10_000}"
+        if version // 10_000 < OLDEST:
+            return [Finding("server", "failed", f"{shown}: vtoken needs {OLDEST} or later")]
+        return [Finding("server", "ok", shown)]
 
     def after_closing(self) -> list[Finding]:
-        return [clock_finding(lambda: clock_skew(self.url))]
+        before = time.time()
+        theirs = self._asked("SELECT extract(epoch FROM clock_timestamp())::double precision")
+        if not isinstance(theirs, float):
+            return []
+        apart = theirs - (before + time.time()) / 2
+        state = "ok" if abs(apart) < _CLOCK_TOLERANCE else "warning"
+        return [Finding("clock", cast("Any", state), f"the server's is {apart:+.1f} s from ours")]
 
     def new_store(self, directory: Path) -> str:
-        return _with_schema(self.url, f"vtoken_conformance_{secrets.token_hex(8)}")
+        place = split(self.url)
+        mark = "&" if "?" in place.url else "?"
+        return f"{place.url}{mark}schema=vtoken_{secrets.token_hex(8)}"
 
     def raw(self, store: str) -> bytes:
         schema = quoted(_schema(store))
-        parts: list[str] = []
-        with _connected(store) as connection:
-            for table in TABLES:
-                query: Any = f"SELECT t::text FROM {schema}.{table.name} AS t"  # noqa: S608  # our own names
-                parts += [str(text) for (text,) in connection.execute(query)]
-        return "\n".join(parts).encode()
+        parts: list[bytes] = []
+        try:
+            with psycopg.connect(split(store).url) as connection:
+                for table in TABLES:
+                    text = f"SELECT t::text, * FROM {schema}.{table.name} AS t"  # noqa: S608
+                    for row in connection.execute(text.encode()).fetchall():
+                        parts += [value if isinstance(value, bytes) else str(value).encode() for value in row]
+        except psycopg.Error as error:
+            problem = type(error).__name__
+        else:
+            return b"\0".join(parts)
+        raise NotObservable(f"PostgreSQL: {problem}")
 
     def drop(self, store: str) -> None:
-        query: Any = f"DROP SCHEMA IF EXISTS {quoted(_schema(store))} CASCADE"
-        with _connected(store) as connection:
-            connection.execute(query)
+        schema = _schema(store)
+        with psycopg.connect(split(store).url, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA IF EXISTS {quoted(schema)} CASCADE".encode())
 
-
-def clock_skew(url: str) -> timedelta:
-    """By how much the server's clock is ahead of ours, give or take half of the way there and back."""
-    with _connected(url) as connection:
-        began = time.monotonic()
-        found = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-        on_the_way = timedelta(seconds=(time.monotonic() - began) / 2)
-    answer = datetime.fromtimestamp(cast("float", (found or (0.0,))[0]), UTC)
-    return answer + on_the_way - datetime.now(UTC)
+    def _asked(self, text: str, *parameters: object) -> object:
+        """The one value of a statement, or None where there is no answer."""
+        try:
+            with psycopg.connect(split(self.url).url, connect_timeout=5) as connection:
+                row = connection.execute(text.encode(), parameters).fetchone()
+                return row[0] if row else None
+        except psycopg.Error:
+            return None
 
 
 def _schema(url: str) -> str:
-    return dict(parse_qsl(urlsplit(url).query)).get("schema", "vtoken")
-
-
-def _with_schema(url: str, schema: str) -> str:
-    parts = urlsplit(url)
-    kept = [(name, value) for name, value in parse_qsl(parts.query) if name != "schema"]
-    return urlunsplit(parts._replace(query=urlencode([*kept, ("schema", schema)])))
-
-
-def _connected(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    parts = urlsplit(url)
-    kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in _OURS]
-    # With an empty authority, urlunsplit() would leave out the slashes that libpq needs.
-    rest = urlunsplit(("", "", parts.path, urlencode(kept), ""))
-    plain = f"{parts.scheme}://{parts.netloc}{rest}"
-    return psycopg.connect(plain, connect_timeout=_PATIENCE, autocommit=True, prepare_threshold=None)
+    return cast("str", split(url).options.get("schema", DEFAULT_SCHEMA))

@@ -48,20 +48,30 @@ class Statement(NamedTuple):
 # In these texts `@` stands for the schema and the beginning of the tables' names, and `{n}` for the number of
 # a parameter.
 
+# PostgreSQL expects 100 rows of a list in JSON. `LIMIT` tells it how many there are: otherwise it would read
+# a whole table for one row.
+
 # Reading. `origin` is loaded beside `token`, because a use may have been counted by the token that the key
 # came from.
 _BY_DIGEST: Final = "SELECT unnest(ARRAY[token, origin]) FROM @keys WHERE digest = ANY (${n}::bytea[])"
 _BY_ID: Final = "SELECT unnest(${n}::bigint[])"
 _BY_LINE: Final = """
     SELECT o.id
-    FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text, context bytea)
+    FROM (
+        SELECT *
+        FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text, context bytea)
+        LIMIT {count}
+    ) AS n
     JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
         AND o.context = n.context
     WHERE o.state = 0
 """
 _BY_PURPOSE: Final = """
     SELECT o.id
-    FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text)
+    FROM (
+        SELECT * FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text)
+        LIMIT {count}
+    ) AS n
     JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
     WHERE o.state = 0
 """
@@ -70,14 +80,16 @@ SELECT 'token', t.xmin::text, row_to_json(t)::text FROM @tokens AS t WHERE t.id 
 """
 _RECEIPTS: Final = """
 SELECT 'receipt', '', row_to_json(r)::text
-FROM json_to_recordset(${n}::json) AS n(digest bytea, use_id text)
+FROM (
+    SELECT * FROM json_to_recordset(${n}::json) AS n(digest bytea, use_id text) LIMIT {count}
+) AS n
 JOIN @keys AS k ON k.digest = n.digest
 JOIN @receipts AS r
     ON r.token = ANY (ARRAY[k.token, k.origin]) AND r.origin = k.origin AND r.use_id = n.use_id
 """
 _BUDGETS: Final = """
 SELECT 'budget', b.xmin::text, row_to_json(b)::text
-FROM json_to_recordset(${n}::json) AS n(object bytea, name bytea)
+FROM (SELECT * FROM json_to_recordset(${n}::json) AS n(object bytea, name bytea) LIMIT {count}) AS n
 JOIN @budgets AS b ON b.object = n.object AND b.name = n.name
 """
 _FOUND: Final = "SELECT t.xmin::text, row_to_json(t)::text FROM @tokens AS t"
@@ -101,7 +113,9 @@ _UPDATE_TOKENS: Final = f"""
 WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT t.id, n.patch
-    FROM tuned, json_to_recordset($1::json) AS n(id bigint, version text, patch json)
+    FROM tuned CROSS JOIN (
+        SELECT * FROM json_to_recordset($1::json) AS n(id bigint, version text, patch json) LIMIT $3::bigint
+    ) AS n
     JOIN @tokens AS t ON t.id = n.id AND t.xmin::text = n.version
     ORDER BY t.id FOR UPDATE OF t
 ),
@@ -117,8 +131,11 @@ _UPDATE_BUDGETS: Final = f"""
 WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT b.object, b.name, n.spent, n.strikes, n.until
-    FROM tuned, json_to_recordset($1::json)
-        AS n(object bytea, name bytea, version text, spent bigint, strikes integer, until bigint)
+    FROM tuned CROSS JOIN (
+        SELECT * FROM json_to_recordset($1::json)
+            AS n(object bytea, name bytea, version text, spent bigint, strikes integer, until bigint)
+        LIMIT $3::bigint
+    ) AS n
     JOIN @budgets AS b ON b.object = n.object AND b.name = n.name AND b.xmin::text = n.version
     ORDER BY b.object, b.name FOR UPDATE OF b
 ),
@@ -133,7 +150,10 @@ _DELETE_BUDGETS: Final = f"""
 WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT b.object, b.name
-    FROM tuned, json_to_recordset($1::json) AS n(object bytea, name bytea, version text)
+    FROM tuned CROSS JOIN (
+        SELECT * FROM json_to_recordset($1::json) AS n(object bytea, name bytea, version text)
+        LIMIT $3::bigint
+    ) AS n
     JOIN @budgets AS b ON b.object = n.object AND b.name = n.name AND b.xmin::text = n.version
     ORDER BY b.object, b.name FOR UPDATE OF b
 ),
@@ -159,7 +179,10 @@ _MOVE_KEYS: Final = f"""
 WITH {_TUNED},
 changed AS (
     UPDATE @keys AS k SET token = n.token, origin = n.origin
-    FROM tuned, json_to_recordset($1::json) AS n(digest bytea, old bigint, token bigint, origin bigint)
+    FROM tuned, (
+        SELECT * FROM json_to_recordset($1::json) AS n(digest bytea, old bigint, token bigint, origin bigint)
+        LIMIT $3::bigint
+    ) AS n
     WHERE k.digest = n.digest AND k.token = n.old
     RETURNING 1
 )
@@ -168,7 +191,10 @@ changed AS (
 _DELETE_KEYS: Final = f"""
 WITH {_TUNED},
 changed AS (
-    DELETE FROM @keys AS k USING tuned, json_to_recordset($1::json) AS n(digest bytea, old bigint)
+    DELETE FROM @keys AS k
+    USING tuned, (
+        SELECT * FROM json_to_recordset($1::json) AS n(digest bytea, old bigint) LIMIT $3::bigint
+    ) AS n
     WHERE k.digest = n.digest AND k.token = n.old
     RETURNING 1
 )
@@ -282,9 +308,13 @@ class Statements:
         """Returns rows of (kind, version, JSON text)."""
         parameters: list[object] = []
 
-        def with_parameter(template: str, value: object) -> str:
+        def with_parameter(template: str, value: object, count: int = 0) -> str:
             parameters.append(value)
-            return template.format(n=len(parameters))
+            n = len(parameters)
+            if not count:
+                return template.format(n=n)
+            parameters.append(count)
+            return template.format(n=n, count=f"${n + 1}::bigint")
 
         sources: list[str] = []
         parts: list[str] = []
@@ -295,18 +325,18 @@ class Statements:
             sources.append(with_parameter(_BY_ID, numbers))
         if needs.lines:
             lines = [{**line._asdict(), "context": binary(line.context)} for line in needs.lines]
-            sources.append(with_parameter(_BY_LINE, to_json(lines)))
+            sources.append(with_parameter(_BY_LINE, to_json(lines), len(lines)))
         if needs.purposes:
-            sources.append(
-                with_parameter(_BY_PURPOSE, to_json([purpose._asdict() for purpose in needs.purposes]))
-            )
+            purposes = [purpose._asdict() for purpose in needs.purposes]
+            sources.append(with_parameter(_BY_PURPOSE, to_json(purposes), len(purposes)))
         if sources:
             parts.append(_TOKENS.format(sources=" UNION ".join(sources)))
         if needs.uses:
             uses = [{"digest": binary(use.digest), "use_id": use.use_id} for use in needs.uses]
-            parts.append(with_parameter(_RECEIPTS, to_json(uses)))
+            parts.append(with_parameter(_RECEIPTS, to_json(uses), len(uses)))
         if needs.budgets:
-            parts.append(with_parameter(_BUDGETS, to_json([budget_row(name) for name in needs.budgets])))
+            budgets = [budget_row(budget) for budget in needs.budgets]
+            parts.append(with_parameter(_BUDGETS, to_json(budgets), len(budgets)))
         return Statement(self._text(" UNION ALL ".join(parts)), parameters)
 
     def find(self, match: Match, limit: int, after: str | None) -> Statement:
