@@ -28,6 +28,7 @@ from vtoken import (
     InvalidInput,
     InvalidToken,
     KeyGenerationError,
+    Limit,
     Settings,
     Subject,
     TokenManager,
@@ -39,9 +40,10 @@ from vtoken import (
 from vtoken.backend import Match
 from vtoken.config import Configuration, policies_from_mapping, redact_url
 from vtoken.keys import random_key
-from vtoken.testing import Clock
+from vtoken.testing.clock import Clock
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.postgresql import PostgreSQLBackend
 from vtoken_backends.sqlite import SQLiteBackend
 
 REFUSED: Final = (InvalidInput, InvalidToken, ConfigurationError, KeyGenerationError)
@@ -153,7 +155,8 @@ def nested(depth: int) -> object:
 USER: Final = Subject("auth.user", "1")
 SETTINGS: Final = Settings(secret="a secret for the fuzzer of 32 bytes and more", max_key_iterations=2)
 POLICIES: Final = [
-    TokenPolicy.code("sms"),
+    TokenPolicy.code("sms", cooldown="1ms"),
+    TokenPolicy.pair("pair", issue_limits=[Limit(1000, "1d")]),
     TokenPolicy.link("guarded", max_attempts=3),
     TokenPolicy.link("bound", context="required"),
     TokenPolicy.link("derived", key_storage="derived"),
@@ -187,17 +190,32 @@ kwargs = (
     | visitors.map(lambda key: {"generator": lambda: key})
 )
 quiet_kwargs = kwargs.filter(is_no_generator) | visitors.map(lambda key: {"generator": lambda: key})
-times = sent(DEFAULT, None, 5)
-spans = sent(timedelta(seconds=60))
+times = sent(DEFAULT, None, 5, "5m", timedelta(minutes=5))
+spans = sent(timedelta(seconds=60), "60s")
+dimensions = sent(None, {}, {"ip": "192.0.2.7"})
 
 
-async def redeem(manager: TokenManager, *arguments: Any, lease: Any, context: Any) -> None:
-    async with manager.redeem(*arguments, lease=lease, context=context):
+async def redeem(manager: TokenManager, *arguments: Any, **keywords: Any) -> None:
+    async with manager.redeem(*arguments, wait=timedelta(0), **keywords):
+        pass
+
+
+async def issuing(manager: TokenManager, *arguments: Any, **keywords: Any) -> None:
+    async with manager.issuing(*arguments, **keywords):
+        pass
+
+
+async def many(manager: TokenManager, subjects: Any, *arguments: Any, **keywords: Any) -> None:
+    async for _ in manager.issue_many([subjects], *arguments, **keywords):
         pass
 
 
 async def listed(manager: TokenManager, *arguments: Any) -> list[VerificationToken]:
     return [token async for token in manager.filter_active_tokens(*arguments)]
+
+
+async def recorded(manager: TokenManager, *arguments: Any) -> list[VerificationToken]:
+    return [token async for token in manager.history(*arguments)]
 
 
 async def save(manager: TokenManager, **fields: Any) -> None:
@@ -212,11 +230,24 @@ OPERATIONS: Final[dict[str, tuple[Call, list[Any], dict[str, Any]]]] = {
         [objects, slugs, data, sent(True), times, quiet_kwargs],
         {"context": contexts},
     ),
+    "issue": (
+        TokenManager.issue,
+        [objects, slugs],
+        {"extra_data": data, "expires_in": times, "context": contexts, "by": dimensions},
+    ),
+    "issuing": (issuing, [objects, slugs], {"expires_in": times, "context": contexts, "by": dimensions}),
+    "issue many": (many, [objects, slugs], {"batch": sent(None, "spring"), "context": contexts}),
+    "pretend": (
+        TokenManager.pretend,
+        [objects, slugs],
+        {"extra_data": data, "expires_in": times, "context": contexts, "by": dimensions},
+    ),
     "get or create": (
         TokenManager.get_active_or_create,
         [objects, slugs, data, times, quiet_kwargs],
-        {"context": contexts},
+        {"context": contexts, "at_least": sent(timedelta(0), "1m")},
     ),
+    "status": (TokenManager.status, [objects, slugs], {"context": contexts, "by": dimensions}),
     "generate": (TokenManager.generate_key, [st.none() | visitors.filter(lambda g: not callable(g))], {}),
     "exists": (
         TokenManager.exists_valid,
@@ -229,11 +260,22 @@ OPERATIONS: Final[dict[str, tuple[Call, list[Any], dict[str, Any]]]] = {
         [objects, slugs, sent("wrong")],
         {"consume_id": sent(None, "mine"), "context": contexts},
     ),
-    "redeem": (redeem, [objects, slugs, sent("wrong")], {"lease": spans, "context": contexts}),
-    "deactivate": (TokenManager.deactivate, [visitors, slugs, sent(ANY, "wrong")], {}),
+    "redeem": (
+        redeem,
+        [objects, slugs, sent("wrong")],
+        {"lease": spans, "context": contexts, "consume_id": sent(None, "mine"), "by": dimensions},
+    ),
+    "deactivate": (
+        TokenManager.deactivate,
+        [visitors, slugs, sent(ANY, "wrong")],
+        {"all_objects": sent(False, True)},
+    ),
+    "history": (recorded, [objects, slugs | st.just(ANY)], {}),
+    "erase": (TokenManager.erase, [visitors], {}),
+    "reset limits": (TokenManager.reset_limits, [objects, slugs | st.just(ANY)], {}),
     "filter": (listed, [objects, slugs | st.just(ANY), sent(ANY, "wrong")], {}),
     "get": (TokenManager.get, [visitors], {}),
-    "save": (save, [], {"id": sent("0" * 32), "extra_data": sent(None, "{}")}),
+    "save": (save, [], {"id": sent("0" * 16), "extra_data": sent(None, "{}")}),
     "purge": (TokenManager.purge, [sent(10), spans], {}),
 }
 
@@ -269,13 +311,19 @@ urls = (
     | st.text("/:?#@%&=;.[]\\ aZ0\0é", max_size=30)
     | st.builds(
         "{}://{}".format,
-        st.sampled_from(["memory", "sqlite", "mongodb", "mongodb+srv", "SQLITE", "http", "x" * 300]),
+        st.sampled_from(
+            ["memory", "sqlite", "mongodb", "mongodb+srv", "postgresql", "SQLITE", "http", "x" * 300]
+        ),
         st.text(max_size=40),
     )
 )
-values = either(None, 5, "5", True, "digest", "derived", "code", "link", "required", timedelta(minutes=1))
+values = either(
+    *(None, 5, "5", True, "digest", "derived", "code", "link", "pair", "required", "email", "refuse", "1m"),
+    *(timedelta(minutes=1), [Limit(1, "1m")], {Subject("auth.user", 1): "123456"}),
+)
 SETTING_NAMES: Final = [f.name for f in dataclasses.fields(Settings)]
 POLICY_NAMES: Final = [f.name for f in dataclasses.fields(TokenPolicy) if f.name != "slug"]
+PAIR_NAMES: Final = [name for name in POLICY_NAMES if name not in ("digits", "code_expiration")]
 VARIABLES: Final = [f"VTOKEN_{name.upper()}" for name in (*SETTING_NAMES, "url", "hooks", "config", "other")]
 
 
@@ -285,6 +333,10 @@ def some(names: list[str], strategy: st.SearchStrategy[Any]) -> st.SearchStrateg
 
 def make_code(digits: Any, given: Any) -> TokenPolicy:
     return TokenPolicy.code("a", digits, **given)
+
+
+def make_pair(digits: Any, lifetime: Any, given: Any) -> TokenPolicy:
+    return TokenPolicy.pair("a", digits, lifetime, **given)
 
 
 def make_manager(given: dict[str, Any]) -> TokenManager:
@@ -314,13 +366,16 @@ MAKERS: Final[dict[str, tuple[Callable[..., object], list[Any]]]] = {
     "settings": (by_name(Settings), [some(SETTING_NAMES, values)]),
     "policy": (by_name(TokenPolicy), [values, some(POLICY_NAMES, values)]),
     "link": (by_name(TokenPolicy.link), [values, some(POLICY_NAMES, values)]),
-    "code": (make_code, [values, some(POLICY_NAMES, values)]),
+    "code": (make_code, [values, some(PAIR_NAMES, values)]),
+    "pair": (make_pair, [either(6), either("10m"), some(PAIR_NAMES, values)]),
+    "limit": (Limit, [either(1), either("1m"), either("ip"), either(None)]),
     "policies": (policies_from_mapping, [wild | some(["a", "b"], some(POLICY_NAMES, values) | wild)]),
     "environment": (Configuration.from_env, [some(VARIABLES, st.text(max_size=20))]),
     "manager": (make_manager, [some(PARTS, wild)]),
     "content type": (ContentTypes().register, [either(Plain), either("a.b"), either(None), either(None)]),
     "backend": (create_backend, [urls]),
     "scheme": (register_backend, [either("fuzz"), either("a.b:C")]),
+    "PostgreSQL URL": (PostgreSQLBackend.from_url, [urls]),
     "memory": (MemoryBackend.from_url, [urls]),
     "SQLite URL": (SQLiteBackend.from_url, [urls]),
     "SQLite": (
