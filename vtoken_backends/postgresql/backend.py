@@ -123,6 +123,8 @@ class PostgreSQLBackend:
         Raises:
             ConfigurationError: the URL or an option is not understood.
         """
+        if not isinstance(url, str):
+            raise ConfigurationError(f"the URL must be text, not {type(url).__name__}")
         place = split(url)
         for name in options:
             if name not in _OPTIONS:
