@@ -38,6 +38,7 @@ from vtoken.backend import (
     StoredToken,
     Use,
 )
+from vtoken.limits import REMEMBERED
 from vtoken.testing.clock import Clock
 from vtoken_backends.memory import MemoryBackend
 
@@ -201,6 +202,11 @@ class World:
     async def stored(self) -> list[StoredToken]:
         """All tokens, newest first, as the store holds them."""
         return await self.backend.inner.find(Match(), 10_000)
+
+    async def due_budgets(self) -> int:
+        """How many budgets are stored that a purge would forget now. It forgets them."""
+        now = self.clock.milliseconds
+        return (await self.backend.inner.purge(0, now, 10_000, now - REMEMBERED)).budgets
 
     async def aclose(self) -> None:
         await self._stack.aclose()

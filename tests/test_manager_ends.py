@@ -1,4 +1,4 @@
-"""What becomes of stored tokens: deactivated, saved, purged."""
+"""What becomes of stored tokens and budgets: deactivated, saved, purged, erased, reset."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import pytest
 
 from vtoken import (
     ANY,
+    CooldownActive,
     InvalidInput,
     InvalidToken,
+    LeaseLost,
+    Limit,
     Subject,
+    TokenManager,
     TokenPolicy,
     TooManyAttempts,
 )
-from vtoken_backends.memory import MemoryBackend
 
 from .core_tools import (
     CODE,
@@ -28,6 +31,7 @@ from .core_tools import (
     listed,
     reason,
     refused,
+    wrong_codes,
 )
 
 
@@ -74,7 +78,48 @@ class TestDeactivate:
         manager = await world.manager()
         for subject in (USER, OTHER, Subject("app.row", 42)):
             await manager.deactivate_and_create(subject)
-        assert await manager.deactivate(Subject("auth.user")) == 2
+        await refused(InvalidInput, manager.deactivate(Subject("auth.user")))
+        await refused(InvalidInput, manager.deactivate(Subject("auth.user"), None))
+        assert len(await listed(manager.filter_active_tokens(Subject("auth.user")))) == 2
+        assert await manager.deactivate(Subject("auth.user"), all_objects=True) == 2
+        assert await manager.exists_valid(Subject("app.row", 42))
+
+    async def test_with_a_key_the_class_will_do(self, world: World) -> None:
+        manager = await world.manager()
+        tokens = [await manager.issue(subject, "a") for subject in (USER, OTHER)]
+        assert await manager.deactivate(Subject("auth.user"), "a", tokens[0].key) == 1
+        assert await listed(manager.filter_active_tokens(Subject("auth.user"))) == [tokens[1]]
+
+    async def test_one_token_by_its_id(self, world: World) -> None:
+        manager = await world.manager()
+        first = await manager.issue(USER, "a")
+        second = await manager.issue(USER, "a", replace=False)
+        assert await manager.deactivate(first) == 1
+        assert await manager.deactivate(first) == 0
+        assert await listed(manager.filter_active_tokens(USER)) == [second]
+        await refused(InvalidInput, manager.deactivate(second, "a"))
+        await refused(InvalidInput, manager.deactivate(second, key=second.key))
+        assert world.events[-1].token_id == first.id
+
+    async def test_the_predecessors_key_of_an_overlap_ends_alone(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("a", overlap="5m"))
+        old = await manager.issue(USER, "a")
+        new = await manager.issue(USER, "a")
+        assert await manager.verify(USER, "a", old.key) == new
+        assert await manager.deactivate(USER, "a", old.key) == 1
+        assert await manager.deactivate(USER, "a", old.key) == 0
+        assert await reason(manager.verify(USER, "a", old.key)) == "expired"
+        assert await manager.verify(USER, "a", new.key) == new
+
+    @pytest.mark.parametrize("key", ["a\0", "\ud800", "a" * 513])
+    async def test_an_impossible_key_is_nobodys(self, world: World, key: str) -> None:
+        manager = await world.manager()
+        await manager.issue(USER, "a")
+        for slug in ({"slug": "a"}, {}):
+            assert await manager.deactivate(USER, key=key, **slug) == 0
+            assert await listed(manager.filter_active_tokens(USER, key=key, **slug)) == []
+        no_key: Any = None
+        await refused(InvalidInput, manager.deactivate(USER, "a", no_key))
 
     async def test_expired_and_leased_ones_too(self, world: World) -> None:
         manager = await world.manager()
@@ -229,6 +274,134 @@ class TestPurge:
         await refused(TooManyAttempts, manager.verify(USER, "capped", WRONG))
         world.clock.advance(timedelta(days=1, minutes=15))
         await manager.purge()
-        memory = world.backend.inner
-        assert isinstance(memory, MemoryBackend)
-        assert memory._store.budgets == {}  # pyright: ignore[reportPrivateUsage]  # no method shows them
+        assert await world.due_budgets() == 0
+        assert (await manager.status(USER, "capped")).attempts_left == 1
+
+    async def test_it_goes_on_until_the_budgets_are_drained_too(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("capped", max_attempts=1))
+        for n in range(50):
+            await refused(InvalidToken, manager.verify(Subject("auth.user", n), "capped", WRONG))
+        world.clock.advance(timedelta(days=1, minutes=15))
+        world.backend.calls.clear()
+        assert await manager.purge(batch_size=7) == 0
+        assert world.backend.calls.count("purge") == 50 // 7 + 1
+        assert await world.due_budgets() == 0
+
+    async def test_progress_is_told(self, world: World) -> None:
+        manager = await world.manager()
+        for _ in range(6):
+            await manager.issue(USER)
+        heard: list[int] = []
+        assert await manager.purge(2, progress=heard.append) == 5
+        assert heard == [2, 4, 5]
+
+
+class TestHistory:
+    async def test_every_token_whatever_its_state_newest_first(self, world: World) -> None:
+        manager = await world.manager()
+        used = await manager.issue(USER, "a")
+        await manager.consume(USER, "a", used.key)
+        replaced = await manager.issue(USER, "a")
+        current = await manager.issue(USER, "a")
+        ended = await manager.issue(USER)
+        await manager.deactivate(ended)
+        await manager.issue(OTHER, "a")
+        await manager.pretend(USER, "a")
+        assert await listed(manager.history(USER)) == [ended, current, replaced, used]
+        assert await listed(manager.history(USER, "a")) == [current, replaced, used]
+        assert await listed(manager.history(USER, None)) == [ended]
+        assert [token.is_active for token in await listed(manager.history(USER, "a"))] == [True, False, False]
+        await refused(InvalidInput, listed(manager.history(Subject("auth.user"))))
+
+
+class TestErase:
+    async def test_the_tokens_and_the_budgets_of_an_object(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.code("login", max_attempts=1, cooldown="1m"))
+        token = await manager.issue(USER, "login")
+        await manager.issue(OTHER, "login")
+        await refused(InvalidToken, manager.verify(USER, "login", *wrong_codes(token.key, 1)))
+        await refused(TooManyAttempts, manager.verify(USER, "login", token.key))
+        assert await manager.erase(USER) == 1
+        assert await manager.erase(USER) == 0
+        assert await listed(manager.history(USER)) == []
+        fresh = await manager.issue(USER, "login")  # the cooldown is gone, too
+        assert await manager.consume(USER, "login", fresh.key) == fresh
+        assert await manager.exists_valid(OTHER, "login")
+        await refused(InvalidInput, manager.erase(Subject("auth.user")))
+        assert [event.count for event in world.events if event.name == "erased"] == [1, 0]
+
+    async def test_what_was_pretended_goes_as_well(self, world: World) -> None:
+        manager = await world.manager()
+        await manager.pretend(USER, "a")
+        assert await manager.erase(USER) == 0
+        assert await world.stored() == []
+
+    async def test_a_running_block_has_lost_its_token(self, world: World) -> None:
+        manager = await world.manager()
+        token = await manager.issue(USER, "a")
+        with pytest.raises(LeaseLost):
+            async with manager.redeem(USER, "a", token.key):
+                await manager.erase(USER)
+        assert await world.stored() == []
+
+
+class TestResetLimits:
+    policies = (
+        TokenPolicy.code("login", max_attempts=1, cooldown="1h"),
+        TokenPolicy.code("pin", max_attempts=1, cooldown="1h"),
+    )
+
+    async def spent(self, world: World) -> TokenManager:
+        manager = await world.manager(*self.policies)
+        for obj in (USER, OTHER):
+            for slug in ("login", "pin"):
+                token = await manager.issue(obj, slug)
+                await refused(InvalidToken, manager.verify(obj, slug, *wrong_codes(token.key, 1)))
+        return manager
+
+    async def test_one_purpose(self, world: World) -> None:
+        manager = await self.spent(world)
+        assert await manager.reset_limits(USER, "login") == 2
+        assert await manager.reset_limits(USER, "login") == 0
+        assert (await manager.status(USER, "login")).attempts_left == 1
+        await manager.issue(USER, "login")
+        for obj, slug in ((USER, "pin"), (OTHER, "login")):
+            assert (await manager.status(obj, slug)).attempts_left == 0
+            await refused(CooldownActive, manager.issue(obj, slug))
+
+    async def test_every_purpose(self, world: World) -> None:
+        manager = await self.spent(world)
+        assert await manager.reset_limits(USER) == 4
+        assert (await manager.status(USER, "pin")).attempts_left == 1
+        assert (await manager.status(OTHER, "pin")).attempts_left == 0
+        await refused(InvalidInput, manager.reset_limits(Subject("auth.user")))
+
+    async def test_cooldowns_of_every_context(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("a", context="required", cooldown="1h"))
+        for context in ("x", "y"):
+            await manager.issue(USER, "a", context=context)
+        assert await manager.reset_limits(USER, "a") == 2
+        for context in ("x", "y"):
+            await manager.issue(USER, "a", context=context)
+
+    async def test_a_budget_that_is_shared_stays(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("a", issue_limits=[Limit(1, "1h", by="ip")]))
+        await manager.issue(USER, "a", by={"ip": "192.0.2.7"})
+        assert await manager.reset_limits(USER) == 0
+        await refused(CooldownActive, manager.issue(USER, "a", by={"ip": "192.0.2.7"}))
+
+
+async def test_memory_has_no_transaction_of_the_applications_own(world: World) -> None:
+    manager = await world.manager()
+    token = await manager.issue(USER, "a")
+    using = object()
+    for call in (
+        manager.issue(USER, "a", using=using),
+        manager.deactivate(USER, using=using),
+        manager.save(token, using=using),
+        manager.erase(USER, using=using),
+    ):
+        assert "memory" in str(await refused(InvalidInput, call))
+    async with manager.redeem(USER, "a", token.key) as held:
+        assert "memory" in str(await refused(InvalidInput, manager.mark_used(held, using=using)))
+    assert await reason(manager.verify(USER, "a", token.key)) == "used"

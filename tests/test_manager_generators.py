@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import pytest
@@ -86,14 +87,24 @@ class TestGenerators:
     async def test_what_is_left_out_is_the_policys_or_the_settings(self, world: World) -> None:
         manager = await world.manager(
             TokenPolicy("own", key_length=90),
-            settings=Settings(default_key_length=40, default_key_chars="abc"),
+            settings=Settings(default_key_length=40, default_key_chars=string.ascii_lowercase),
         )
         for slug, length in (("own", 90), ("other", 40)):
-            kwargs = {"allowed_chars": "xyz"}
+            kwargs = {"allowed_chars": string.ascii_uppercase}
             key = (await manager.deactivate_and_create(USER, slug, key_generator_kwargs=kwargs)).key
-            assert (len(key), set(key) <= set("xyz")) == (length, True)
+            assert (len(key), key.isupper()) == (length, True)
             key = (await manager.deactivate_and_create(USER, slug, key_generator_kwargs={"length": 60})).key
-            assert (len(key), set(key) <= set("abc")) == (60, True)
+            assert (len(key), key.islower()) == (60, True)
+
+    @pytest.mark.parametrize(
+        "kwargs", [{"length": 1}, {"allowed_chars": "aab"}, {"allowed_chars": "a/?"}, {"length": 90, "x": 1}]
+    )
+    async def test_a_calls_arguments_are_held_to_the_policys_floors(
+        self, world: World, kwargs: dict[str, Any]
+    ) -> None:
+        manager = await world.manager(TokenPolicy.link("own"))
+        await refused(InvalidInput, manager.issue(USER, "own", key_generator_kwargs=kwargs))
+        assert await world.stored() == []
 
     @pytest.mark.parametrize("generator", [f"{__name__}.spelt", f"{__name__}:spelt"])
     async def test_a_generator_of_its_own_with_its_arguments(self, world: World, generator: str) -> None:
@@ -140,29 +151,22 @@ class TestGenerators:
         assert token.key == "free"
 
     async def test_keys_are_unique_over_the_store_and_codes_within_their_scope(self, world: World) -> None:
+        code = TokenPolicy.code("login", key_generator=lambda: "123456")
+        pin = TokenPolicy.code("pin", key_generator=lambda: "123456")
         manager = await world.manager(
-            CODE, TokenPolicy.code("pin"), settings=Settings(secret="s" * 32, max_key_iterations=1)
+            code, pin, settings=Settings(secret="0123456789" * 4, max_key_iterations=1)
         )
-        link, code = {"generator": lambda: "link"}, {"generator": lambda: "123456"}
-        await manager.deactivate_and_create(USER, key_generator_kwargs=link)
+        link = {"generator": lambda: "link"}
+        await manager.issue(USER, key_generator_kwargs=link)
         for obj, slug in ((USER, None), (OTHER, None), (USER, "b"), (Subject("app.row", 42), None)):
-            await refused(
-                KeyGenerationError, manager.deactivate_and_create(obj, slug, key_generator_kwargs=link)
-            )
-        tokens = [
-            await manager.deactivate_and_create(obj, slug, key_generator_kwargs=code)
-            for obj, slug in (
-                (USER, "login"),
-                (OTHER, "login"),
-                (USER, "pin"),
-                (Subject("app.row", 42), "login"),
-            )
-        ]
-        await refused(
-            KeyGenerationError, manager.deactivate_and_create(USER, "login", key_generator_kwargs=code)
-        )
+            await refused(KeyGenerationError, manager.issue(obj, slug, key_generator_kwargs=link))
+        subjects = ((USER, "login"), (OTHER, "login"), (USER, "pin"), (Subject("app.row", 42), "login"))
+        tokens = [await manager.issue(obj, slug) for obj, slug in subjects]
         assert {token.key for token in tokens} == {"123456"}
-        assert len({stored.digest for stored in await world.stored()}) == 5
+        # Beside the token that has the code there is no room; in its place there is.
+        await refused(KeyGenerationError, manager.issue(USER, "login", replace=False))
+        await manager.issue(USER, "login")
+        assert len({key.digest for stored in await world.stored() for key in stored.keys}) == 5
 
     async def test_a_used_key_is_taken_until_it_is_purged(self, world: World) -> None:
         manager = await world.manager(settings=Settings(max_key_iterations=1))

@@ -6,7 +6,6 @@ import asyncio
 import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import pytest
 
@@ -24,7 +23,9 @@ from vtoken import (
     TokenPolicy,
     VerificationToken,
 )
-from vtoken.testing import Clock
+from vtoken.backend import PRETENDED
+from vtoken.inputs import Lifetime
+from vtoken.testing.clock import Clock
 
 from .core_tools import (
     MINUTE,
@@ -56,8 +57,7 @@ class TestNewTokens:
         assert len(token.key) == 32
         assert token.key.isalnum()
         assert token.is_valid(world.clock())
-        assert len(token.id) == 32
-        assert token.key not in token.id
+        assert 0 < int(token.id, 16) < 2**63
 
     async def test_by_default_no_slug_no_data_and_a_day(self, world: World) -> None:
         token = await (await world.manager()).deactivate_and_create(USER)
@@ -69,7 +69,6 @@ class TestNewTokens:
         tokens = [await manager.deactivate_and_create(USER) for _ in range(50)]
         assert [t.id for t in tokens] == sorted(t.id for t in tokens)
         assert len({t.key for t in tokens}) == len({t.id for t in tokens}) == 50
-        assert UUID(tokens[0].id).version == 7
 
     async def test_a_clock_jumping_back(self, world: World) -> None:
         manager = await world.manager()
@@ -116,11 +115,13 @@ class TestExpiration:
             (1, MINUTE),
             (0.5, MINUTE / 2),
             (0.29, timedelta(milliseconds=17_400)),
-            (1e-9, timedelta(0)),
+            ("90s", timedelta(seconds=90)),
+            ("7d", timedelta(days=7)),
+            (timedelta(minutes=5), timedelta(minutes=5)),
             (60 * 24 * 365 * 1000, timedelta(days=365 * 1000)),
         ],
     )
-    async def test_minutes(self, world: World, minutes: float, lifetime: timedelta) -> None:
+    async def test_minutes(self, world: World, minutes: Lifetime, lifetime: timedelta) -> None:
         manager = await world.manager()
         token = await manager.deactivate_and_create(USER, expiration_in_minutes=minutes)
         assert token.expires_at == START + lifetime
@@ -168,7 +169,7 @@ class TestExpiration:
                 10**13,
                 60 * 24 * 366 * 7900,
             ),
-            *(True, "5", b"5", [5], ANY, timedelta(minutes=5)),
+            *(1e-9, True, "5", "", "5 m", "0s", b"5", [5], ANY, timedelta(0), -MINUTE),
         ],
     )
     @pytest.mark.parametrize("method", ["deactivate_and_create", "get_active_or_create"])
@@ -177,10 +178,10 @@ class TestExpiration:
     ) -> None:
         manager = await world.manager(COOLING)
         for slug in ("mail", "free"):
-            with pytest.raises(ValueError, match="expiration") as info:
+            with pytest.raises(ValueError, match="lifetime|expiration") as info:
                 await getattr(manager, method)(USER, slug, expiration_in_minutes=minutes)
             assert type(info.value) is InvalidInput
-        assert set(world.backend.calls) <= {"open", "find"}
+        assert set(world.backend.calls) <= {"open", "note", "find"}
 
 
 class TestHostileArguments:
@@ -192,6 +193,7 @@ class TestHostileArguments:
             {"obj": Subject("auth.user", None)},  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
             {"obj": Subject("auth.user", "")},
             {"obj": Subject("", 1)},
+            {"obj": Subject(PRETENDED, 1)},
             {"slug": ""},
             {"slug": ANY},
             {"slug": ["mail"]},
@@ -254,24 +256,15 @@ class TestOldTokens:
         assert len([t async for t in manager.filter_active_tokens(USER)]) == 1
 
 
-@pytest.mark.parametrize("name", ["insert", "spend"])
-async def test_a_failing_store_leaves_the_old_token(world: World, name: str) -> None:
+async def test_a_failing_store_leaves_the_old_token(world: World) -> None:
     manager = await world.manager(COOLING)
     old = await manager.deactivate_and_create(USER, "mail")
     world.clock.advance(MINUTE)
-    world.backend.failing[name] = BackendUnavailable("the store is away")
+    world.backend.failing["insert"] = BackendUnavailable("the store is away")
     await refused(BackendUnavailable, manager.deactivate_and_create(USER, "mail"))
     await refused(BackendUnavailable, manager.deactivate_and_create(USER, "mail"))  # not CooldownActive
     world.backend.failing.clear()
     assert await manager.verify(USER, "mail", old.key) == old
-
-
-async def test_what_failed_first_is_what_is_raised(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    manager = await world.manager(COOLING)
-    first = world.backend.failing["insert"] = BackendUnavailable("the first")
-    world.backend.failing["refund"] = BackendUnavailable("the second")
-    assert await refused(BackendUnavailable, manager.deactivate_and_create(USER, "mail")) is first
-    assert "cooldown could not be given back" in caplog.text
 
 
 async def test_two_clocks_may_disagree(world: World) -> None:
