@@ -162,7 +162,7 @@ class TokenManager:
         self._limiter = Limiter(b"")
 
     @classmethod
-    @without_locals(ConfigurationError)
+    @without_locals(Exception)
     def from_url(cls, url: str, **keywords: Any) -> Self:
         """A manager on the backend that a URL names, e.g. ``"sqlite:///tokens.db"``.
 
