@@ -49,7 +49,7 @@ async def use(
 
 
 def a_hold(name: str, until: int = NOW + MINUTE) -> StoredHold:
-    return StoredHold(hold_id=name, until=until, origin="")
+    return StoredHold(hold_id=name, until=until, origin=f"{1:016x}")
 
 
 class PresentCases(Suite):
@@ -86,9 +86,9 @@ class PresentCases(Suite):
     async def test_a_late_use_keeps_the_earlier_end(self, bench: Bench) -> None:
         """The last use leaves ``ends_at`` where it is the earlier one."""
         backend = await bench.backend()
-        token = await put(backend, ends_at=NOW - 7)
-        used = await use(backend, token)
-        assert used.token == token._replace(uses=1, used_at=NOW, state=State.USED)
+        token = await put(backend, expires_at=NOW)
+        used = await backend.present(by_key(token), Use(at=NOW + 7), NOW)
+        assert used.token == token._replace(uses=1, used_at=NOW + 7, state=State.USED)
 
     @case(7)
     async def test_what_is_refused_says_why(self, bench: Bench) -> None:

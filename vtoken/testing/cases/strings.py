@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from vtoken.backend import (
@@ -14,7 +14,6 @@ from vtoken.backend import (
     Release,
     SetExtraData,
     State,
-    StoredToken,
     TokenBackend,
     Use,
     UseHeld,
@@ -87,30 +86,28 @@ class StringCases(Suite):
         """``present``, ``update`` and ``deactivate`` change the token of exactly their strings, though others
         differ by a letter's case, an accent or a space."""
         backend = await bench.backend()
-        steps: list[tuple[Callable[[Match], Awaitable[object]], Callable[[StoredToken], StoredToken]]] = [
-            (lambda m: backend.update(m, SetExtraData("x")), lambda t: t._replace(extra_data="x")),
-            (
-                lambda m: backend.present(m, Use(at=NOW + 1), NOW),
-                lambda t: t._replace(uses=1, used_at=NOW + 1),
-            ),
-            (
-                lambda m: backend.deactivate(m, NOW + 2),
-                lambda t: t._replace(state=State.ENDED, ends_at=NOW + 1),
-            ),
-        ]
         for field in FIELDS:
-            # One digest for all cannot be; so each token's key is presented under every other name as well.
             tokens = {name: await put(backend, max_uses=2, **{field: name}) for name in NAMES}
+            # Each token's key, under the names of some others.
+            wrong = [
+                Match(digests=(token.keys[0].digest,))._replace(
+                    **{field: NAMES[(number + step) % len(NAMES)]}
+                )
+                for number, token in enumerate(tokens.values())
+                for step in (1, 2, 7, 20)
+            ]
+            await at_once(call for match in wrong for call in _writes(backend, match))
+            assert await find_all(backend, Match(active=True)) == list(reversed(tokens.values())), field
             for name, token in tokens.items():
-                others = [other for other in NAMES if other != name]
-                match = Match(digests=(token.keys[0].digest,))
-                for step, after in steps:
-                    calls = [step(match._replace(**{field: other})) for other in others[:: len(others) // 3]]
-                    await at_once(calls)
-                    assert await one(backend, token) == token, (field, name)
-                    await step(match._replace(**{field: name}))
-                    token = after(token)
-                    assert await one(backend, token) == token, (field, name)
+                await at_once(
+                    _writes(backend, Match(digests=(token.keys[0].digest,))._replace(**{field: name}))
+                )
+            for token in await find_all(backend, Match(valid_at=NOW)):
+                raise AssertionError(f"{getattr(token, field)!r} was not found as a {field}")
+            for token in tokens.values():
+                written = token._replace(extra_data="x", state=State.ENDED, ends_at=NOW + 1)
+                used = written._replace(uses=1, used_at=NOW + 1)
+                assert await one(backend, token) in (written, used), field
 
     @case(6)
     async def test_deactivating_and_erasing_mind_exact_strings(self, bench: Bench) -> None:
@@ -156,6 +153,14 @@ class StringCases(Suite):
         """Budgets, digests and contexts that differ in one bit, wherever it is, are apart."""
         backend = await bench.backend()
         await _compare_bits(backend)
+
+
+def _writes(backend: TokenBackend, match: Match) -> list[Awaitable[object]]:
+    return [
+        backend.present(match, Use(at=NOW + 1), NOW),
+        backend.update(match, SetExtraData("x")),
+        backend.deactivate(match, NOW + 2),
+    ]
 
 
 async def _compare_bits(backend: TokenBackend) -> None:

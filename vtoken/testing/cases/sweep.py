@@ -49,7 +49,7 @@ class SweepCases(Suite):
             await put(backend, ends_at=NOW - 1, state=State.USED, uses=1),
             await put(backend, ends_at=NOW - 1, state=State.REPLACED, keys=()),
             await put(backend, ends_at=-1, state=State.ENDED, holds=(a_hold("h", now),)),
-            await put(backend, ends_at=NOW - 1, holds=(a_hold("stale", now + STALE_HOLD + 1),)),
+            await put(backend, expires_at=NOW - 1, holds=(a_hold("stale", now + STALE_HOLD + 1),)),
         ]
         kept = [
             await put(backend, expires_at=NOW),
@@ -126,12 +126,12 @@ class SweepCases(Suite):
         backends = await bench.two_backends()
         for number in range(self.rounds):
             who = f"p{number}"
-            token = await put(backends[0], object_id=who, ends_at=NOW - 1, expires_at=NOW + MINUTE)
+            token = await put(backends[0], object_id=who, expires_at=NOW - 1)
             old = await put(backends[0], object_id=f"{who} old", expires_at=NOW - 1)
             new = a_token(object_id=f"{who} old")
             held, purged, inserted = await at_once(
                 [
-                    _any(use(backends[number % 2], token)),
+                    _any(use(backends[number % 2], token, at=NOW - 1)),
                     _any(backends[0].purge(NOW, NOW, 9, 0)),
                     _any(backends[1].insert(new, InsertMode.REPLACE)),
                 ]

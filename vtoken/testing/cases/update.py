@@ -125,7 +125,8 @@ class UpdateCases(Suite):
         for state in State:
             for hold in (MINE, MINE._replace(until=NOW - 5), MINE._replace(until=NOW * 2)):
                 other = a_hold("other")
-                token = await put(backend, state=state, ends_at=NOW - 9, holds=(other, hold))
+                fields: dict[str, Any] = {} if state is State.ACTIVE else {"ends_at": NOW - 9, "uses": 1}
+                token = await put(backend, state=state, holds=(other, hold), max_uses=2, **fields)
                 released = await backend.update(Match(id=token.id), Release(hold_id="mine"))
                 assert released == token._replace(holds=(other,)) == await one(backend, token)
                 assert await backend.update(Match(id=token.id), Release(hold_id="mine")) is None
