@@ -11,10 +11,11 @@ from typing import Any, Final
 import pytest
 from pymongo import MongoClient
 
-from vtoken import config, register_backend
-from vtoken.cli import servers, suites
+from vtoken import register_backend, registry
+from vtoken.cli import cases
 from vtoken.testing import BackendConformance, DurableBackendConformance
 from vtoken_backends.memory import MemoryBackend
+from vtoken_backends.mongodb.diagnostics import with_database
 
 from .cli_tools import Terminal
 from .servers import fresh_database
@@ -27,7 +28,7 @@ ALL: Final = len(BackendConformance.cases())
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schemes of backends of others: one with a planted bug, and one without."""
-    monkeypatch.setattr(config, "_registered", {})
+    monkeypatch.setattr(registry, "_registered", {})
     register_backend("racy", "tests.broken:RacyUpdate")
     register_backend("sound", f"{__name__}:Sound")
 
@@ -83,7 +84,7 @@ def test_the_suite_of_an_author_is_run_whole(vtoken: Terminal) -> None:
     [
         ("sound://one", "put {n} into the URL"),
         ("nosuch://{n}", "unknown backend scheme"),
-        ("sqlite:///x.db?chek=always", "did you mean 'check'"),
+        ("sqlite:///x.db?chek=always", "did you mean check"),
         ("vtoken.testing:Clock", "BackendConformance"),
         ("no.such:Suite", "no module"),
         ("memory", "not an import path"),
@@ -95,13 +96,13 @@ def test_wrong_usage(vtoken: Terminal, broken: None, url: str, message: str) -> 
     assert vtoken.out == ""
 
 
-def cases_of(suite: BackendConformance, directory: Path, *names: str) -> list[suites.Outcome]:
+def cases_of(suite: BackendConformance, directory: Path, *names: str) -> list[cases.Outcome]:
     """Run a few of its cases."""
-    outcomes: list[suites.Outcome] = []
-    for case in suites.cases(suite, in_process=False):
+    outcomes: list[cases.Outcome] = []
+    for case in cases.cases(suite, in_process=False):
         if case.name in names:
             (directory / case.name).mkdir()
-            outcomes.append(suites.run_case(suite, case, directory / case.name))
+            outcomes.append(cases.run_case(suite, case, directory / case.name))
     return outcomes
 
 
@@ -115,7 +116,7 @@ SOME: Final = (
 
 def test_sqlite_files_of_its_own_beside_the_one_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokens.db").write_text("not touched")
-    suite, parent = suites.chosen(f"sqlite:///{tmp_path}/tokens.db?synchronous=normal")
+    suite, parent = cases.chosen(f"sqlite:///{tmp_path}/tokens.db?synchronous=normal")
     assert parent == tmp_path
     assert isinstance(suite, DurableBackendConformance)
     outcomes = cases_of(suite, tmp_path, *SOME)
@@ -125,7 +126,7 @@ def test_sqlite_files_of_its_own_beside_the_one_that_is_named(tmp_path: Path) ->
 
 def test_mongodb_databases_of_its_own_which_are_dropped(mongodb_replica_set: str, tmp_path: Path) -> None:
     with fresh_database(mongodb_replica_set) as url:
-        suite, _ = suites.chosen(f"{url}&collection=mine")
+        suite, _ = cases.chosen(f"{url}&collection=mine")
         outcomes = cases_of(suite, tmp_path, *SOME)
         assert [outcome.state for outcome in outcomes] == ["holds"] * len(SOME), outcomes
         with MongoClient[dict[str, Any]](url) as client:
@@ -145,7 +146,7 @@ def test_mongodb_databases_of_its_own_which_are_dropped(mongodb_replica_set: str
     ],
 )
 def test_a_user_is_looked_up_where_it_was(url: str, expected: str) -> None:
-    assert servers.with_database(url, "new") == expected
+    assert with_database(url, "new") == expected
 
 
 # The shell and the terminal ------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_long_work_shows_how_fast_it_is(vtoken: Terminal, monkeypatch: pytest.Mo
     shown = _Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("TERM", "xterm")
-    assert vtoken("copy", "sqlite:///vtoken.db", "memory://") == 0
+    assert vtoken("copy", "sqlite:///tokens.db", "memory://") == 0
     assert "copying and comparing" in shown.getvalue()
     assert "2 of 2" in shown.getvalue()
     assert "copying" not in vtoken.out
@@ -193,5 +194,5 @@ def test_a_purge_shows_how_many_are_gone(vtoken: Terminal, monkeypatch: pytest.M
 
 def test_without_a_terminal_it_is_quiet(vtoken: Terminal) -> None:
     vtoken.json("issue", "user:1")
-    assert vtoken("copy", "sqlite:///vtoken.db", "memory://") == 0
+    assert vtoken("copy", "sqlite:///tokens.db", "memory://") == 0
     assert vtoken.err == ""

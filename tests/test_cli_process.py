@@ -143,5 +143,5 @@ def test_an_answer_that_cannot_be_written_is_status_3() -> None:
 
 def test_running_in_process_leaves_logging_alone(vtoken: Terminal) -> None:
     before = list(logging.getLogger().handlers)
-    assert vtoken("stats") == 0
+    assert vtoken("init") == 0
     assert logging.getLogger().handlers == before

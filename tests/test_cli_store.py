@@ -40,10 +40,10 @@ def findings(vtoken: Terminal, *arguments: str, status: int = 0) -> dict[str, st
 
 
 def test_init_makes_the_store_once(vtoken: Terminal, tmp_path: Path) -> None:
-    assert vtoken.json("init") == {"ready": True, "url": "sqlite:///vtoken.db"}
+    assert vtoken.json("init") == {"ready": True, "url": "sqlite:///tokens.db"}
     vtoken.json("issue", USER)
     assert vtoken("init") == 0
-    assert vtoken.out.split() == ["ready", "sqlite:///vtoken.db"]
+    assert vtoken.out.split() == ["ready", "sqlite:///tokens.db"]
     assert vtoken.json("stats")["total"] == 1
     assert vtoken("init", "--url", f"sqlite:///{tmp_path}/no/folder.db") == 3
 
@@ -51,7 +51,7 @@ def test_init_makes_the_store_once(vtoken: Terminal, tmp_path: Path) -> None:
 def test_doctor_on_a_healthy_store(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
     vtoken.json("issue", USER)
-    before = Path("vtoken.db").read_bytes()
+    before = Path("tokens.db").read_bytes()
     found = findings(vtoken, "--deep")
     assert set(found.values()) == {"ok"}
     assert list(found) == [
@@ -61,6 +61,7 @@ def test_doctor_on_a_healthy_store(vtoken: Terminal, monkeypatch: pytest.MonkeyP
         "reachable",
         "schema",
         "integrity",
+        "answers",
         "tokens",
         "writable",
         "made in time",
@@ -69,9 +70,11 @@ def test_doctor_on_a_healthy_store(vtoken: Terminal, monkeypatch: pytest.MonkeyP
     assert vtoken("doctor") == 0
     assert vtoken.out.count("\n") == len(found) - 1
     assert "1 stored, 1 of them active" in vtoken.out
-    with changed("vtoken.db") as database:
-        assert database.execute("SELECT count(*) FROM budgets").fetchone() == (0,), "it leaves nothing behind"
-    assert len(Path("vtoken.db").read_bytes()) == len(before)
+    with changed("tokens.db") as database:
+        assert database.execute("SELECT count(*) FROM vtoken_budgets").fetchone() == (0,), (
+            "it leaves nothing behind"
+        )
+    assert len(Path("tokens.db").read_bytes()) == len(before)
 
 
 def test_doctor_names_an_sqlite_with_the_wal_reset_bug(
@@ -92,14 +95,14 @@ def test_doctor_does_not_make_what_is_missing(vtoken: Terminal, tmp_path: Path) 
 
 
 def test_doctor_checks_a_file_whole_whatever_the_url_says(vtoken: Terminal) -> None:
-    url = "sqlite:///vtoken.db?check=never"
+    url = "sqlite:///tokens.db?check=never"
     for number in range(40):
         vtoken.json("issue", f"user:{number}", "--extra", json.dumps("x" * 400))
-    with changed("vtoken.db") as database:
-        [(page,)] = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'tokens_ends'")
+    with changed("tokens.db") as database:
+        [(page,)] = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'vtoken_tokens_line'")
         [(size,)] = database.execute("PRAGMA page_size")
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with Path("vtoken.db").open("r+b") as file:  # an index that names other rows than the table
+    with Path("tokens.db").open("r+b") as file:  # an index that names other rows than the table
         file.seek((page - 1) * size + 4 * size // 5)
         file.write(bytes(size // 5))
     assert vtoken.json("stats", "--url", url)["total"] == 40, "nobody has noticed"
@@ -111,14 +114,14 @@ def test_doctor_checks_a_file_whole_whatever_the_url_says(vtoken: Terminal) -> N
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
-        ("DROP INDEX tokens_subject", "integrity"),
+        ("DROP INDEX vtoken_tokens_line", "integrity"),
         ("PRAGMA user_version = 99", "schema"),
         ("PRAGMA application_id = 1", "integrity"),
     ],
 )
 def test_doctor_on_a_schema_that_is_not_ours_to_use(vtoken: Terminal, damage: str, name: str) -> None:
     vtoken.json("init")
-    with changed("vtoken.db") as database:
+    with changed("tokens.db") as database:
         database.execute(damage)
     assert findings(vtoken, status=3)[name] == "failed"
     assert vtoken("doctor") == 3
@@ -126,24 +129,24 @@ def test_doctor_on_a_schema_that_is_not_ours_to_use(vtoken: Terminal, damage: st
 
 
 def test_doctor_on_a_file_that_is_no_database(vtoken: Terminal) -> None:
-    Path("vtoken.db").write_text("This is no database." * 500)
+    Path("tokens.db").write_text("This is no database." * 500)
     assert findings(vtoken, status=3)["integrity"] == "failed"
-    assert Path("vtoken.db").read_text().startswith("This is no database.")
+    assert Path("tokens.db").read_text().startswith("This is no database.")
 
 
 def test_doctor_reads_every_token_when_asked(vtoken: Terminal) -> None:
     vtoken.json("issue", USER)
-    with changed("vtoken.db") as database:
-        database.execute("UPDATE tokens SET use_ids = 'nonsense', created_at = created_at - 1")
+    with changed("tokens.db") as database:
+        database.execute("UPDATE vtoken_tokens SET keys = 'nonsense'")
     assert findings(vtoken, "--deep", status=3)["every token"] == "failed"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
 def test_doctor_warns_of_an_open_file_and_of_the_future(vtoken: Terminal) -> None:
     vtoken.json("issue", USER)
-    with changed("vtoken.db") as database:
-        database.execute("UPDATE tokens SET created_at = created_at + 60000")
-    Path("vtoken.db").chmod(0o644)
+    with changed("tokens.db") as database:
+        database.execute("UPDATE vtoken_tokens SET created_at = created_at + 60000")
+    Path("tokens.db").chmod(0o644)
     found = findings(vtoken)
     assert (found["file"], found["made in time"]) == ("warning", "warning")
 
@@ -200,7 +203,8 @@ def test_list_narrows_down(vtoken: Terminal) -> None:
 def test_show_tells_all_but_the_key(vtoken: Terminal) -> None:
     token = vtoken.json("issue", USER, "--slug", "reset")
     shown = vtoken.json("show", token["id"])
-    assert shown == {"found": True, "state": "valid"} | {k: v for k, v in token.items() if k != "key"}
+    told = {name: value for name, value in token.items() if name not in ("key", "code", "note")}
+    assert shown == {"found": True, "state": "valid"} | told
     vtoken.json("consume", USER, token["key"], "--slug", "reset")
     assert vtoken("show", token["id"]) == 0
     lines = dict(line.split(maxsplit=1) for line in vtoken.out.splitlines())
@@ -236,8 +240,9 @@ def test_a_dry_run_deletes_nothing(vtoken: Terminal) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--every", "often"), "--every: must be a number of seconds or a duration"),
+        (("--every", "often"), "--every must be a timedelta or a text such as '90s'"),
         (("--every", "0s"), "--every: must be more than 0"),
+        (("--every", "60"), "--every must be"),
         (("--keep", "-1"), "keep"),
         (("--every", "10m", "--dry-run"), "--dry-run counts once"),
     ],
@@ -306,7 +311,7 @@ def test_purge_asks_at_a_terminal(
     ended(vtoken, "a")
     asked = answered(answer)
     assert vtoken("purge") == status
-    assert asked.getvalue().startswith("Delete what has ended in sqlite:///vtoken.db? [y/N] ")
+    assert asked.getvalue().startswith("Delete what has ended in sqlite:///tokens.db? [y/N] ")
     assert ("nothing was done" in asked.getvalue()) is (status == 1)
     assert vtoken.json("stats")["total"] == 1 + status
 
@@ -322,7 +327,7 @@ def test_deactivating_many_wants_consent(vtoken: Terminal, answered: Callable[[s
     for who in ("u:1", "u:2", "g:1"):
         vtoken.json("issue", who)
     assert vtoken("deactivate", "u") == 2
-    assert "every u in sqlite:///vtoken.db? Nobody is here to be asked: give --yes." in vtoken.err
+    assert "every u in sqlite:///tokens.db? There is no terminal to ask on; pass --yes." in vtoken.err
     assert vtoken("deactivate", "") == 2
     asked = answered("no\n")
     assert vtoken("deactivate", "u", "--slug", "a") == 1
@@ -344,7 +349,7 @@ def test_yes_deactivates_many_without_a_terminal(vtoken: Terminal) -> None:
 
 
 def test_copy_compares_and_goes_on(vtoken: Terminal) -> None:
-    arguments = ("copy", "sqlite:///vtoken.db", "sqlite:///other.db")
+    arguments = ("copy", "sqlite:///tokens.db", "sqlite:///other.db")
     ended(vtoken, "abc")
     told = vtoken.json(*arguments)
     assert (told["inserted"], told["tokens"], told["complete"]) == (4, 4, True)
@@ -356,9 +361,9 @@ def test_copy_compares_and_goes_on(vtoken: Terminal) -> None:
     vtoken.json("deactivate", USER, "--url", "sqlite:///other.db")
     assert vtoken(*arguments) == 1
     assert "run it again" in vtoken.out
-    assert vtoken("copy", "sqlite:///vtoken.db", "sqlite:///no/folder.db") == 3
-    assert vtoken("copy", "sqlite:///vtoken.db", "nosuch://") == 2
-    assert vtoken("copy", "sqlite:///vtoken.db") == 2
+    assert vtoken("copy", "sqlite:///tokens.db", "sqlite:///no/folder.db") == 3
+    assert vtoken("copy", "sqlite:///tokens.db", "nosuch://") == 2
+    assert vtoken("copy", "sqlite:///tokens.db") == 2
 
 
 def test_import_a_dump(vtoken: Terminal, tmp_path: Path) -> None:
@@ -379,11 +384,11 @@ def test_import_a_dump(vtoken: Terminal, tmp_path: Path) -> None:
     (tmp_path / "dump.json").write_text(json.dumps(dump))
     arguments = ("import", "dump.json", "--content-types", "7=auth.user", "--timezone", "UTC")
     assert vtoken.json(*arguments, "--dry-run") == {"readable": 3}
-    assert not (tmp_path / "vtoken.db").exists()
-    assert vtoken.json(*arguments) == {"imported": 3, "skipped": 0}
-    assert vtoken.json(*arguments) == {"imported": 0, "skipped": 3}
+    assert not (tmp_path / "tokens.db").exists()
+    assert vtoken.json(*arguments) == {"imported": 3, "skipped": 0, "taken_before": 0}
+    assert vtoken.json(*arguments) == {"imported": 0, "skipped": 3, "taken_before": 0}
     assert vtoken("check", USER, "hunter2" * 5 + "1", "--slug", "reset") == 0
-    assert b"hunter2" not in (tmp_path / "vtoken.db").read_bytes()
+    assert b"hunter2" not in (tmp_path / "tokens.db").read_bytes()
     for wrong, message in (
         (("import", "dump.json", "--timezone", "UTC"), "--content-types 7=app.model"),
         (("import", "dump.json", "--content-types", "7=auth.user"), "no offset from UTC"),
@@ -409,4 +414,4 @@ def test_a_dump_with_a_mistake_stores_nothing(vtoken: Terminal, tmp_path: Path) 
     (tmp_path / "dump.json").write_text(json.dumps(dump))
     assert vtoken("import", "dump.json") == 2
     assert vtoken.err == "vtoken: record 2 (a.b): key must be at most 512 bytes long\n"
-    assert not (tmp_path / "vtoken.db").exists()
+    assert not (tmp_path / "tokens.db").exists()

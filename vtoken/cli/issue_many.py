@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, TextIO, cast
 
@@ -22,6 +21,7 @@ from vtoken.cli.options import (
     ExtraData,
     Slug,
     Store,
+    checked_slug,
     extra_data_of,
     lifetime,
     subject_of,
@@ -29,7 +29,6 @@ from vtoken.cli.options import (
 from vtoken.cli.output import Result, iso, pairs, without_policy
 from vtoken.cli.terminal import progress
 from vtoken.errors import InvalidInput
-from vtoken.manager import TokenManager
 from vtoken.subject import ContentTypes, Subject
 from vtoken.token import VerificationToken
 
@@ -77,10 +76,7 @@ def issue_many(
     goes on where it was, and its output is whole. A key is empty where an earlier run of the batch created a
     token that is over.
     """
-    expires, extra_data = lifetime(expires_in), extra_data_of(extra)
-    # Before the event loop runs: a blocking read inside it would not react to Ctrl-C.
-    content = _content(file)
-    count = sum(1 for _ in _subjects(content))
+    slug, expires, extra_data = checked_slug(slug), lifetime(expires_in), extra_data_of(extra)
     options: dict[str, Any] = {
         "batch": batch,
         "extra_data": extra_data,
@@ -88,28 +84,27 @@ def issue_many(
         "context": caller.context,
         "by": caller.dimensions(),
     }
-
-    def issuing(manager: TokenManager, told: Callable[[int], object]) -> AsyncGenerator[VerificationToken]:
-        return manager.issue_many(_subjects(content), slug, progress=told, **options)
-
-    return _issue(issuing, count, slug, out, store)
+    # Before the event loop runs: a blocking read inside it would not react to Ctrl-C.
+    with ExitStack() as stack:
+        content = stack.enter_context(_content(file))
+        count = sum(1 for _ in _subjects(content))
+        stack.pop_all()  # the coroutine closes it
+    return _issue(content, count, slug, options, out, store)
 
 
 async def _issue(
-    issuing: Callable[[TokenManager, Callable[[int], object]], AsyncGenerator[VerificationToken]],
-    count: int,
-    slug: str | None,
-    out: Path | None,
-    store: Store,
+    content: TextIO, count: int, slug: str | None, options: dict[str, Any], out: Path | None, store: Store
 ) -> Result:
     issued = over = 0
-    async with store.opened(may_make_it=True) as manager:
-        note = without_policy(manager.policies, slug)
-        with _written(out) as write, progress("issuing", count) as bar:
-            async for token in issuing(manager, bar):
-                write(token)
-                issued += token.key is not None
-                over += token.key is None
+    with content:
+        async with store.opened(may_make_it=True) as manager:
+            note = without_policy(manager.policies, slug)
+            with _written(out) as write, progress("issuing", count) as bar:
+                tokens = manager.issue_many(_subjects(content), slug, progress=bar, **options)
+                async for token in tokens:
+                    write(token)
+                    issued += token.key is not None
+                    over += token.key is None
     data = {"issued": issued, "over": over, "out": None if out is None else str(out), "note": note}
     rows: list[tuple[str, object]] = [("issued", issued)]
     if over:
@@ -133,7 +128,8 @@ def _content(file: str) -> TextIO:
     try:
         if file == "-":
             spooled = tempfile.SpooledTemporaryFile(1 << 20, "w+", encoding="utf-8", newline="")  # noqa: SIM115
-            shutil.copyfileobj(io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline=""), spooled)
+            for line in codecs.getreader("utf-8-sig")(sys.stdin.buffer):
+                spooled.write(line)
             return cast("TextIO", spooled)
         if Path(file).is_file() or not Path(file).exists():
             return Path(file).open(encoding="utf-8-sig", newline="")  # as long as the command

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vtoken.backend import PRETENDED, Match, StoredToken, TokenBackend
-from vtoken.cli.options import AnySlug, AnySubjectText, Store, any_subject_of
+from vtoken.cli.options import AnySlug, AnySubjectText, Store, any_subject_of, checked_slug
 from vtoken.cli.output import Result, pairs, printable, relative, state_of, token_data, token_rows
 from vtoken.inputs import MAX_NAME_BYTES, check_count, check_text
 from vtoken.manager import utc_now
@@ -31,12 +31,10 @@ async def list_(
 ) -> Result:
     """List tokens, newest first: of an object, of all objects of a content type, or of the whole store."""
     check_count("--limit", limit)
-    if slug is not None:
-        check_text("--slug", slug, MAX_NAME_BYTES)
     content_type, object_id = None, None
     if subject is not None:
         content_type, object_id = ContentTypes().resolve(any_subject_of(subject))
-    match = Match(content_type=content_type, object_id=object_id, slug=slug)
+    match = Match(content_type=content_type, object_id=object_id, slug=checked_slug(slug))
     async with store.opened() as manager:
         found = [loaded(stored) for stored in await _newest(manager.backend, match, limit + 1)]
     now = utc_now()
@@ -65,6 +63,7 @@ async def show(
     store: Store = _STORE,
 ) -> Result:
     """Show one token, whatever its state. Exit status 1: no token has this id."""
+    check_text("ID", token_id, MAX_NAME_BYTES)
     async with store.opened() as manager:
         token = await manager.get(token_id)
     if token is None:

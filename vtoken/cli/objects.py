@@ -6,10 +6,19 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vtoken.cli.listing import tokens_table
-from vtoken.cli.options import AnySlug, Caller, Slug, Store, SubjectText, Yes, subject_of
+from vtoken.cli.options import (
+    AnySlug,
+    Caller,
+    Slug,
+    Store,
+    SubjectText,
+    Yes,
+    any_slug,
+    checked_slug,
+    subject_of,
+)
 from vtoken.cli.output import Result, iso, pairs, printable, state_of, token_data, when, without_policy
 from vtoken.cli.terminal import ask
-from vtoken.inputs import ANY
 from vtoken.manager import utc_now
 from vtoken.subject import Subject
 
@@ -27,10 +36,9 @@ async def status(
 ) -> Result:
     """Tell how an object stands: has it a valid token, how many attempts are left, when may it have a new
     one."""
+    of, purpose = subject_of(subject), checked_slug(slug)
     async with store.opened() as manager:
-        found = await manager.status(
-            subject_of(subject), slug, context=caller.context, by=caller.dimensions()
-        )
+        found = await manager.status(of, purpose, context=caller.context, by=caller.dimensions())
         note = without_policy(manager.policies, slug)
     now = utc_now()
     data = {
@@ -55,9 +63,9 @@ async def status(
 
 async def history(subject: SubjectText, /, *, slug: AnySlug = None, store: Store = _STORE) -> Result:
     """List every stored token of an object, whatever its state, newest first."""
+    of, purpose = subject_of(subject), any_slug(slug)
     async with store.opened() as manager:
-        found = manager.history(subject_of(subject), ANY if slug is None else slug)
-        tokens = [token async for token in found]
+        tokens = [token async for token in manager.history(of, purpose)]
     now = utc_now()
     data = {"tokens": [{"state": state_of(token, now), **token_data(token)} for token in tokens]}
     return Result(data, tokens_table(tokens, now))
@@ -78,6 +86,7 @@ async def _erase(subject: Subject, store: Store) -> Result:
 
 async def reset_limits(subject: SubjectText, /, *, slug: AnySlug = None, store: Store = _STORE) -> Result:
     """Let an object's attempts and cooldowns start afresh: support unlocks an account."""
+    of, purpose = subject_of(subject), any_slug(slug)
     async with store.opened() as manager:
-        count = await manager.reset_limits(subject_of(subject), ANY if slug is None else slug)
+        count = await manager.reset_limits(of, purpose)
     return Result({"reset": count}, pairs([("budgets reset", count)]))

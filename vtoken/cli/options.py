@@ -20,10 +20,10 @@ from vtoken.config import Configuration, create_backend, redact_url
 from vtoken.config_read import lifetime as read_lifetime
 from vtoken.diagnostics import diagnostics_of
 from vtoken.errors import BackendUnavailable, ConfigurationError, InvalidInput
-from vtoken.inputs import DEFAULT, MAX_KEY_BYTES, Lifetime, Unset
+from vtoken.inputs import ANY, DEFAULT, MAX_KEY_BYTES, Lifetime, Unset, Wildcard
 from vtoken.loading import import_object
 from vtoken.manager import TokenManager
-from vtoken.subject import Subject
+from vtoken.subject import ContentTypes, Subject
 
 DEFAULT_URL: Final = "sqlite:///tokens.db"
 
@@ -192,17 +192,37 @@ def subject_of(text: str) -> Subject:
     """The object that ``content_type:object_id`` names; the first colon splits.
 
     Raises:
-        InvalidInput: there is no colon.
+        InvalidInput: there is no colon, or a part is out of its range.
     """
-    content_type, colon, object_id = text.partition(":")
-    if not colon:
+    if ":" not in text:
         raise InvalidInput("SUBJECT must be content_type:object_id, such as auth.user:42")
-    return Subject(content_type, object_id)
+    return any_subject_of(text)
 
 
 def any_subject_of(text: str) -> Subject:
-    """The object that ``content_type:object_id`` names, or without a colon all objects of a content type."""
-    return subject_of(text) if ":" in text else Subject(text)
+    """The object that ``content_type:object_id`` names, or without a colon all objects of a content type.
+
+    Raises:
+        InvalidInput: a part is out of its range.
+    """
+    content_type, colon, object_id = text.partition(":")
+    found = Subject(content_type, object_id) if colon else Subject(content_type)
+    ContentTypes().resolve(found)  # refuses it before a store is opened
+    return found
+
+
+def checked_slug(slug: str | None) -> str | None:
+    """What ``--slug`` says, None where it was left out.
+
+    Raises:
+        InvalidInput: it is out of its range.
+    """
+    return None if slug is None else inputs.check_text("--slug", slug, inputs.MAX_NAME_BYTES)
+
+
+def any_slug(slug: str | None) -> str | Wildcard:
+    """The same for commands that mean every purpose where it was left out."""
+    return checked_slug(slug) or ANY
 
 
 def duration(option: str, text: str) -> timedelta:

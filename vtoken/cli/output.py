@@ -25,7 +25,7 @@ class Result:
 
     Args:
         data: the answer as JSON values.
-        text: the same for people; None for nothing.
+        text: the same for people; None where the command has printed its answer itself.
         status: the exit status.
     """
 
@@ -35,11 +35,11 @@ class Result:
 
 
 def show(result: Result, as_json: bool) -> None:
-    """Print an answer on standard output."""
+    """Print an answer on standard output, unless the command has printed it already."""
+    if result.text is None:
+        return
     if as_json:
         print_json(result.data)
-        return
-    if result.text is None:
         return
     # Without a terminal nothing is cut or wrapped to a width that nobody has. Lines of text are left to the
     # terminal to wrap, so that a key can be copied in one piece; a table has to fold its own cells.

@@ -19,7 +19,9 @@ from vtoken.cli.options import (
     Store,
     SubjectText,
     Yes,
+    any_slug,
     any_subject_of,
+    checked_slug,
     extra_data_of,
     lifetime,
     subject_of,
@@ -27,7 +29,7 @@ from vtoken.cli.options import (
 from vtoken.cli.output import Result, pairs, printable, token_data, token_rows, without_policy
 from vtoken.cli.terminal import ask
 from vtoken.errors import InvalidInput, InvalidToken
-from vtoken.inputs import ANY
+from vtoken.inputs import ANY, Wildcard
 from vtoken.manager import TokenManager, utc_now
 from vtoken.subject import Subject
 
@@ -49,12 +51,12 @@ async def issue(
     store: Store = _STORE,
 ) -> Result:
     """Issue a token and print its key, and of a pair its code; older ones of the same object and slug end."""
-    expires = lifetime(expires_in)
+    found, purpose, expires = subject_of(subject), checked_slug(slug), lifetime(expires_in)
     extra_data = extra_data_of(extra)
     async with store.opened(may_make_it=True) as manager:
         token = await manager.issue(
-            subject_of(subject),
-            slug,
+            found,
+            purpose,
             extra_data=extra_data,
             replace=not add,
             expires_in=expires,
@@ -81,10 +83,9 @@ async def check(
     store: Store = _STORE,
 ) -> Result:
     """Check a key without consuming it. Exit status 1: it is not valid."""
-    async with store.opened() as manager, _explained(manager, subject_of(subject), slug):
-        token = await manager.verify(
-            subject_of(subject), slug, key, context=caller.context, by=caller.dimensions()
-        )
+    found, purpose = subject_of(subject), checked_slug(slug)
+    async with store.opened() as manager, _explained(manager, found, purpose):
+        token = await manager.verify(found, purpose, key, context=caller.context, by=caller.dimensions())
     data = {"valid": True, **token_data(token)}
     return Result(data, pairs([("valid", "yes"), *token_rows(token, utc_now())]))
 
@@ -103,10 +104,11 @@ async def consume(
     store: Store = _STORE,
 ) -> Result:
     """Use a token: exactly one caller can. Exit status 1: the key is not valid."""
-    async with store.opened() as manager, _explained(manager, subject_of(subject), slug):
+    found, purpose = subject_of(subject), checked_slug(slug)
+    async with store.opened() as manager, _explained(manager, found, purpose):
         token = await manager.consume(
-            subject_of(subject),
-            slug,
+            found,
+            purpose,
             key,
             consume_id=consume_id,
             context=caller.context,
@@ -124,7 +126,7 @@ async def _explained(manager: TokenManager, subject: Subject, slug: str | None) 
         yield
     except InvalidToken as error:
         note = without_policy(manager.policies, slug)
-        if note is not None and slug is not None:
+        if note is not None and slug is not None and error.reason == "unknown":
             error.add_note(note)
         if slug is None and error.reason == "unknown":
             slugs = {token.slug async for token in manager.filter_active_tokens(subject)} - {None}
@@ -155,19 +157,17 @@ def deactivate(
         return _deactivate_one(token_id, store)
     if subject is None:
         raise InvalidInput("give SUBJECT, or --id for one token")
-    found = any_subject_of(subject)
+    found, purpose = any_subject_of(subject), any_slug(slug)
     if found.object_id is ANY:
         what = "tokens" if slug is None else f"{printable(slug)} tokens"
         question = f"Deactivate the {what} of every {printable(found.content_type)} in {store.shown()}?"
         ask(question, yes, without_terminal=False)
-    return _deactivate(found, slug, store)
+    return _deactivate(found, purpose, store)
 
 
-async def _deactivate(subject: Subject, slug: str | None, store: Store) -> Result:
+async def _deactivate(subject: Subject, slug: str | Wildcard, store: Store) -> Result:
     async with store.opened() as manager:
-        count = await manager.deactivate(
-            subject, ANY if slug is None else slug, all_objects=subject.object_id is ANY
-        )
+        count = await manager.deactivate(subject, slug, all_objects=subject.object_id is ANY)
     return Result({"deactivated": count}, pairs([("deactivated", count)]))
 
 
