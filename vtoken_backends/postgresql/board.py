@@ -133,6 +133,8 @@ class Board:
         self.budgets_before: dict[Budget, LoadedBudget] = {}
         self.receipts: dict[tuple[str, str], Receipt] = {}
         self.new_receipts: list[Receipt] = []
+        self.added: set[str] = set()
+        """New tokens that leave the others of their line as they are."""
         self.full_of_receipts: set[str] = set()
         """Tokens of whose receipts the oldest are to be forgotten."""
         self._owners: dict[bytes, str] = {}
@@ -310,6 +312,8 @@ class Insert:
             board.save(_without_keys(owner, digests))
         stored = self._replace(board, [board.tokens[other.id] for other in line])
         board.save(stored)
+        if self.mode is InsertMode.ADD:
+            board.added.add(stored.id)
         return Inserted(InsertResult.INSERTED, stored, spending)
 
     def _is_superseded(self, owner: StoredToken, digests: tuple[bytes, ...], line: list[StoredToken]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from vtoken.backend import Budget, BudgetState, State, StoredHold, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
 from vtoken_backends.postgresql.board import Receipt
+from vtoken_backends.postgresql.tables import WAS_ADDED
 
 Row = dict[str, Any]
 
@@ -68,8 +69,9 @@ _TO_COLUMN: Final[dict[str, Callable[[Any], object]]] = {
 }
 
 
-def token_row(token: StoredToken) -> Row:
+def token_row(token: StoredToken, *, was_added: bool) -> Row:
     row = token._asdict()
+    row[WAS_ADDED] = was_added
     for name, convert in _TO_COLUMN.items():
         row[name] = convert(row[name])
     return row
@@ -101,6 +103,7 @@ def to_token(text: str) -> StoredToken:
 def _parsed(text: str) -> StoredToken | None:
     try:
         row = json.loads(text)
+        del row[WAS_ADDED]
         row["id"] = id_of(row["id"])
         row["context"] = from_binary(row["context"])
         row["state"] = _STATES[row["state"]]

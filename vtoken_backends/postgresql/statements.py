@@ -393,8 +393,10 @@ class Statements:
         """
         where, parameters = _where(match)
         parameters += [after, limit]
+        # A key that was taken over ends in a token that has ended, too.
+        to_change = "true" if match.digests is not None else "(t.state = 0 OR t.holds <> '[]')"
         text = (
-            f"{_FOUND} WHERE {where} AND (t.state = 0 OR t.holds <> '[]')"
+            f"{_FOUND} WHERE {where} AND {to_change}"
             f" AND t.id > ${len(parameters) - 1}::bigint"
             f" ORDER BY t.id LIMIT ${len(parameters)}::bigint FOR UPDATE OF t"
         )
@@ -419,6 +421,7 @@ class Statements:
             {"id": number_of(before.id), "version": board.versions[before.id], "patch": patch(before, after)}
             for before, after in changes
         ]
+        new_rows = [token_row(token, was_added=token.id in board.added) for token in sorted(new, key=_line)]
         moved, lost, added = _keys(changes, new)
         receipts = [
             {**receipt._asdict(), "token": number_of(receipt.token), "origin": number_of(receipt.origin)}
@@ -427,7 +430,7 @@ class Statements:
         changed_budgets, new_budgets, lost_budgets = _budgets(board)
         steps: list[tuple[str, list[Row]]] = [
             (_UPDATE_TOKENS, patches),
-            (_INSERT_TOKENS, [token_row(token) for token in sorted(new, key=_line)]),
+            (_INSERT_TOKENS, new_rows),
             (_DELETE_KEYS, lost),
             (_MOVE_KEYS, moved),
             (_INSERT_KEYS, added),

@@ -63,16 +63,20 @@ _BUDGET_TYPES: Final = {
     "until": Column("until", "bigint"),
 }
 
+WAS_ADDED: Final = "was_added"
+"""A column beside the fields of a token: whether it was inserted by ``InsertMode.ADD``. All other tokens
+replace what is active in their line, so that no two of them may be active at once, however they race."""
+
 TOKENS: Final = Table(
     name="vtoken_tokens",
-    columns=tuple(_TOKEN_TYPES[name] for name in StoredToken._fields),
+    columns=(*(_TOKEN_TYPES[name] for name in StoredToken._fields), Column(WAS_ADDED, "boolean")),
     primary_key=("id",),
     indexes=(
-        # Finds the active tokens of a line, and holds it to one that was not added beside others: the token's
-        # own id tells those apart, and -1 is no id.
+        # Finds the active tokens of a line, and holds the line to one of them that was not added: its own id
+        # tells an added one from all others, and -1 is no id.
         Index(
             "vtoken_tokens_active",
-            ("object_id", "content_type", "slug", "context", "(CASE WHEN is_beside THEN id ELSE -1 END)"),
+            ("object_id", "content_type", "slug", "context", "(CASE WHEN was_added THEN id ELSE -1 END)"),
             is_unique=True,
             where="state = 0",
         ),
