@@ -134,7 +134,7 @@ async def test_fault_18_a_mistake_of_the_application_is_not_called_a_bad_token(w
     lifetime = await refused(InvalidInput, manager.deactivate_and_create(User(1), expiration_in_minutes=0))
     assert "more than 0 minutes" in str(lifetime)
     async with TokenManager(world.backend, clock=lambda: datetime(2026, 1, 1)) as naive:
-        clock = await refused(Exception, naive.issue(User(1), "reset"))
+        clock = await refused(Exception, naive.issue(USER, "reset"))
         assert not isinstance(clock, InvalidToken)
         assert "aware" in str(clock)
     for error in (unsaved, data, lifetime):
