@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from vtoken import (
     ANY,
+    AlreadyUsed,
+    ConfigurationError,
+    CooldownActive,
     InvalidInput,
+    InvalidToken,
+    IssuedToken,
     KeyGenerationError,
+    Limit,
     Settings,
     Subject,
     TokenManager,
@@ -48,10 +57,6 @@ class TestKeysAndSlugs:
             b"a",
             ["a"],
             {"$ne": ""},
-            "a\0",
-            "\ud800",
-            "a" * 513,
-            "é" * 257,
             pytest.param(object(), id="object"),
         ],
         ids=ascii,
@@ -63,6 +68,37 @@ class TestKeysAndSlugs:
         world.backend.calls.clear()
         await refused(InvalidInput, self.call(manager, method, "a", key))
         assert world.backend.calls == []
+
+    @pytest.mark.parametrize("key", ["", " \u200b\n", "a\0", "\ud800", "a" * 513, "é" * 257], ids=ascii)
+    async def test_a_key_that_a_visitor_garbled_is_no_valid_token(
+        self, world: World, method: str, key: str
+    ) -> None:
+        manager = await world.manager()
+        await manager.issue(USER, "a")
+        world.backend.calls.clear()
+        if method in ("deactivate", "exists_valid"):
+            assert not await self.call(manager, method, "a", key)
+        else:
+            error = await refused(InvalidToken, self.call(manager, method, "a", key))
+            assert (error.reason, error.attempts_left) == ("unknown", None)
+        assert world.backend.calls == []
+
+    @pytest.mark.parametrize("ends", [" {}", "{}\n", "\ufeff{}\r\n", "\u200b{}\u00a0"], ids=ascii)
+    async def test_what_cannot_be_seen_at_the_ends_does_not_matter(
+        self, world: World, method: str, ends: str
+    ) -> None:
+        manager = await world.manager()
+        issued = await manager.issue(USER, "a")
+        assert await self.call(manager, method, "a", ends.format(issued.key))
+
+    async def test_within_a_link_everything_matters(self, world: World, method: str) -> None:
+        manager = await world.manager()
+        key = (await manager.issue(USER, "a")).key
+        for wrong in (f"{key[:9]} {key[9:]}", f"{key[:9]}\u200b{key[9:]}", key.swapcase(), key[:-1], key + "0"):
+            if method in ("deactivate", "exists_valid"):
+                assert not await self.call(manager, method, "a", wrong)
+            else:
+                assert await reason(self.call(manager, method, "a", wrong)) == "unknown"
 
     @pytest.mark.parametrize(
         "slug", ["", 1, True, b"a", ["a"], {"$ne": ""}, "a\0", "\ud800", "a" * 256], ids=ascii
@@ -134,7 +170,7 @@ class TestStorage:
     async def test_a_digest_is_all_there_is(self, world: World) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "reset")
-        assert issued.key not in str(tuple((await world.stored())[0]))
+        assert issued.key not in str([tuple(key) for key in (await world.stored())[0].keys])
         for found in (
             await manager.get(issued.id),
             await manager.verify(USER, "reset", issued.key),
@@ -164,16 +200,34 @@ class TestStorage:
     async def test_an_older_stores_plain_rows_become_digests_on_use(self, world: World, method: str) -> None:
         older, manager = await world.manager(settings=self.plain), await world.manager()
         issued = await older.deactivate_and_create(USER, "reset")
-        digest = (await world.stored())[0].digest
+        [digest] = [key.digest for key in (await world.stored())[0].keys]
         if method == "redeem":
             await redeem(manager, "reset", issued.key)
         else:
             assert await getattr(manager, method)(USER, "reset", issued.key)
-        stored = (await world.stored())[0]
+        [stored] = (await world.stored())[0].keys
         assert (stored.plain_key, stored.digest) == ("", digest)
         found = await older.get(issued.id)
         assert found is not None
         assert found.key is None
+
+    async def test_an_error_never_carries_the_key(self, world: World) -> None:
+        manager = await world.manager(settings=self.plain)
+        issued = await manager.issue(USER, "reset")
+        await manager.consume(USER, "reset", issued.key, consume_id="mine")
+        errors = [await refused(InvalidToken, manager.verify(USER, "reset", issued.key))]
+        errors.append(await refused(AlreadyUsed, redeem(manager, "reset", issued.key, consume_id="mine")))
+        world.clock.advance(timedelta(minutes=16))
+        errors.append(await refused(InvalidToken, manager.consume(USER, "reset", issued.key, consume_id="mine")))
+        assert [(error.token, error.token and error.token.key) for error in errors] == [(issued, None)] * 3
+
+    async def test_where_the_limits_are_spent_a_plain_key_stays_behind_too(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("reset", cooldown="1m"), settings=self.plain)
+        issued = await manager.issue(USER, "reset")
+        assert (await manager.get_active_or_create(USER, "reset")).key is None
+        world.clock.advance(timedelta(minutes=1))
+        assert (await manager.get_active_or_create(USER, "reset")).key == issued.key
+        assert (await manager.get_active_or_create(USER, "reset")).key is None
 
     async def test_a_policy_decides_for_its_slug(self, world: World) -> None:
         manager = await world.manager(TokenPolicy("open", key_storage="plain"))
@@ -192,8 +246,8 @@ class TestDerivedKeys:
         again = await manager.get_active_or_create(USER, "reset")
         assert (again, again.key) == (issued, issued.key)
         stored = (await world.stored())[0]
-        assert stored.nonce
-        assert issued.key not in str(tuple(stored))
+        assert stored.keys[0].nonce
+        assert issued.key not in str([tuple(key) for key in stored.keys])
         assert await manager.consume(USER, "reset", issued.key) == issued
 
     async def test_keys_differ(self, world: World) -> None:
@@ -235,3 +289,86 @@ class TestDerivedKeys:
         await refused(
             InvalidInput, manager.deactivate_and_create(USER, "reset", key_generator_kwargs={"length": 50})
         )
+
+    async def test_codes_too(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.code("login", key_storage="derived"))
+        issued = await manager.issue(USER, "login")
+        assert (len(issued.key), issued.key.isdigit()) == (6, True)
+        assert (await manager.get_active_or_create(USER, "login")).key == issued.key
+        assert await manager.consume(USER, "login", issued.key) == issued
+
+    async def test_an_answer_that_carries_a_key_again_counts(self, world: World) -> None:
+        manager = await world.manager(replace(self.policy, cooldown="1m"))
+        issued = await manager.get_active_or_create(USER, "reset")
+        answers = [await manager.get_active_or_create(USER, "reset") for _ in range(200)]
+        assert [answer.key for answer in answers] == [None] * 200
+        world.clock.advance(timedelta(minutes=1))
+        assert (await manager.get_active_or_create(USER, "reset")).key == issued.key
+        await refused(CooldownActive, manager.issue(USER, "reset"))
+        assert world.event_names == ["issued", "revealed", "limited"]
+
+
+class TestReveal:
+    policy = TokenPolicy("reset", key_storage="derived", cooldown="1m")
+
+    async def test_the_first_time_is_free_and_the_next_counts(self, world: World) -> None:
+        manager = await world.manager(self.policy)
+        issued = await manager.issue(USER, "reset")
+        loaded = await manager.get(issued.id)
+        assert loaded is not None
+        revealed = await manager.reveal(loaded)
+        assert isinstance(revealed, IssuedToken)
+        assert (revealed, revealed.key) == (issued, issued.key)
+        await refused(CooldownActive, manager.reveal(loaded))
+        world.clock.advance(timedelta(minutes=1))
+        assert await manager.reveal(loaded) == issued
+        await refused(CooldownActive, manager.reveal(loaded))
+        await refused(CooldownActive, manager.issue(USER, "reset"))
+        assert world.event_names.count("revealed") == 2
+
+    async def test_of_concurrent_calls_one_is_free(self, world: World) -> None:
+        manager = await world.manager(self.policy)
+        issued = await manager.issue(USER, "reset")
+        results = await asyncio.gather(*[manager.reveal(issued) for _ in range(10)], return_exceptions=True)
+        assert Counter(map(type, results)) == {IssuedToken: 1, CooldownActive: 9}
+
+    @pytest.mark.parametrize("end", ["used", "deactivated", "replaced", "expired", "purged"])
+    async def test_none_once_it_is_over(self, world: World, end: str) -> None:
+        manager = await world.manager(replace(self.policy, cooldown=None))
+        issued = await manager.issue(USER, "reset", expires_in="1h")
+        if end == "used":
+            await manager.consume(USER, "reset", issued.key)
+        if end in ("deactivated", "purged"):
+            await manager.deactivate(USER)
+        if end == "purged":
+            await manager.purge()
+        if end == "replaced":
+            await manager.issue(USER, "reset")
+        if end == "expired":
+            world.clock.advance(timedelta(hours=1, milliseconds=1))
+        assert await manager.reveal(issued) is None
+
+    async def test_a_policy_that_is_not_derived(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("plain", key_storage="plain"))
+        for slug in ("plain", "digest"):
+            await refused(ConfigurationError, manager.reveal(await manager.issue(USER, slug)))
+        not_a_token: Any = "0123456789abcdef"
+        await refused(InvalidInput, manager.reveal(not_a_token))
+
+    async def test_limits_by_a_dimension_of_the_request_are_left_out(self, world: World) -> None:
+        policy = replace(self.policy, cooldown=None, issue_limits=[Limit(1, "1h", by="ip")])
+        manager = await world.manager(policy)
+        issued = await manager.issue(USER, "reset", by={"ip": "192.0.2.7"})
+        for _ in range(3):
+            assert await manager.reveal(issued) == issued
+
+    async def test_of_a_pair_whose_code_is_over_the_link_alone(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.pair("login", key_storage="derived", cooldown="1m"))
+        issued = await manager.issue(USER, "login")
+        revealed = await manager.reveal(issued)
+        assert revealed is not None
+        assert (revealed.key, revealed.code) == (issued.key, issued.code)
+        world.clock.advance(timedelta(minutes=11))
+        revealed = await manager.reveal(issued)
+        assert revealed is not None
+        assert (revealed.key, revealed.code) == (issued.key, None)
