@@ -238,7 +238,8 @@ class Stored:
     """None: it is not stored yet."""
     before: Kept | None = None
     """``kept``, as it was read."""
-    is_changed: bool = False
+    edits: int = 0
+    """How often it was changed since it was read."""
 
     def __repr__(self) -> str:
         return f"<Stored {self.oid}>"
@@ -260,7 +261,7 @@ class Stored:
 
     def replace(self, old: Kept, new: Kept) -> None:
         """Put what has become of a token in its place."""
-        self.is_changed = True
+        self.edits += 1
         if self.kept is old:
             self.kept = new
         elif self.former is not None and any(other is old for other in self.former):

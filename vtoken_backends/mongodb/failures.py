@@ -139,7 +139,10 @@ _CAUSES: Final = (
         "it refused our TLS certificate: set tlsCertificateKeyFile",
     ),
     ("connection refused|errno 111|connect call failed", "nothing listens on that port"),
-    ("connection closed|connection reset|incomplete read", "it closed the connection: does it want tls=true?"),
+    (
+        "connection closed|connection reset|incomplete read",
+        "it closed the connection: does it want tls=true?",
+    ),
     ("timed out|timeout", "it does not answer"),
     ("network is unreachable|no route to host", "there is no way to it in the network"),
 )

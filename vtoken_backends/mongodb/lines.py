@@ -145,6 +145,9 @@ class Documents:
     beside: dict[bytes, list[Stored]] = field(default_factory=dict)
     """Documents with active tokens that stand beside a line; read where a line has such."""
     added: list[Stored] = field(default_factory=list)
+    """Documents that are to be inserted beside a line."""
+    counted: set[bytes] = field(default_factory=set)
+    """These lines."""
     all: dict[ObjectId, Stored] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -372,7 +375,7 @@ def _taken(op: Insert, documents: Documents, replacing: Collection[Kept]) -> Ins
             return Spill(stored)
         keys = tuple(key for key in kept.token.keys if key.digest not in digests)
         stored.replace(kept, kept._replace(token=kept.token._replace(keys=keys)))
-        is_elsewhere = is_elsewhere or stored.line != op.line
+        is_elsewhere = is_elsewhere or stored.line != op.line or op.mode is InsertMode.ADD
     return AGAIN if is_elsewhere else None
 
 
@@ -390,22 +393,26 @@ def _is_superseded(
     )
 
 
-def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted:
+def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted | Again:
     token = op.token
     own = line.kept if line is not None else None
     is_apart = op.mode is InsertMode.ADD and (
         token.is_beside or (token.is_active and own is not None and own.token.is_active)
     )
+    # What stands beside a line is counted in the line before the line itself is written.
+    if (line is not None and line.edits) if is_apart else op.line in documents.counted:
+        return AGAIN
     if is_apart:
-        stored = Stored(shared=shared_of(token), beside_line=op.line, kept=Kept(token), is_changed=True)
+        documents.counted.add(op.line)
+        stored = Stored(shared=shared_of(token), beside_line=op.line, kept=Kept(token), edits=1)
         documents.add(stored)
         documents.added.append(stored)
         return Inserted(InsertResult.INSERTED, token)
     if line is None:
-        line = Stored(shared=shared_of(token), line=op.line, kept=Kept(token), is_changed=True)
+        line = Stored(shared=shared_of(token), line=op.line, kept=Kept(token), edits=1)
         documents.add(line)
         return Inserted(InsertResult.INSERTED, token)
-    line.is_changed = True
+    line.edits += 1
     if op.mode is InsertMode.ADD and not token.is_active and own is not None:
         _push(line, Kept(token))  # a tombstone that is copied
     else:

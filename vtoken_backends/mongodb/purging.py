@@ -71,13 +71,13 @@ class Removals:
             counts[stored.oid] = sum(kept.token.id in ids for kept in stored.tokens())
             if not counts[stored.oid]:
                 continue
-            stored.is_changed = True
+            stored.edits += 1
             if stored.kept is not None and stored.kept.token.id in ids:
                 stored.kept = None
             stored.former = [kept for kept in stored.former or () if kept.token.id not in ids]
         written = await self._writes.write(documents)
         written.raise_problem()
-        await self._forget_beside([stored for stored in found if stored.is_changed])
+        await self._forget_beside([stored for stored in found if stored.edits])
         done = sum(count for oid, count in counts.items() if oid not in written.lost)
         return done, bool(written.lost)
 

@@ -64,6 +64,7 @@ from vtoken_backends.mongodb.documents import (
 )
 from vtoken_backends.mongodb.failures import Duplicate
 from vtoken_backends.mongodb.lines import (
+    UNREAD,
     Again,
     Answer,
     Documents,
@@ -165,16 +166,22 @@ class Writes:
         rests_on: dict[int, list[ObjectId]] = {}  # documents that were not written yet
         again: list[int] = []
         spilling: dict[ObjectId, Stored] = {}
+        waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
         for number in numbers:
-            answer = _decide(ops[number], documents)
-            if isinstance(answer, Unread | Again):
+            op = ops[number]
+            before = {stored.oid: stored.edits for stored in _consulted(op, documents)}
+            about = [*needed_names(op, is_whole=True), *before] if waiting else []
+            answer = UNREAD if not waiting.isdisjoint(about) else _decide(op, documents)
+            if isinstance(answer, Unread | Again | Spill):
                 again.append(number)
-            elif isinstance(answer, Spill):
-                again.append(number)
-                spilling[answer.stored.oid] = answer.stored
-            else:
-                answers[number] = answer
-                rests_on[number] = [s.oid for s in _consulted(ops[number], documents) if s.is_changed]
+                waiting.update(needed_names(op, is_whole=True), before)
+                if isinstance(answer, Spill):
+                    spilling[answer.stored.oid] = answer.stored
+                continue
+            answers[number] = answer
+            changed = [s for s in _consulted(op, documents) if s.edits]
+            own = [s for s in changed if s.edits != before.get(s.oid, 0)]
+            rests_on[number] = [stored.oid for stored in own or changed]
         await self._count_beside(documents.added)
         written = await self.write(documents)
         if documents.added:
@@ -182,7 +189,7 @@ class Writes:
         spilling |= {
             oid: stored
             for oid, stored in documents.all.items()
-            if stored.is_changed and stored.spill and oid not in written.lost
+            if stored.edits and stored.spill and oid not in written.lost
         }
         for stored in spilling.values():
             with suppress(BackendError):  # whoever comes upon it next goes on with it
@@ -269,7 +276,7 @@ class Writes:
 
     async def write(self, documents: Documents) -> Written:
         """Write what was changed, and delete what holds nothing any more."""
-        changed = [stored for stored in documents.all.values() if stored.is_changed]
+        changed = [stored for stored in documents.all.values() if stored.edits]
         if not changed:
             return Written(set(), set(), {})
         claim = ObjectId()
