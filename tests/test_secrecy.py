@@ -179,7 +179,7 @@ async def test_wrong_keys(canary: Canary, slug: str) -> None:
 
 
 def presenting(slug: str, key: Any) -> list[Failing]:
-    context = {"context": CONTEXT} if slug == "bound" else {}
+    context: dict[str, Any] = {"context": CONTEXT} if slug == "bound" else {}
     return [
         lambda m: m.verify(USER, slug, key, **context),
         lambda m: m.consume(USER, slug, key, consume_id="id", **context),
@@ -188,14 +188,15 @@ def presenting(slug: str, key: Any) -> list[Failing]:
 
 
 def asking(slug: str, key: Any) -> list[Failing]:
-    context = {"context": CONTEXT} if slug == "bound" else {}
-    return [
+    context: dict[str, Any] = {"context": CONTEXT} if slug == "bound" else {}
+    calls: list[Failing] = [
         lambda m: m.exists_valid(USER, slug, key, **context),
         lambda m: m.exists_valid(USER, key=key),
         lambda m: m.deactivate(USER, "link", key),
         lambda m: m.deactivate(USER, key=key),
         lambda m: listing(m, key),
     ]
+    return calls
 
 
 def drawing(key: Any) -> list[Failing]:
@@ -279,7 +280,7 @@ METHODS: Final = (
 
 
 def uses_of(slug: str, key: str) -> list[Failing]:
-    context = {"context": CONTEXT} if slug == "bound" else {}
+    context: dict[str, Any] = {"context": CONTEXT} if slug == "bound" else {}
     return [
         lambda m: m.verify(USER, slug, key, **context),
         lambda m: m.exists_valid(USER, slug, key, **context),

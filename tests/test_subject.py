@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -41,7 +42,7 @@ class Lazy:
         self._factory = factory
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # as those proxies do
         return self._factory().__class__
 
     def __getattr__(self, name: str) -> object:
@@ -169,7 +170,7 @@ def test_only_classes_are_registered(swapped: Any) -> None:
         ContentTypes().register(*swapped)
 
 
-@pytest.mark.parametrize("loader", [load, User, lambda object_id: load(object_id)])
+@pytest.mark.parametrize("loader", [load, User, partial(load)])
 async def test_loaders_may_be_async_or_not(loader: Any) -> None:
     types = ContentTypes()
     types.register(User, "auth.user", load=loader)

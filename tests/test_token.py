@@ -34,7 +34,7 @@ def token(cls: type[VerificationToken] = VerificationToken, **fields: Any) -> Ve
 
 
 STALE: Any = timedelta(milliseconds=STALE_HOLD) - SIXTY
-LIFE = {"expires_at": milliseconds(START + SIXTY), "ends_at": milliseconds(START + SIXTY)}
+LIFE: dict[str, Any] = {"expires_at": milliseconds(START + SIXTY), "ends_at": milliseconds(START + SIXTY)}
 
 
 def hold(number: int) -> StoredHold:

@@ -96,7 +96,7 @@ def sqlite_row(data: bytes) -> None:
 
 def postgresql_row(data: bytes) -> None:
     """A row of a PostgreSQL table, likewise."""
-    row = postgresql.token_row(SOUND)
+    row = postgresql.token_row(SOUND, was_added=False)
     changed = _changed(row, data)
     if _has_the_types_of(changed, row):
         with suppress(CorruptStore):
