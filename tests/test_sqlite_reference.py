@@ -45,10 +45,18 @@ class Player:
         self.chance = random.Random(seed)  # noqa: S311  # which operations, no secrets
         self.now = NOW
         self.number = 0
+        self.features: dict[str, bool] = {}  # those that all operations of a batch have, or have not
         self.ids: list[str] = []
         self.charges: tuple[Charge, ...] = ()
         self.issued: list[bytes] = []
         self.digests = [digest(number) for number in range(60)]
+
+    def has(self, feature: str) -> bool:
+        return self.features.get(feature, self.chance.random() < 0.5)
+
+    def fix_features(self) -> None:
+        names = ("spends", "use id", "resets", "many digests", "overlap")
+        self.features = {name: self.chance.random() < 0.5 for name in names}
 
     def operation(self) -> tuple[str, Call]:
         self.now += self.chance.choice([0, 0, 0, 1, 5, 40])
@@ -61,7 +69,9 @@ class Player:
     def insert(self) -> Call:
         token, choice = self.token(), self.chance.choice
         mode = choice([*InsertMode, InsertMode.REPLACE, InsertMode.IF_NONE_VALID])
-        keep = choice([0, 0, self.now + 100, NEVER])
+        keep = choice([self.now + 100, NEVER]) if self.has("overlap") else 0
+        if "overlap" in self.features:
+            mode = choice([InsertMode.REPLACE, InsertMode.IF_NONE_VALID, InsertMode.ONCE])
         wanted = self.now + choice([0, 0, 50, 500])
         taken = tuple(self.chance.sample(self.digests, choice([0, 0, 1, 2])))
         spends = self.spends()
@@ -113,9 +123,9 @@ class Player:
 
     def key(self) -> Match:
         choice = self.chance.choice
-        digests = tuple(self.chance.sample(self.digests, choice([1, 0, 2])))
-        if self.issued and self.chance.random() < 0.8:
-            digests = (choice(self.issued[-3:]),)
+        digests = (choice(self.issued[-3:] or self.digests),)
+        if self.has("many digests"):
+            digests = () if self.chance.random() < 0.1 else (choice(self.digests), *digests)
         return Match(
             digests=digests,
             kind=choice([None, None, None, "link", "code"]),
@@ -127,14 +137,14 @@ class Player:
 
     def present(self, change_type: type[object] | None = None) -> Call:
         choice, key, now, spends = self.chance.choice, self.key(), self.now, self.spends()
-        use_id = choice(["", "x", "x", "y"])
+        use_id = choice(["x", "x", "y"]) if self.has("use id") else ""
         change_type = change_type or choice([NoneType, Use, Use, Hold])
         resets = tuple(self.budget() for _ in range(choice([1, 2])))
         hold_id = choice(["h1", "h2", "h3"])
         until = now + choice([10, 60, 5_000, 3 * 86_400_000])
         changes: dict[type[object], Use | Hold | None] = {
             NoneType: None,
-            Use: Use(at=now, use_id=use_id, resets=choice([(), resets])),
+            Use: Use(at=now, use_id=use_id, resets=resets if self.has("resets") else ()),
             Hold: Hold(hold_id=hold_id, until=until, use_id=use_id),
         }
         change = changes[change_type]
@@ -202,7 +212,11 @@ class Player:
         )
 
     def spends(self) -> tuple[Spend, ...]:
-        budgets = list(dict.fromkeys(self.budget() for _ in range(self.chance.choice([0, 0, 1, 2, 3]))))
+        budgets = list(
+            dict.fromkeys(
+                self.budget() for _ in range(self.chance.choice([1, 2, 3]) if self.has("spends") else 0)
+            )
+        )
         windows = [self.chance.choice([1, 50, 300]) for _ in budgets]
         return tuple(
             Spend(
@@ -271,6 +285,7 @@ async def test_in_one_batch_they_do_too(tmp_path: Path, seed: int) -> None:
     async with opened(sqlite), opened(MemoryBackend()) as memory:
         for step in range(20):
             for kind in (player.insert, lambda: player.present(Use), lambda: player.present(Hold)):
+                player.fix_features()
                 calls = [kind() for _ in range(player.chance.choice([2, 5, 12]))]
                 player.now += 1
                 expected = [await call(memory) for call in calls]

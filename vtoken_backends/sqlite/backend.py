@@ -53,12 +53,12 @@ from vtoken_backends.sqlite.batch import Answers, Batch, Operation, SharedOperat
 from vtoken_backends.sqlite.connections import Connections, execute_on
 from vtoken_backends.sqlite.errors import as_backend_error
 from vtoken_backends.sqlite.file import Check, Options, Reads, Synchronous, check_schema
+from vtoken_backends.sqlite.inserts import Insert, insert_many
+from vtoken_backends.sqlite.presents import Present, present_many
 from vtoken_backends.sqlite.records import Unreadable, from_row
-from vtoken_backends.sqlite.shared import Insert, Present, insert_many, present_many
 from vtoken_backends.sqlite.steps import Steps, carry_out
 
 _T = TypeVar("_T")
-_INSERTS: Final = "inserts"
 _PURGED_AT_ONCE: Final = 100
 """Tokens or budgets in one statement: about 5 ms, for which all others wait (tests/benchmarks, purge)."""
 
@@ -209,7 +209,8 @@ class SQLiteBackend:
             spends=spends,
         )
         del also_taken  # no digest in a frame that a traceback may show
-        return cast("Inserted", await self._writes.submit(SharedOperation(_INSERTS, insert_many, request)))
+        operation = SharedOperation(request.kind, insert_many, request)
+        return cast("Inserted", await self._writes.submit(operation))
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()

@@ -18,7 +18,7 @@ from typing import Final, Literal, NamedTuple
 
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken_backends.sqlite.schema import MIGRATIONS, TRIGGERS
-from vtoken_backends.sqlite.shared import FOR_A_CONNECTION
+from vtoken_backends.sqlite.shared import ANSWERS
 
 logger = logging.getLogger("vtoken_backends.sqlite")
 logger.addHandler(logging.NullHandler())  # heard where an application listens to logs, and nowhere else
@@ -242,7 +242,7 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         _migrate(database)
         check_schema(database, path)
     _use_wal(database, path, options.busy_timeout)
-    for statement in (*FOR_A_CONNECTION, *TRIGGERS):
+    for statement in (*ANSWERS, *TRIGGERS):
         database.execute(statement)
 
 

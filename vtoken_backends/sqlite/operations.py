@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from vtoken.backend import (
     PRETENDED,
-    STALE_HOLD,
     Budget,
     BudgetState,
     Change,
@@ -40,34 +39,31 @@ from vtoken.backend import (
 from vtoken_backends.sqlite.records import (
     AS_JSON,
     COLUMNS,
-    HOLD_ENTRY,
     budget_state,
     from_json,
     from_row,
+    has_running_hold,
+    of_hold,
     to_row,
 )
 from vtoken_backends.sqlite.shared import charged, padded_size
 from vtoken_backends.sqlite.steps import Private, Rows, Steps, carry_out
 
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM vtoken_tokens"
-_OF_HOLD: Final = {name: f"json_extract(value, '$[{place}]')" for place, name in enumerate(HOLD_ENTRY)}
-_HAS_NO_RUNNING_HOLD: Final = f"""(holds = '[]' OR NOT EXISTS (
-    SELECT 1 FROM json_each(holds) WHERE {_OF_HOLD["until"]} > ?2 AND {_OF_HOLD["until"]} <= ?2 + {STALE_HOLD}
-))"""
 # `ends_at` of an active token is its `expires_at`, so that each has its own index. Every ended token that
 # expired before the last of the first ?3 that ended is among those: the second search passes over no more
 # than ?3 of them.
 _DUE: Final = f"""
     WITH by_end (id, ends_at) AS (
         SELECT id, ends_at FROM vtoken_tokens
-        WHERE state <> {State.ACTIVE.value} AND ends_at < ?1 AND {_HAS_NO_RUNNING_HOLD}
+        WHERE state <> {State.ACTIVE.value} AND ends_at < ?1 AND NOT {has_running_hold("?2")}
         ORDER BY ends_at, id LIMIT ?3
     ), horizon (ends_at) AS (
         SELECT iif(count(*) < ?3, ?1, max(ends_at) + 1) FROM by_end
     ), by_expiry (id, ends_at) AS (
         SELECT id, expires_at FROM vtoken_tokens
         WHERE expires_at < (SELECT ends_at FROM horizon) AND state = {State.ACTIVE.value}
-            AND {_HAS_NO_RUNNING_HOLD}
+            AND NOT {has_running_hold("?2")}
         ORDER BY expires_at, id LIMIT ?3
     )
     SELECT id FROM (SELECT * FROM by_end UNION ALL SELECT * FROM by_expiry) ORDER BY ends_at, id LIMIT ?3
@@ -263,7 +259,7 @@ def _deactivate_many(match: Match, at: int, sparing: tuple[str, ...]) -> Steps[i
         spared = ", ".join("?" * len(sparing))
         holds = f"""(
             SELECT json_group_array(json(value)) FROM json_each(holds)
-            WHERE {_OF_HOLD["hold_id"]} IN ({spared})
+            WHERE {of_hold("hold_id")} IN ({spared})
         )"""
     else:
         holds = "'[]'"

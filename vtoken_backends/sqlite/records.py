@@ -4,13 +4,15 @@ The tables are declared in ``schema``. A row is read and written by the names of
 a key by :data:`KEY_ENTRY`, so that neither depends on the order of the fields of the records.
 """
 
+# ruff: noqa: S608  # the SQL is put together from this package's own texts; values are always parameters
+
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from vtoken.backend import BudgetState, State, StoredHold, StoredKey, StoredToken
+from vtoken.backend import STALE_HOLD, BudgetState, State, StoredHold, StoredKey, StoredToken
 
 COLUMNS: Final = {
     "id": "INTEGER PRIMARY KEY",
@@ -47,6 +49,28 @@ AS_JSON: Final = "json_array({})".format(
     ", ".join(f"hex({name})" if name in _BLOBS else name for name in COLUMNS)
 )
 """A row as JSON, in SQL."""
+
+
+def of_key(name: str) -> str:
+    """SQL: a field of a key, for each row of ``json_each(keys)``."""
+    return f"json_extract(value, '$[{KEY_ENTRY.index(name)}]')"
+
+
+def of_hold(name: str) -> str:
+    """SQL: a field of a hold, for each row of ``json_each(holds)``."""
+    return f"json_extract(value, '$[{HOLD_ENTRY.index(name)}]')"
+
+
+def hold_runs(now: str) -> str:
+    """SQL: whether a hold counts at a time, for each row of ``json_each(holds)``."""
+    return f"{of_hold('until')} > {now} AND {of_hold('until')} <= {now} + {STALE_HOLD}"
+
+
+def has_running_hold(now: str) -> str:
+    """SQL: whether one of the holds of a token counts at a time."""
+    return f"(holds <> '[]' AND EXISTS (SELECT 1 FROM json_each(holds) WHERE {hold_runs(now)}))"
+
+
 _dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 

@@ -1,0 +1,234 @@
+"""Inserts: one statement for many (see ``shared``)."""
+
+# ruff: noqa: S608  # the SQL is put together from this package's own texts; values are always parameters
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from vtoken.backend import (
+    Inserted,
+    InsertMode,
+    InsertResult,
+    Spend,
+    Spending,
+    State,
+    StoredToken,
+    full_spending,
+)
+from vtoken_backends.sqlite.records import AS_JSON, COLUMNS, KEY_ENTRY, has_running_hold, of_key, to_row
+from vtoken_backends.sqlite.shared import (
+    IS_FULL,
+    LIMIT_COLUMNS,
+    STATES,
+    Answer,
+    Kind,
+    charge_if,
+    charged,
+    joined,
+    limits_of,
+    nth_of,
+    work_together,
+)
+from vtoken_backends.sqlite.steps import Steps
+
+_MODES: Final = {mode: number for number, mode in enumerate(InsertMode)}
+_ADD, _IF_NONE_VALID, _ONCE = (
+    _MODES[mode] for mode in (InsertMode.ADD, InsertMode.IF_NONE_VALID, InsertMode.ONCE)
+)
+_INSERTED, _KEY_TAKEN, _HAS_VALID, _LIMITED = range(4)
+_ACTIVE: Final = State.ACTIVE.value
+
+
+class Insert(NamedTuple):
+    """What :meth:`TokenBackend.insert` is asked for."""
+
+    token: StoredToken
+    mode: InsertMode
+    keep_until: int
+    wanted_until: int
+    also_taken: tuple[bytes, ...]
+    spends: tuple[Spend, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """Which requests can share a statement."""
+        overlaps = self.keep_until > self.token.created_at and self.mode is not InsertMode.ADD
+        return _kind(overlaps, bool(self.spends))
+
+    def __repr__(self) -> str:
+        return "<Insert>"
+
+
+def insert_many(requests: Sequence[Insert]) -> Steps[list[Inserted | Exception]]:
+    """Insert, one after the other, for requests of one kind."""
+    answers = yield from work_together(requests[0].kind, [_row(request) for request in requests])
+    return [
+        answer if isinstance(answer, Exception) else _inserted(request, answer)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def _row(request: Insert) -> dict[str, Any]:
+    token = request.token
+    row = to_row(token)
+    row["mode"] = _MODES[request.mode]
+    row["keep_until"] = request.keep_until
+    row["wanted_until"] = request.wanted_until
+    row["taken"] = row["digests"] + joined(request.also_taken) if request.also_taken else row["digests"]
+    row["now"] = token.created_at
+    # Most tokens have one key: for the first, no JSON has to be read.
+    first = token.keys[0] if token.keys else None
+    row["kind"] = first and first.kind
+    row["key_expires_at"] = first and first.expires_at
+    row["key_origin"] = first and int(first.origin, 16)
+    row["has_more"] = len(token.keys) > 1
+    return row | limits_of(request.spends) if request.spends else row
+
+
+def _inserted(request: Insert, answer: Answer) -> Inserted:
+    spends, now = request.spends, request.token.created_at
+    if answer.outcome == _KEY_TAKEN:
+        return Inserted(result=InsertResult.KEY_TAKEN, token=answer.token)
+    if answer.outcome == _HAS_VALID:
+        return Inserted(result=InsertResult.HAS_VALID, token=answer.token)
+    if answer.outcome == _LIMITED:
+        full = full_spending(answer.states, spends, now)
+        return Inserted(result=InsertResult.LIMITED, spending=full or Spending())
+    spending = charged(answer.states, spends, now)[0] if spends else Spending()
+    return Inserted(result=InsertResult.INSERTED, token=answer.token or request.token, spending=spending)
+
+
+# The triggers -------------------------------------------------------------------------------------
+
+_COLUMNS: Final = (
+    *("place", "mode", "keep_until", "wanted_until", "taken", "now"),
+    *("kind", "key_expires_at", "key_origin", "has_more"),
+    *COLUMNS,
+)
+_LINE: Final = (
+    "(content_type, object_id, slug, context) = (NEW.content_type, NEW.object_id, NEW.slug, NEW.context)"
+)
+_VALID: Final = f"""CASE WHEN NEW.mode = {_IF_NONE_VALID} THEN (
+    SELECT max(id) FROM vtoken_tokens AS other
+    WHERE {_LINE} AND state = {_ACTIVE} AND expires_at >= NEW.wanted_until AND NOT EXISTS (
+        SELECT 1 FROM json_each(other.keys)
+        WHERE {of_key("origin")} = other.id AND {of_key("expires_at")} < NEW.wanted_until
+    )
+) END"""
+# 1 if a digest is there that the new token may supersede, 2 if one is there that it may not.
+_TAKEN: Final = f"""(
+    SELECT max(2 - (
+        NEW.mode <> {_ONCE} AND taken.kind = 'code'
+        AND (owner.content_type, owner.object_id, owner.slug)
+            = (NEW.content_type, NEW.object_id, NEW.slug)
+        AND (
+            owner.state <> {_ACTIVE} OR owner.expires_at < NEW.created_at
+            OR (NEW.mode <> {_ADD} AND owner.context = NEW.context)
+        )
+    ))
+    FROM temp.vtoken_numbers CROSS JOIN vtoken_keys AS taken CROSS JOIN vtoken_tokens AS owner
+    WHERE nth < length(NEW.taken) / 32 AND taken.digest = {nth_of("NEW.taken")} AND owner.id = taken.token
+)"""
+_OWNER: Final = f"""CASE WHEN NEW.mode = {_ONCE} THEN (
+    SELECT token FROM temp.vtoken_numbers CROSS JOIN vtoken_keys
+    WHERE nth < length(NEW.taken) / 32 AND digest = {nth_of("NEW.taken")} LIMIT 1
+) END"""
+_REPLACE: Final = f"""
+    UPDATE vtoken_tokens SET state = {State.REPLACED.value}, ends_at = min(ends_at, NEW.created_at - 1)
+    WHERE {_LINE} AND state = {_ACTIVE} AND NEW.mode <> {_ADD};
+"""
+
+
+@cache
+def _kind(overlaps: bool, is_limited: bool) -> Kind:
+    view = f"vtoken_insert{'_overlapping' * overlaps}{'_limited' * is_limited}"
+    limited = f"WHEN {IS_FULL} THEN {_LIMITED}" if is_limited else ""
+    insert = _INSERT_OVERLAPPING if overlaps else _INSERT
+    work = f"""
+    INSERT OR REPLACE INTO vtoken_answers (place, outcome, token, budgets, supersedes)
+    SELECT NEW.place, outcome, CASE outcome WHEN {_KEY_TAKEN} THEN {_OWNER} WHEN {_HAS_VALID} THEN valid END,
+        {STATES if is_limited else "NULL"}, taken
+    FROM (
+        SELECT valid, taken, CASE
+            WHEN taken = 2 OR EXISTS (SELECT 1 FROM vtoken_tokens WHERE id = NEW.id) THEN {_KEY_TAKEN}
+            WHEN valid IS NOT NULL THEN {_HAS_VALID}
+            {limited}
+            ELSE {_INSERTED}
+        END AS outcome
+        FROM (SELECT {_VALID} AS valid, {_TAKEN} AS taken)
+    );
+    UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = token)
+    WHERE place = NEW.place AND token IS NOT NULL;
+    SELECT RAISE(IGNORE) FROM vtoken_answers WHERE place = NEW.place AND outcome <> {_INSERTED};
+    DELETE FROM vtoken_keys WHERE digest IN (
+        SELECT {nth_of("NEW.taken")} FROM temp.vtoken_answers CROSS JOIN temp.vtoken_numbers
+        WHERE place = NEW.place AND supersedes AND nth < length(NEW.taken) / 32
+    );
+    {charge_if(_INSERTED) if is_limited else ""}
+    {insert}
+    """
+    return Kind(view=view, columns=_COLUMNS + LIMIT_COLUMNS * is_limited, work=work)
+
+
+_INSERT_KEYS: Final = f"""
+    INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
+    SELECT substr(NEW.digests, 1, 32), NEW.id, NEW.key_origin, NEW.kind, NEW.key_expires_at
+    WHERE NEW.kind IS NOT NULL;
+    INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
+    SELECT substr(NEW.digests, 1 + 32 * key, 32), NEW.id, {of_key("origin")}, {of_key("kind")},
+        {of_key("expires_at")}
+    FROM json_each(iif(NEW.has_more, NEW.keys, NULL)) WHERE key > 0;
+"""
+_INSERT: Final = f"""
+    {_REPLACE}
+    INSERT INTO vtoken_tokens ({", ".join(COLUMNS)}) VALUES ({", ".join(f"NEW.{name}" for name in COLUMNS)});
+    {_INSERT_KEYS}
+"""
+
+# An overlap: the new token takes over the keys of the newest exclusive token that it replaces.
+_PREDECESSOR: Final = f"""(
+    SELECT id FROM (
+        SELECT * FROM vtoken_tokens
+        WHERE {_LINE} AND is_beside = 0 AND state = {_ACTIVE} ORDER BY id DESC LIMIT 1
+    )
+    WHERE expires_at >= NEW.created_at AND extra_data IS NEW.extra_data
+        AND NOT {has_running_hold("NEW.created_at")}
+)"""
+_OVERLAPPED: Final = "(SELECT predecessor FROM temp.vtoken_answers WHERE place = NEW.place)"
+_IS_TAKEN_OVER: Final = f"{of_key('origin')} = {_OVERLAPPED} AND {of_key('expires_at')} >= NEW.created_at"
+_TAKEN_OVER: Final = f"""
+    vtoken_tokens AS predecessor CROSS JOIN json_each(predecessor.keys)
+    WHERE predecessor.id = {_OVERLAPPED} AND {_IS_TAKEN_OVER}
+"""
+_ALL_KEYS: Final = f"""(
+    SELECT json_group_array(json(entry)) FROM (
+        SELECT value AS entry FROM json_each(NEW.keys)
+        UNION ALL
+        SELECT json_set(
+            value, '$[{KEY_ENTRY.index("expires_at")}]', min({of_key("expires_at")}, NEW.keep_until)
+        ) FROM {_TAKEN_OVER}
+    )
+)"""
+_ALL_DIGESTS: Final = f"""(
+    SELECT CAST(NEW.digests || ifnull(group_concat(digest, ''), '') AS BLOB) FROM (
+        SELECT substr(predecessor.digests, 1 + 32 * key, 32) AS digest FROM {_TAKEN_OVER}
+    )
+)"""
+_OVERLAPPING: Final = {"keys": _ALL_KEYS, "digests": _ALL_DIGESTS}
+_INSERT_OVERLAPPING: Final = f"""
+    UPDATE vtoken_answers SET predecessor = {_PREDECESSOR} WHERE place = NEW.place;
+    {_REPLACE}
+    INSERT INTO vtoken_tokens ({", ".join(COLUMNS)})
+    VALUES ({", ".join(_OVERLAPPING.get(name, f"NEW.{name}") for name in COLUMNS)});
+    {_INSERT_KEYS}
+    UPDATE vtoken_keys SET token = NEW.id, expires_at = min(expires_at, NEW.keep_until)
+    WHERE digest IN (SELECT substr(predecessor.digests, 1 + 32 * key, 32) FROM {_TAKEN_OVER});
+    UPDATE vtoken_tokens SET keys = (
+        SELECT json_group_array(json(iif({_IS_TAKEN_OVER}, {of_key("origin")}, value))) FROM json_each(keys)
+    ) WHERE id = {_OVERLAPPED};
+    UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = NEW.id)
+    WHERE place = NEW.place;
+"""
