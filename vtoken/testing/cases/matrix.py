@@ -360,13 +360,20 @@ def _on_a_budget(title: str, pair: int, calls: tuple[MakeCall, MakeCall]) -> Mee
 # Played -------------------------------------------------------------------------------------------
 
 
-async def play(backends: Sequence[TokenBackend], meetings: Sequence[Meeting]) -> None:
-    """Make the calls of all meetings at once, and compare how each of them ended."""
+async def play(backends: Sequence[TokenBackend], meetings: Sequence[Meeting], turn: int = 0) -> None:
+    """Make the calls of all meetings at once, and compare how each of them ended.
+
+    Args:
+        backends: two of them, on one store.
+        meetings: each about an object of its own.
+        turn: which call of the first meeting begins: the first, if it is even.
+    """
     for number in range(max(len(meeting.before) for meeting in meetings)):
         calls = [meeting.before[number] for meeting in meetings if number < len(meeting.before)]
         await at_once(one.on(backends[0]) for one in calls)
-    both = [one for meeting in meetings for one in meeting.calls]
-    # The two calls of a meeting are made on one backend, or on two.
+    # The calls of a meeting begin in either order, on one backend or on two.
+    started = [meeting.calls[:: _step(turn + n)] for n, meeting in enumerate(meetings)]
+    both = [one for calls in started for one in calls]
     answers = await at_once(one.on(backends[(n + n // 4) % 2]) for n, one in enumerate(both))
     for number, meeting in enumerate(meetings):
         held = Held(
@@ -374,9 +381,14 @@ async def play(backends: Sequence[TokenBackend], meetings: Sequence[Meeting]) ->
             await backends[1].budgets(meeting.budgets),
         )
         afterwards = [await one.on(backends[1]) for one in meeting.afterwards]
-        got = end(answers[2 * number : 2 * number + 2], held, afterwards)
+        pair = answers[2 * number : 2 * number + 2]
+        got = end(pair[:: _step(turn + number)], held, afterwards)
         ends = serial_ends(meeting)
         assert got in ends, f"{meeting!r} ended as neither order does"
+
+
+def _step(turn: int) -> int:
+    return -1 if turn % 2 else 1
 
 
 class MatrixCases(Suite):
@@ -394,7 +406,7 @@ class MatrixCases(Suite):
     async def test_two_writes_on_a_budget_have_an_order(self, bench: Bench) -> None:
         """Every two writes on one budget, at once, a purge included, end as one of their two orders."""
         backends = await bench.two_backends()
-        for meeting in budget_meetings(max(1, self.rounds // 4)):
-            await play(backends, [meeting])
+        for number, meeting in enumerate(budget_meetings(max(1, self.rounds // 4))):
+            await play(backends, [meeting], number)
             for budget in meeting.budgets:
                 await backends[0].reset(budget.object, None)
