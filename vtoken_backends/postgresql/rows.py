@@ -6,7 +6,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from vtoken.backend import Budget, BudgetState, State, StoredHold, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
@@ -14,9 +14,12 @@ from vtoken_backends.postgresql.board import Receipt
 from vtoken_backends.postgresql.tables import WAS_ADDED
 
 Row = dict[str, Any]
+_R = TypeVar("_R", StoredKey, StoredHold)
 
 _ID: Final = re.compile(r"[0-7][0-9a-f]{15}")
 _STATES: Final = {state.value: state for state in State}
+_KEY_TYPES: Final = tuple({"digest": bytes, "expires_at": int}.get(name, str) for name in StoredKey._fields)
+_HOLD_TYPES: Final = tuple({"until": int}.get(name, str) for name in StoredHold._fields)
 _encode: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
@@ -56,7 +59,14 @@ def key_row(key: StoredKey) -> Row:
 
 def _to_key(row: Row) -> StoredKey:
     row["digest"] = bytes.fromhex(row["digest"])
-    return StoredKey(**row)
+    return _checked(StoredKey(**row), _KEY_TYPES)
+
+
+def _checked(record: _R, types: tuple[type, ...]) -> _R:
+    """A record of a JSON column, whose values the table does not check."""
+    if tuple(map(type, record)) != types:
+        raise TypeError
+    return record
 
 
 # What differs between a field and its column; all others are stored as they are.
@@ -108,7 +118,11 @@ def _parsed(text: str) -> StoredToken | None:
         row["context"] = from_binary(row["context"])
         row["state"] = _STATES[row["state"]]
         row["keys"] = tuple([_to_key(key) for key in row["keys"]])
-        row["holds"] = tuple([StoredHold(**hold) for hold in row["holds"]]) if row["holds"] else ()
+        row["holds"] = (
+            tuple([_checked(StoredHold(**hold), _HOLD_TYPES) for hold in row["holds"]])
+            if row["holds"]
+            else ()
+        )
         return StoredToken(**row)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
