@@ -49,7 +49,9 @@ TREE = {
     CorruptStore: BackendError,
 }
 WITH_A_MESSAGE: list[type[VTokenError]] = [
-    kind for kind in TREE if not issubclass(kind, InvalidToken | CooldownActive)
+    kind
+    for kind in TREE
+    if kind not in (InvalidToken, TooManyAttempts, TokenBusy, AlreadyUsed, CooldownActive)
 ]
 TOKEN = VerificationToken("0" * 16, datetime(2026, 1, 1, tzinfo=UTC), "auth.user", "canary-of-an-object")
 LIMIT = Limit(20, "1d", by="ip", across="sms")

@@ -255,7 +255,7 @@ class TestContexts:
         assert context_digest({"a": "1", "b": "2"}) == context_digest({"b": "2", "a": "1"})
 
     def test_names_and_texts_do(self) -> None:
-        contexts = [
+        contexts: list[str | dict[str, str]] = [
             {"a": "1"},
             {"a": "2"},
             {"b": "1"},

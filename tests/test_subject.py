@@ -41,8 +41,8 @@ class Lazy:
     def __init__(self, factory: Callable[[], object]) -> None:
         self._factory = factory
 
-    @property
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # as those proxies do
+    @property  # type: ignore[misc]  # as those proxies do
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._factory().__class__
 
     def __getattr__(self, name: str) -> object:

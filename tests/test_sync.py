@@ -144,14 +144,14 @@ class TestMethods:
     def test_an_exception_gives_the_cooldown_back_and_an_interruption_does_not(
         self, backend: Watched, error: BaseException, again: bool
     ) -> None:
-        def block() -> None:
+        def block(manager: SyncTokenManager) -> None:
             with manager.issuing(USER, "reset"):
                 raise error
 
         cooling = TokenPolicy.link("reset", cooldown="1m")
         with SyncTokenManager(TokenManager(backend, policies=[cooling])) as manager:
             with pytest.raises(type(error)):
-                block()
+                block(manager)
             assert not manager.exists_valid(USER, "reset")
             if again:
                 manager.issue(USER, "reset")
@@ -223,7 +223,7 @@ class TestMethods:
             assert manager.deactivate_and_create(USER, "a").max_uses == 2
             assert repr(manager) == "<SyncTokenManager on <MemoryBackend>>"
         monkeypatch.delenv("VTOKEN_URL")
-        assert SyncTokenManager.from_env("memory://").manager.backend
+        assert repr(SyncTokenManager.from_env("memory://")) == "<SyncTokenManager on <MemoryBackend>>"
 
     def test_errors_come_out_as_they_are(self, manager: SyncTokenManager, backend: Watched) -> None:
         backend.failing["find"] = BackendUnavailable("no server")
