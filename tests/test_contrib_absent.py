@@ -12,15 +12,17 @@ import pytest
 
 import vtoken
 import vtoken.contrib
+import vtoken.migrate
 
 PACKAGES = ["aiohttp", "fastapi", "litestar", "opentelemetry", "prometheus_client", "starlette"]
-DRIVERS = ["aiosqlite", "bson", "motor", "pymongo"]
+DRIVERS = ["aiosqlite", "bson", "motor", "psycopg", "psycopg_pool", "pymongo"]
 OTHERS = ["attrs", "cyclopts", "hypothesis", "pydantic", "pytest", "rich"]
 MODULES = [
     found.name
-    for package in (vtoken, vtoken.contrib)
+    for package in (vtoken, vtoken.contrib, vtoken.migrate)
     for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    if found.name != "vtoken.cli"  # whose only door, vtoken.__main__, says what it needs
+    if found.name
+    not in ("vtoken.cli", "vtoken.migrate.tables")  # vtoken.__main__ says what the first one needs
 ]
 USES = {
     "aiohttp": ["cleanup_ctx(manager)", "error_middleware()"],
@@ -43,7 +45,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 from vtoken import ConfigurationError, TokenEvent, TokenManager
 manager = TokenManager.from_url("memory://")
-event = TokenEvent("issued", datetime.now(UTC))
+event = TokenEvent(name="issued", at=datetime.now(UTC))
 """
 
 
@@ -80,9 +82,9 @@ def test_every_integration_is_named_above() -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("sqlite:///tokens.db", "aiosqlite"),
         ("mongodb://host/db", 'pip install "vtoken[mongodb]"'),
         ("mongodb+srv://host.example.org/db", 'pip install "vtoken[mongodb]"'),
+        ("postgresql://host/db", 'pip install "vtoken[postgresql]"'),
     ],
 )
 def test_a_missing_driver_is_named(url: str, said: str) -> None:

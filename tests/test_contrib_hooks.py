@@ -67,7 +67,7 @@ async def live(*hooks: Hook | str) -> list[str]:
         for _ in range(2):
             await manager.deactivate_and_create(SUBJECT, deactivate_old_tokens=False)
         assert await manager.deactivate(SUBJECT) == 3
-        digests = [token.digest for token in await backend.find(Match(), 9)]
+        digests = [key.digest for token in await backend.find(Match(), 9) for key in token.keys]
         clock.advance(timedelta(days=2))
         assert await manager.purge() == 4
     return ["canary", SECRET, *(text for digest in digests for text in (digest.hex(), repr(digest)[2:-1]))]
@@ -96,12 +96,13 @@ class TestPrometheus:
         registry = CollectorRegistry()
         await live(for_prometheus.hook("one", registry))
         await live(for_prometheus.hook("two", registry), for_prometheus.hook("two", registry))
-        labels = {"outcome": "purged", "reason": "", "purpose": ""}
+        labels = {"outcome": "purged", "reason": "", "purpose": "", "limit": "", "channel": ""}
         assert registry.get_sample_value("vtoken_events_total", {**labels, "backend": "one"}) == 4
         assert registry.get_sample_value("vtoken_events_total", {**labels, "backend": "two"}) == 8
 
     async def test_by_its_path_it_counts_in_the_default_registry(self) -> None:
-        labels = {"outcome": "purged", "reason": "", "purpose": "", "backend": ""}
+        labels = dict.fromkeys(("reason", "purpose", "limit", "channel", "backend"), "")
+        labels["outcome"] = "purged"
         for _ in range(2):
             before = REGISTRY.get_sample_value("vtoken_events_total", labels) or 0
             await live("vtoken.contrib.prometheus:record")
@@ -141,7 +142,9 @@ def telemetry() -> Iterator[Telemetry]:
 
 
 def key_of(attributes: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    assert attributes.keys() <= {f"vtoken.{n}" for n in ("outcome", "reason", "purpose", "backend", "count")}
+    assert attributes.keys() <= {
+        f"vtoken.{n}" for n in ("outcome", "reason", "purpose", "limit", "backend", "count")
+    }
     assert attributes["vtoken.backend"] == "memory"
     return attributes["vtoken.outcome"], attributes.get("vtoken.reason", ""), attributes["vtoken.purpose"]
 
@@ -230,8 +233,100 @@ class TestLogging:
         assert len(caplog.records) == 13
 
     def test_a_slug_forges_no_line(self, caplog: pytest.LogCaptureFixture) -> None:
-        for_logging.record(TokenEvent("failed", START, slug="a\nERROR forged", reason="unknown"))
+        for_logging.record(TokenEvent(name="failed", at=START, slug="a\nERROR forged", reason="unknown"))
         assert "\n" not in caplog.records[0].getMessage()
+
+
+def at_a_limit() -> TokenEvent:
+    return TokenEvent(
+        name="limited",
+        at=START,
+        slug="sms",
+        limit="20 per 1d by object across sms",
+        channel="email",
+        batch="spring",
+    )
+
+
+class TestLimits:
+    def test_prometheus_names_the_limit_and_the_channel(self) -> None:
+        registry = CollectorRegistry()
+        for_prometheus.hook("memory", registry)(at_a_limit())
+        labels = {
+            "outcome": "limited",
+            "reason": "",
+            "purpose": "sms",
+            "limit": "20 per 1d by object across sms",
+            "channel": "email",
+            "backend": "memory",
+        }
+        assert registry.get_sample_value("vtoken_events_total", labels) == 1
+
+    def test_opentelemetry_names_the_limit_and_the_channel(self, telemetry: Telemetry) -> None:
+        for_opentelemetry.hook("memory", telemetry.tracers, telemetry.meters)(at_a_limit())
+        [(attributes, value)] = telemetry.points()
+        assert value == 1
+        assert attributes["vtoken.limit"] == "20 per 1d by object across sms"
+        assert attributes["vtoken.channel"] == "email"
+
+    def test_the_log_names_the_limit_and_the_batch(self, caplog: pytest.LogCaptureFixture) -> None:
+        for_logging.record(at_a_limit())
+        [record] = caplog.records
+        assert record.levelno == logging.WARNING
+        assert vars(record)["vtoken_limit"] == "20 per 1d by object across sms"
+        assert vars(record)["vtoken_batch"] == "spring"
+        assert "20 per 1d" in record.getMessage()
+
+
+class TestHiddenKeys:
+    """What web servers write down."""
+
+    @pytest.mark.parametrize(
+        ("line", "hidden"),
+        [
+            ("/reset?key=hunter2", "/reset?key=***"),
+            ("/reset?a=1&key=hunter2&b=2", "/reset?a=1&key=***&b=2"),
+            ("/reset?CODE=hunter2;token=hunter2#x", "/reset?CODE=***;token=***#x"),
+            ("/r/hunter2?x=1", "/r/***?x=1"),
+            ("/r/hunter2/done", "/r/***/done"),
+            ("/list?keys=all&monkey=1", "/list?keys=all&monkey=1"),
+            ("/", "/"),
+        ],
+    )
+    def test_keys_do_not_reach_the_log(
+        self, caplog: pytest.LogCaptureFixture, line: str, hidden: str
+    ) -> None:
+        logger = logging.getLogger(f"access.{line}")
+        for_logging.hide_keys(logger.name, paths=["/r/"])
+        with caplog.at_level(logging.INFO, logger.name):
+            logger.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:80", "GET", line, "1.1", 200)  # uvicorn's
+            logger.info("%(h)s %(r)s %(s)s", {"h": "127.0.0.1", "r": f"GET {line} HTTP/1.1", "s": 200})
+            logger.info(f"GET {line} HTTP/1.1")  # noqa: G004  # as some do
+        assert [record.getMessage() for record in caplog.records] == [
+            f'127.0.0.1:80 - "GET {hidden} HTTP/1.1" 200',
+            f"127.0.0.1 GET {hidden} HTTP/1.1 200",
+            f"GET {hidden} HTTP/1.1",
+        ]
+
+    def test_nothing_is_hidden_where_nothing_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        logger = logging.getLogger("access.unhidden")
+        for_logging.hide_keys(logger.name, parameters=())
+        with caplog.at_level(logging.INFO, logger.name):
+            logger.info("/reset?key=1")
+        assert caplog.messages == ["/reset?key=1"]
+
+    def test_a_mapping_that_answers_for_missing_names_still_does(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Atoms(dict[str, str]):
+            def __missing__(self, name: str) -> str:
+                return "-"
+
+        logger = logging.getLogger("access.atoms")
+        for_logging.hide_keys(logger.name)
+        with caplog.at_level(logging.INFO, logger.name):
+            logger.info("%(r)s %(u)s", Atoms(r="GET /?key=hunter2"))
+        assert caplog.messages == ["GET /?key=*** -"]
 
 
 @pytest.mark.parametrize("module", [for_logging, for_opentelemetry, for_prometheus])

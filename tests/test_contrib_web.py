@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -19,13 +20,18 @@ from starlette.requests import HTTPConnection
 from starlette.routing import Mount, Route
 
 from vtoken import (
+    AlreadyUsed,
     BackendClosed,
     BackendUnavailable,
     ConfigurationError,
+    CorruptStore,
     InvalidInput,
     InvalidToken,
+    LeaseLost,
+    OutcomeUnknown,
     TokenManager,
     TokenPolicy,
+    VTokenError,
 )
 from vtoken.contrib import aiohttp as for_aiohttp
 from vtoken.contrib import fastapi as for_fastapi
@@ -37,8 +43,9 @@ from .core_tools import CODE, SECRETS, USER, WRONG, Watched, refused, wrong_code
 from .web_apps import APPS, Served, aiohttp_issue, litestar_consume, starlette_issue
 from .web_tools import Message, serving
 
-REFUSED = {"detail": "The token is not valid."}
-TOO_MANY = {"detail": "Too many attempts. Try again later."}
+REFUSED = {"code": "invalid_token", "detail": "The token is not valid."}
+TOO_MANY = {"code": "too_many_attempts", "detail": "Too many attempts. Try again later."}
+COOLDOWN = {"code": "cooldown_active", "detail": "Too many requests. Try again later."}
 
 apps = pytest.mark.parametrize("app", APPS.values(), ids=APPS)
 
@@ -55,8 +62,17 @@ def backend() -> Watched:
 
 @pytest.fixture
 def manager(backend: Watched, clock: Clock) -> TokenManager:
-    policies = [CODE, TokenPolicy("slow", cooldown=timedelta(seconds=90))]
+    policies = [CODE, TokenPolicy("slow", cooldown="90s")]
     return TokenManager(backend, settings=SECRETS, policies=policies, clock=clock)
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What vtoken logs, also where a framework gives the root logger other handlers."""
+    logger = logging.getLogger("vtoken")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @apps
@@ -79,15 +95,13 @@ async def test_a_refusal_is_the_same_whatever_its_reason(
     app: Callable[..., Served], manager: TokenManager, clock: Clock, status: int
 ) -> None:
     async with app(manager, invalid_status=status) as client:
-        used, expired, inactive = [(await manager.deactivate_and_create(USER, slug)).key for slug in "abc"]
+        used, expired, inactive = [(await manager.issue(USER, slug)).key for slug in "abc"]
         await manager.consume(USER, "a", used)
         await manager.deactivate(USER, "c")
         clock.advance(timedelta(days=2))
-        leased = (await manager.deactivate_and_create(USER, "d")).key
-        tries = {"a": used, "b": expired, "c": inactive, "d": leased, "e": WRONG, "f": ""}
-        async with manager.redeem(USER, "d", leased):
-            answers = [await client.get("/consume", params={"slug": s, "key": k}) for s, k in tries.items()]
-    assert len(answers) == 6
+        tries = {"a": used, "b": expired, "c": inactive, "e": WRONG, "f": "", "g": "\0", "h": "x" * 513}
+        answers = [await client.get("/consume", params={"slug": s, "key": k}) for s, k in tries.items()]
+    assert len(answers) == 7
     for answer in answers:
         assert answer.status_code == status
         assert answer.json() == REFUSED
@@ -107,19 +121,8 @@ async def test_a_spent_budget_tells_when_to_come_back(
             assert (await client.get("/consume", params={"slug": "login", "key": wrong})).status_code == 400
         clock.advance(timedelta(seconds=100, milliseconds=1))
         answer = await client.get("/consume", params={"slug": "login", "key": code})
-    assert (answer.status_code, answer.json()) == (429, TOO_MANY)
+    assert (answer.status_code, answer.json()) == (429, {**TOO_MANY, "retry_after": 800})
     assert answer.headers["retry-after"] == "800"  # 799.999 s: never told too early
-    assert answer.headers["cache-control"] == "no-store"
-
-
-@apps
-@pytest.mark.parametrize("key", ["\0", "x" * 513], ids=["NUL", "too long"])
-async def test_a_key_that_can_be_none_is_answered_as_a_wrong_one(
-    app: Callable[..., Served], manager: TokenManager, key: str
-) -> None:
-    async with app(manager) as client:
-        answer = await client.get("/consume", params={"slug": "login", "key": key})
-    assert (answer.status_code, answer.json()) == (400, REFUSED)
     assert answer.headers["cache-control"] == "no-store"
 
 
@@ -128,8 +131,103 @@ async def test_a_cooldown_tells_when_to_come_back(app: Callable[..., Served], ma
     async with app(manager) as client:
         assert (await client.get("/issue", params={"slug": "slow"})).status_code == 200
         answer = await client.get("/issue", params={"slug": "slow"})
-    assert (answer.status_code, answer.json()) == (429, TOO_MANY)
+    assert (answer.status_code, answer.json()) == (429, {**COOLDOWN, "retry_after": 90})
     assert answer.headers["retry-after"] == "90"
+
+
+@apps
+async def test_a_token_that_is_held_is_a_conflict(app: Callable[..., Served], manager: TokenManager) -> None:
+    async with app(manager) as client:
+        key = (await manager.issue(USER, "a")).key
+        async with manager.redeem(USER, "a", key, lease="30s"):
+            answer = await client.get("/consume", params={"slug": "a", "key": key})
+    assert answer.status_code == 409
+    assert answer.headers["retry-after"] == "30"
+    assert (answer.json()["code"], answer.json()["retry_after"]) == ("token_busy", 30)
+
+
+@apps
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (LeaseLost("too late"), 409, "lease_lost"),
+        (AlreadyUsed(), 400, "already_used"),
+        (BackendUnavailable("no server at db.internal:5432"), 503, "unavailable"),
+    ],
+    ids=["lease lost", "already used", "unavailable"],
+)
+async def test_what_else_is_an_answer(
+    app: Callable[..., Served],
+    manager: TokenManager,
+    backend: Watched,
+    told: pytest.LogCaptureFixture,
+    error: VTokenError,
+    status: int,
+    code: str,
+) -> None:
+    async with app(manager) as client:
+        backend.failing["present"] = error
+        answer = await client.get("/consume", params={"slug": "a", "key": WRONG})
+        backend.failing.clear()
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert "db.internal" not in answer.text
+    assert ("db.internal" in told.text) is (status == 503), "the operator is told"
+    assert ("retry-after" in answer.headers) is (status == 503)
+
+
+@apps
+@pytest.mark.parametrize(
+    "error", [InvalidInput("our mistake"), OutcomeUnknown("who knows"), CorruptStore("damaged")]
+)
+async def test_what_no_visitor_has_caused_is_logged_and_raised(
+    app: Callable[..., Served],
+    manager: TokenManager,
+    backend: Watched,
+    told: pytest.LogCaptureFixture,
+    error: VTokenError,
+) -> None:
+    status = 0
+    async with app(manager) as client:
+        backend.failing["present"] = error
+        try:
+            status = (await client.get("/consume", params={"slug": "a", "key": WRONG})).status_code
+        except type(error):  # a client without a server between gets the error itself
+            status = 500
+        backend.failing.clear()
+    assert status == 500
+    assert f"{type(error).__name__}, which is no fault of the visitor's" in told.text
+
+
+@apps
+async def test_a_page_of_the_applications_own(app: Callable[..., Served], manager: TokenManager) -> None:
+    async with app(manager, html=True) as client:
+        answer = await client.get("/consume", params={"slug": "a", "key": WRONG})
+    assert (answer.status_code, answer.text) == (400, "<p>The token is not valid.</p>")
+    assert answer.headers["content-type"].startswith("text/html")
+
+
+@apps
+async def test_pages_with_keys_in_their_addresses_are_private(
+    app: Callable[..., Served], manager: TokenManager
+) -> None:
+    async with app(manager) as client:
+        answer = await client.get("/issue", params={"slug": "a"})
+        missing = await client.get("/no-such-page")
+    for one in (answer, missing):
+        assert one.headers["referrer-policy"] == "no-referrer"
+        assert one.headers["cache-control"] == "no-store"
+
+
+def test_fastapi_documents_the_responses(manager: TokenManager) -> None:
+    app = FastAPI(lifespan=for_fastapi.lifespan(manager))
+
+    async def reset() -> None: ...
+
+    app.post("/reset", responses=for_fastapi.responses(410))(reset)
+    responses = app.openapi()["paths"]["/reset"]["post"]["responses"]
+    assert {"409", "410", "429", "503"} <= responses.keys()
+    schema = responses["429"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["code"]["enum"] == ["too_many_attempts", "cooldown_active"]
 
 
 @apps
@@ -171,7 +269,11 @@ async def test_starlette_without_the_lifespan_says_so() -> None:
         for_starlette.get_manager(connection)
 
     error = await refused(ConfigurationError, find(HTTPConnection({"type": "http"})))
+    assert "lifespan has not run" in str(error)
+    assert "with TestClient(app)" in str(error)
+    error = await refused(ConfigurationError, find(HTTPConnection({"type": "http", "state": {}})))
     assert "lifespan=lifespan(manager)" in str(error)
+    assert "mounted" in str(error)
 
 
 async def test_starlette_finds_the_manager_in_a_mounted_application(manager: TokenManager) -> None:
@@ -256,7 +358,7 @@ async def test_aiohttp_may_start_and_clean_up_in_different_tasks(
     runner = web.AppRunner(app)
     await asyncio.create_task(runner.setup())
     await asyncio.create_task(runner.cleanup())
-    assert backend.calls == ["open", "close"]
+    assert [call for call in backend.calls if call != "note"] == ["open", "close"]
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

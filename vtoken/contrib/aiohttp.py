@@ -6,32 +6,33 @@
     app.cleanup_ctx.append(cleanup_ctx(manager))
 
     async def reset(request: web.Request) -> web.Response:
-        await get_manager(request).consume(User, "password-reset", request.query["key"])
+        key = request.query["key"]
+        await get_manager(request).consume(User, "password-reset", key)
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
-import anyio
-
 from vtoken.contrib._extras import require
-from vtoken.contrib._http import REFUSALS, InvalidStatus, refusal
-from vtoken.errors import ConfigurationError
+from vtoken.contrib._http import PRIVATE, InvalidStatus, Refusal, opened, refusal
+from vtoken.errors import ConfigurationError, VTokenError
+from vtoken.inputs import Duration
 from vtoken.manager import TokenManager
-from vtoken.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from aiohttp import web
     from aiohttp.typedefs import Handler, Middleware
 
+__all__ = ["Refusal", "cleanup_ctx", "error_middleware", "get_manager", "private_pages"]
+
+Render = Callable[["web.Request", Refusal], "web.StreamResponse"]
+
 
 def cleanup_ctx(
-    manager: TokenManager, sweep_every: timedelta | None = None
+    manager: TokenManager, sweep_every: Duration | None = None
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """A cleanup context that opens the manager, closes it in the end, and lets :func:`get_manager` find it.
 
@@ -45,23 +46,11 @@ def cleanup_ctx(
     key = _key()
 
     async def run(app: web.Application) -> AsyncGenerator[None]:
-        async with manager:
+        async with opened(manager, sweep_every):
             app[key] = manager
-            sweeping = None
-            if sweep_every is not None:
-                sweeping = asyncio.create_task(_sweep(manager.sweeper(sweep_every)))
             yield
-            if sweeping is not None:
-                sweeping.cancel()
-                await asyncio.wait([sweeping])
 
     return run
-
-
-async def _sweep(sweeper: Sweeper) -> None:
-    """Sweep in a task of its own: aiohttp may clean up in another one than it started in."""
-    async with sweeper:
-        await anyio.sleep_forever()
 
 
 def get_manager(request: web.Request) -> TokenManager:
@@ -73,20 +62,20 @@ def get_manager(request: web.Request) -> TokenManager:
     manager = request.config_dict.get(_key())
     if manager is None:
         raise ConfigurationError(
-            "the application has no manager: append cleanup_ctx(manager) to app.cleanup_ctx"
+            "the application has no manager: append cleanup_ctx(manager) to app.cleanup_ctx, of the"
+            " application or of one around it, before it starts"
         )
     return manager
 
 
-def error_middleware(invalid_status: InvalidStatus = 400) -> Middleware:
-    """A middleware that answers :class:`InvalidToken` with one body, whatever the reason, and
-    :class:`TooManyAttempts` and :class:`CooldownActive` with 429 and ``Retry-After``.
-
-    A cooldown is one of an account: where strangers ask for a token by an address, catch it and answer as
-    always, or the answer tells that there is such an account.
+def error_middleware(invalid_status: InvalidStatus = 400, *, render: Render | None = None) -> Middleware:
+    """A middleware that answers the errors that visitors cause, as
+    :func:`vtoken.contrib.starlette.exception_handlers` does; all others are logged and raised.
 
     Args:
         invalid_status: of the response for a refused key.
+        render: makes the response, an HTML page say, of the request and the :class:`Refusal`; left out, it
+            is JSON.
 
     Raises:
         ConfigurationError: aiohttp is not installed.
@@ -98,11 +87,44 @@ def error_middleware(invalid_status: InvalidStatus = 400) -> Middleware:
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except REFUSALS as error:
-            status, headers, body = refusal(error, invalid_status)
-        return web.json_response(body, status=status, headers=headers)
+        except VTokenError as error:
+            found = refusal(error, invalid_status)
+            if found is None:
+                raise
+        if render is not None:
+            return render(request, found)
+        return web.json_response(found.body, status=found.status, headers=found.headers)
 
     return answer
+
+
+def private_pages() -> Middleware:
+    """A middleware for an application whose addresses have keys in them: every response gets
+    ``Referrer-Policy: no-referrer`` and ``Cache-Control: no-store``, unless it has a header of that name
+    already.
+
+    Raises:
+        ConfigurationError: aiohttp is not installed.
+    """
+    require("aiohttp", "aiohttp.web")
+    from aiohttp import web
+
+    @web.middleware
+    async def add_headers(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            _add_private(error)
+            raise
+        _add_private(response)
+        return response
+
+    return add_headers
+
+
+def _add_private(response: web.StreamResponse | web.HTTPException) -> None:
+    for name, value in PRIVATE.items():
+        response.headers.setdefault(name, value)
 
 
 @cache

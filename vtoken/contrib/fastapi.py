@@ -2,30 +2,36 @@
 
 ::
 
-    app = FastAPI(lifespan=lifespan(manager), exception_handlers=exception_handlers())
+    app = FastAPI(
+        lifespan=lifespan(manager), exception_handlers=exception_handlers()
+    )
 
-    @app.post("/reset")
-    async def reset(key: str, manager: Annotated[TokenManager, Depends(get_manager)]) -> None:
+    @app.post("/reset", responses=responses())
+    async def reset(
+        key: str, manager: Annotated[TokenManager, Depends(get_manager)]
+    ) -> None:
         await manager.consume(User, "password-reset", key)
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 from vtoken.contrib import starlette
 from vtoken.contrib._extras import require
-from vtoken.contrib._http import InvalidStatus
-from vtoken.contrib.starlette import Handler, Lifespan
+from vtoken.contrib._http import InvalidStatus, PrivatePages, Refusal, openapi_responses
+from vtoken.contrib.starlette import Handler, Lifespan, Render
+from vtoken.inputs import Duration
 from vtoken.manager import TokenManager
 
 with suppress(ImportError):  # without it nobody calls get_manager, whose annotation FastAPI looks up here
     from starlette.requests import HTTPConnection
 
+__all__ = ["PrivatePages", "Refusal", "exception_handlers", "get_manager", "lifespan", "responses"]
 
-def lifespan(manager: TokenManager, sweep_every: timedelta | None = None) -> Lifespan:
+
+def lifespan(manager: TokenManager, sweep_every: Duration | None = None) -> Lifespan:
     """As :func:`vtoken.contrib.starlette.lifespan`: FastAPI is built on Starlette.
 
     Raises:
@@ -44,11 +50,22 @@ def get_manager(connection: HTTPConnection) -> TokenManager:
     return starlette.get_manager(connection)
 
 
-def exception_handlers(invalid_status: InvalidStatus = 400) -> dict[Any, Handler]:
-    """As :func:`vtoken.contrib.starlette.exception_handlers`: refused keys, budgets and cooldowns answered.
+def exception_handlers(
+    invalid_status: InvalidStatus = 400, *, render: Render | None = None
+) -> dict[Any, Handler]:
+    """As :func:`vtoken.contrib.starlette.exception_handlers`: errors that visitors cause are answered.
 
     Raises:
         ConfigurationError: FastAPI is not installed.
     """
     require("fastapi", "fastapi")
-    return starlette.exception_handlers(invalid_status)
+    return starlette.exception_handlers(invalid_status, render=render)
+
+
+def responses(invalid_status: InvalidStatus = 400) -> dict[int | str, dict[str, Any]]:
+    """What :func:`exception_handlers` answers, for the argument ``responses`` of FastAPI's routes.
+
+    Args:
+        invalid_status: the same as that of :func:`exception_handlers`.
+    """
+    return openapi_responses(invalid_status)

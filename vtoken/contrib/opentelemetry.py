@@ -8,8 +8,8 @@ or ``VTOKEN_HOOKS=vtoken.contrib.opentelemetry:record``, where the backend has n
 there, too, name a hook of your own by its path: ``told = hook("sqlite")`` in a module of the application.
 
 The attributes are ``vtoken.outcome`` (an event's name), ``vtoken.reason`` (why a key was refused),
-``vtoken.purpose`` (the slug) and ``vtoken.backend``. Never let a stranger choose a slug: each would be a time
-series.
+``vtoken.purpose`` (the slug), ``vtoken.limit`` (the limit that refused), ``vtoken.channel`` and
+``vtoken.backend``. Never let a stranger choose a slug: each would be a time series.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def hook(
             "vtoken.purpose": event.slug or "",
             "vtoken.backend": backend,
         }
-        if event.reason is not None:
-            attributes["vtoken.reason"] = event.reason
+        for name in ("reason", "limit", "channel"):
+            value = getattr(event, name)
+            if value is not None:
+                attributes[f"vtoken.{name}"] = value
         counter.add(event.count, attributes)
         current = trace.get_current_span()
         if current.is_recording():

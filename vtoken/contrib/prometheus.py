@@ -8,7 +8,9 @@ or ``VTOKEN_HOOKS=vtoken.contrib.prometheus:record``, where the backend has no n
 there, too, name a hook of your own by its path: ``told = hook("sqlite")`` in a module of the application.
 
 ``vtoken_events_total`` has the labels ``outcome`` (an event's name), ``reason`` (why a key was refused),
-``purpose`` (the slug) and ``backend``. Never let a stranger choose a slug: each would be a time series.
+``purpose`` (the slug), ``limit`` (the limit that refused), ``channel`` and ``backend``. Never let a stranger
+choose a
+slug: each would be a time series.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def hook(backend: str = "", registry: CollectorRegistry | None = None) -> Callable[[TokenEvent], None]:
-    """A hook that counts events; a purge of 100 tokens counts as 100.
+    """A hook that counts events. A purge of 100 tokens counts as 100.
 
     Args:
         backend: what the backend is called in the label.
@@ -41,7 +43,14 @@ def hook(backend: str = "", registry: CollectorRegistry | None = None) -> Callab
     counter = _counter(REGISTRY if registry is None else registry)
 
     def count(event: TokenEvent) -> None:
-        counter.labels(event.name, event.reason or "", event.slug or "", backend).inc(event.count)
+        counter.labels(
+            outcome=event.name,
+            reason=event.reason or "",
+            purpose=event.slug or "",
+            limit=event.limit or "",
+            channel=event.channel or "",
+            backend=backend,
+        ).inc(event.count)
 
     return count
 
@@ -56,7 +65,7 @@ def _counter(registry: CollectorRegistry) -> Counter:
     """One for all hooks of a registry, which takes a name only once."""
     from prometheus_client import Counter
 
-    labels = ("outcome", "reason", "purpose", "backend")
+    labels = ("outcome", "reason", "purpose", "limit", "channel", "backend")
     return Counter("vtoken_events", "What happened to verification tokens.", labels, registry=registry)
 
 

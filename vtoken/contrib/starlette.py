@@ -2,22 +2,25 @@
 
 ::
 
-    app = Starlette(routes, lifespan=lifespan(manager), exception_handlers=exception_handlers())
+    app = Starlette(
+        routes, lifespan=lifespan(manager), exception_handlers=exception_handlers()
+    )
 
     async def reset(request: Request) -> Response:
-        await get_manager(request).consume(User, "password-reset", request.query_params["key"])
+        key = request.query_params["key"]
+        await get_manager(request).consume(User, "password-reset", key)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vtoken.contrib._extras import require
-from vtoken.contrib._http import REFUSALS, InvalidStatus, opened, refusal
-from vtoken.errors import ConfigurationError
+from vtoken.contrib._http import InvalidStatus, PrivatePages, Refusal, openapi_responses, opened, refusal
+from vtoken.errors import ConfigurationError, VTokenError
+from vtoken.inputs import Duration
 from vtoken.manager import TokenManager
 
 if TYPE_CHECKING:
@@ -26,11 +29,21 @@ if TYPE_CHECKING:
     from starlette.requests import HTTPConnection, Request
     from starlette.responses import Response
 
+__all__ = [
+    "PrivatePages",
+    "Refusal",
+    "exception_handlers",
+    "get_manager",
+    "lifespan",
+    "openapi_responses",
+]
+
 Lifespan = Callable[[Any], AbstractAsyncContextManager[dict[str, Any]]]
 Handler = Callable[["Request", Exception], "Coroutine[Any, Any, Response]"]
+Render = Callable[["Request", Refusal], "Response"]
 
 
-def lifespan(manager: TokenManager, sweep_every: timedelta | None = None) -> Lifespan:
+def lifespan(manager: TokenManager, sweep_every: Duration | None = None) -> Lifespan:
     """A lifespan that opens the manager, closes it in the end, and lets :func:`get_manager` find it.
 
     Args:
@@ -54,23 +67,51 @@ def get_manager(connection: HTTPConnection) -> TokenManager:
     """The manager of the application that a request, or a WebSocket, came to.
 
     Raises:
-        ConfigurationError: the application was not started with :func:`lifespan`.
+        ConfigurationError: the application was not started with :func:`lifespan`; the message says what may
+        have
+            happened.
     """
+    has_run = "state" in connection.scope  # looked up first, because connection.state makes one
     manager = getattr(connection.state, "vtoken", None)
     if isinstance(manager, TokenManager):
         return manager
-    raise ConfigurationError("the application has no manager: make it with lifespan=lifespan(manager)")
+    if not has_run:
+        raise ConfigurationError(
+            "the application's lifespan has not run, so it has no manager: use TestClient as"
+            " `with TestClient(app)`, run the lifespan around httpx.ASGITransport, or serve with lifespans"
+            " (uvicorn: --lifespan on)"
+        )
+    raise ConfigurationError(
+        "the application's lifespan has run and yielded no manager: make the application with"
+        " lifespan=lifespan(manager), or yield its state from your own lifespan; of mounted applications,"
+        " only the outermost one's lifespan runs"
+    )
 
 
-def exception_handlers(invalid_status: InvalidStatus = 400) -> dict[Any, Handler]:
-    """Handlers that answer :class:`InvalidToken` with one body, whatever the reason, and
-    :class:`TooManyAttempts` and :class:`CooldownActive` with 429 and ``Retry-After``.
+def exception_handlers(
+    invalid_status: InvalidStatus = 400, *, render: Render | None = None
+) -> dict[Any, Handler]:
+    """Handlers that answer the errors that visitors cause; all others are logged and raised.
 
-    A cooldown is one of an account: where strangers ask for a token by an address, catch it and answer as
+    ====== ======================= ==================================================================
+    status code                    error
+    ====== ======================= ==================================================================
+    400    ``invalid_token``       :class:`InvalidToken`, one body whatever the reason
+    400    ``already_used``        :class:`AlreadyUsed`
+    409    ``token_busy``          :class:`TokenBusy`, with ``Retry-After``
+    409    ``lease_lost``          :class:`LeaseLost`
+    429    ``too_many_attempts``   :class:`TooManyAttempts`, with ``Retry-After``
+    429    ``cooldown_active``     :class:`CooldownActive`, with ``Retry-After``
+    503    ``unavailable``         :class:`BackendUnavailable`, with ``Retry-After``
+    ====== ======================= ==================================================================
+
+    A cooldown belongs to an account. Where strangers ask for a token by an address, catch it and answer as
     always, or the answer tells that there is such an account.
 
     Args:
         invalid_status: of the response for a refused key.
+        render: makes the response, an HTML page say, of the request and the :class:`Refusal`; left out, it
+            is JSON.
 
     Raises:
         ConfigurationError: Starlette is not installed.
@@ -78,8 +119,12 @@ def exception_handlers(invalid_status: InvalidStatus = 400) -> dict[Any, Handler
     require("starlette", "starlette.responses")
     from starlette.responses import JSONResponse
 
-    async def answer(_: Request, error: Exception) -> Response:
-        status, headers, body = refusal(error, invalid_status)
-        return JSONResponse(body, status, headers)
+    async def answer(request: Request, error: Exception) -> Response:
+        found = refusal(cast("VTokenError", error), invalid_status)
+        if found is None:
+            raise error
+        if render is not None:
+            return render(request, found)
+        return JSONResponse(found.body, found.status, found.headers)
 
-    return dict.fromkeys(REFUSALS, answer)
+    return {VTokenError: answer}
