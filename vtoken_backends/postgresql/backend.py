@@ -9,8 +9,11 @@ transaction perhaps, the operations of the batch go on one by one, and only thos
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, Final, Self, TypeVar, cast
 
 from vtoken.backend import (
@@ -72,6 +75,8 @@ _PATIENCE: Final = 20_000
 """Milliseconds that an operation of its own waits for a lock."""
 _PAGE: Final = 1000
 """How many tokens are ended or removed in one statement."""
+_ATTEMPTS: Final = 3
+"""How often a batch is played with locks before its operations go on one by one."""
 _IN_FLIGHT: Final = 2
 _OPTIONS: Final = ("pool_size", "schema")
 
@@ -280,16 +285,19 @@ class PostgreSQLBackend:
             operation.ask(needs)
         board, answers = await self._played(operations, needs, connection)
         writes = self._statements.write(board, patience)
-        while writes and not await connection.try_to(writes):
-            locks = self._statements.lock(board, patience)
-            board, answers = await self._played(operations, needs, connection, [BEGIN, *locks])
+        if not writes or await connection.try_to(writes):
+            return answers
+        for attempt in count(1):
+            first = [BEGIN, *self._statements.lock(board, patience)]
+            board, answers = await self._played(operations, needs, connection, first)
             writes = self._statements.write(board, patience)
             if await connection.try_to([*writes, COMMIT]):
                 break
             await connection.fetch(ROLLBACK)
-            # A row was inserted that could not be locked yet, or this was a deadlock.
-            board, answers = await self._played(operations, needs, connection)
-            writes = self._statements.write(board, patience)
+            # A row appeared that could not be locked before, or this was a deadlock.
+            if attempt == _ATTEMPTS and patience == _BATCH_PATIENCE:
+                raise Blocked
+            await asyncio.sleep(random.uniform(0, 0.01 * attempt))  # noqa: S311
         return answers
 
     async def _played(

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from selectors import EVENT_READ, DefaultSelector
+from select import POLLIN, poll
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -47,6 +47,8 @@ ROLLBACK: Final = Statement("ROLLBACK")
 
 _GAVE_WAY: Final = frozenset({CONFLICT, "40001", "40P01"})
 """The rows have changed since they were read; a serialization failure; a deadlock."""
+_NOT_PREPARED: Final = frozenset({"26000", "42P05"})
+"""A prepared statement is not there, or another's is: a pooler stands in between after all."""
 _BLOCKED: Final = "55P03"
 
 
@@ -131,6 +133,7 @@ class Connections:
         self._opens = 0
         self._idle: list[Driver] = []
         self._opening = anyio.Lock()
+        self._may_prepare = True
 
     def __repr__(self) -> str:
         return self._place
@@ -215,25 +218,46 @@ class Connections:
     def _living_idle_one(self) -> Driver | None:
         while self._idle:
             driver = self._idle.pop()
-            with DefaultSelector() as selector:
-                selector.register(driver.pgconn.socket, EVENT_READ)
-                if not selector.select(0):
-                    return driver
+            if not _has_spoken(driver.pgconn.socket):
+                return driver
             driver.pgconn.finish()  # a server that speaks without being asked mostly hangs up
         return None
 
     async def _connect(self) -> Driver:
         try:
-            # Prepared statements belong to a session, which a pooler hands around.
-            return await psycopg.AsyncConnection.connect(
+            driver = await psycopg.AsyncConnection.connect(
                 autocommit=True, prepare_threshold=None, **self._options
             )
         except psycopg.Error as error:
             problem = _why_not_connected(str(error))
         except (UnicodeError, ValueError):
             problem = "the host name is not valid"
+        else:
+            try:
+                await self._adopt(driver)
+            except BaseException:
+                driver.pgconn.finish()
+                raise
+            return driver
         # The driver's message may quote a part of a password that was not percent-encoded.
         raise BackendUnavailable(f"PostgreSQL at {self._place}: {problem}")
+
+    async def _adopt(self, driver: Driver) -> None:
+        """Prepare statements where the session is ours alone.
+
+        A pooler, which hands sessions around, answers a client with a process id of its own. A plan that is
+        kept must not read a whole table because that was small when the plan was made.
+        """
+        if not self._may_prepare:
+            return
+        cursor = await driver.execute(b"SELECT pg_backend_pid()")
+        if await cursor.fetchone() != (driver.pgconn.backend_pid,):
+            self._may_prepare = False
+            return
+        await driver.execute(
+            b"SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false)"
+        )
+        driver.prepare_threshold = 0
 
     def _drop_idle(self) -> None:
         idle, self._idle = self._idle, []
@@ -266,6 +290,10 @@ class Connections:
         said = f"{type(error).__name__} {state}".rstrip()
         if state in _GAVE_WAY:
             return GaveWay()
+        if state in _NOT_PREPARED and self._may_prepare:
+            self._may_prepare = False
+            self._drop_idle()
+            return GaveWay()
         if state == _BLOCKED:
             return Blocked()
         if state in ("XX001", "XX002"):
@@ -294,6 +322,13 @@ class Connections:
         return OutcomeUnknown(
             f"PostgreSQL at {self._place}: the connection was lost, the write may have happened ({said})"
         )
+
+
+def _has_spoken(socket: int) -> bool:
+    """Whether something has arrived that nobody asked for."""
+    waiting = poll()
+    waiting.register(socket, POLLIN)
+    return bool(waiting.poll(0))
 
 
 _RESOURCES: Final = {
