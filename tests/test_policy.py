@@ -416,6 +416,8 @@ class TestRanges:
             {"prefix": "a" * 33},
             {"prefix": "a\0"},
             {"prefix": 5},
+            {"prefix": "vt "},
+            {"prefix": "vt/"},
             {"key_storage": "encrypted"},
             {"context": "optional"},
             {"kind": "magic"},

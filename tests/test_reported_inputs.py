@@ -97,6 +97,18 @@ async def test_fault_17_a_link_with_white_space_at_its_ends(
     assert await reason(manager.verify(USER, "reset", issued.key[:16] + " " + issued.key[16:])) == "unknown"
 
 
+@pytest.mark.parametrize("drawn", [" generated\n", "\ufeffgenerated", "gen erated\t"])
+async def test_fault_17_a_generators_key_with_white_space_at_its_ends(
+    world: World, store: TokenBackend, drawn: str
+) -> None:
+    given = TokenPolicy.link("reset", key_generator=lambda: drawn)
+    manager = await world.manager(given, backend=store)
+    issued = await manager.issue(USER, "reset")
+    assert issued.key == drawn
+    assert await manager.exists_valid(USER, "reset", drawn.strip("\n\t\ufeff "))
+    assert await manager.consume(USER, "reset", drawn) == issued
+
+
 @pytest.mark.parametrize("key", ["a\0b", "\ud800", "x" * 600])
 @pytest.mark.parametrize("slug", ["login", "reset"])
 async def test_fault_18_a_key_that_the_form_garbled_is_a_bad_token(
@@ -187,8 +199,10 @@ async def test_fault_21_a_call_is_held_to_the_floors(
 @pytest.mark.parametrize("drawn", ["-", " - . ", "\u200b\u200b", "___"])
 async def test_fault_21_no_empty_code(world: World, store: TokenBackend, drawn: str) -> None:
     """A generator that returned only separators made the empty code valid."""
-    manager = await world.manager(fixed(drawn), backend=store)
+    link = TokenPolicy.link("reset", key_generator=lambda: " \u200b\n")
+    manager = await world.manager(fixed(drawn), link, backend=store)
     await refused(ConfigurationError, manager.issue(USER, "login"))
+    await refused(ConfigurationError, manager.issue(USER, "reset"))
     assert await reason(manager.verify(USER, "login", "")) == "unknown"
 
 

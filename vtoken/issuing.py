@@ -43,6 +43,7 @@ from vtoken.keys import (
     add_checksum,
     batch_nonce,
     normalise_code,
+    normalise_link,
     random_key,
 )
 from vtoken.limits import Limiter, Spends, full_limit, seconds
@@ -295,9 +296,13 @@ class Issuer:
             request.generator(**request.generator_kwargs), inputs.MAX_KEY_BYTES - _frame_length(policy)
         )
         text = Hidden(framed(policy, drawn.text()))
-        # The keys of our own generator are too many to be drawn twice.
-        taken = () if request.generator is random_key else keyring.links(text.text()).digests[1:]
-        return NewKey(text, "link", keyring.link(text.text()), also_taken=taken)
+        if request.generator is random_key:  # whose keys are too many to be drawn twice
+            return NewKey(text, "link", keyring.link(text.text()))
+        normal = Hidden(normalise_link(text.text()))  # which a presented key becomes, too
+        if not normal.text():
+            raise ConfigurationError("the key generator's key consists of white space")
+        taken = keyring.links(normal.text()).digests[1:]
+        return NewKey(text, "link", keyring.link(normal.text()), also_taken=taken)
 
     def _new_code(self, request: IssueRequest, nonce: str) -> NewKey:
         policy, keyring = request.policy, self.keyring

@@ -32,6 +32,8 @@ from vtoken.inputs import MAX_KEY_BYTES, text_problem
 
 ALPHANUMERIC: Final = string.ascii_uppercase + string.ascii_lowercase + string.digits
 DIGITS: Final = string.digits
+URL_SAFE: Final = frozenset(ALPHANUMERIC + "-._~")
+"""What stands in a URL as it is (RFC 3986, section 2.3)."""
 MIN_SECRET_BYTES: Final = 32
 """As long as the hash: a shorter HMAC key lowers its strength (RFC 2104, section 3)."""
 CHECKSUM_LENGTH: Final = 6
@@ -213,7 +215,7 @@ def alphabet_problem(chars: str, *, of_code: bool) -> str | None:
     if len(set(chars)) < len(chars):
         return "the alphabet repeats a character, which makes some keys likelier than others"
     if not of_code:
-        if set(chars) <= _URL_SAFE:
+        if set(chars) <= URL_SAFE:
             return None
         return "the alphabet of a link key may hold A-Z, a-z, 0-9 and - . _ ~ only (RFC 3986, section 2.3)"
     if all(normalise_code(char, chars) == char and not _may_compose(char) for char in chars):
@@ -225,7 +227,6 @@ def alphabet_problem(chars: str, *, of_code: bool) -> str | None:
 
 
 _LOOKALIKES: Final = {"O": "0", "o": "0", "I": "1", "i": "1", "L": "1", "l": "1"}
-_URL_SAFE: Final = frozenset(ALPHANUMERIC + "-._~")
 _DOTS_AND_DASHES: Final = frozenset(
     "._\u00b7\u2022\u2027\u2043\u2212\u22c5\u3002\u30fb\ufe4d\ufe4e\ufe4f\uff61\uff65"
 )

@@ -17,6 +17,7 @@ from vtoken.keys import (
     ALPHANUMERIC,
     DIGITS,
     MIN_SECRET_BYTES,
+    URL_SAFE,
     KeyGenerator,
     alphabet_problem,
     code_shape_ok,
@@ -385,6 +386,8 @@ class TokenPolicy:
             inputs.check_count("max_uses", self.max_uses)
         if self.prefix:
             inputs.check_text("prefix", self.prefix, 32)
+            if not set(self.prefix) <= URL_SAFE:
+                raise InvalidInput("prefix may hold letters, digits and - . _ ~ only (RFC 3986, section 2.3)")
         for name, known in _CHOICES.items():
             if getattr(self, name) is not None or name in ("context", "kind"):
                 _check_choice(name, getattr(self, name), known)

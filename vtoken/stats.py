@@ -9,13 +9,14 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True)
 class SlugStats:
-    """Numbers of tokens. A token counts as active, expired, used or, deactivated, as none of them.
+    """Numbers of tokens. A token counts as active, expired or used, or as none of them if it was
+    deactivated or replaced without having been used.
 
     Args:
         total: all that are stored.
         active: active and not expired.
-        expired: past their expiry, never used up nor deactivated.
-        used: used up.
+        expired: past their expiry, and neither used up, deactivated nor replaced before.
+        used: over, and used at least once.
     """
 
     total: int = 0
