@@ -115,8 +115,7 @@ def test_doctor_checks_a_file_whole_whatever_the_url_says(vtoken: Terminal) -> N
     ("damage", "name"),
     [
         ("DROP INDEX vtoken_tokens_line", "integrity"),
-        ("PRAGMA user_version = 99", "schema"),
-        ("PRAGMA application_id = 1", "integrity"),
+        ("UPDATE vtoken_schema SET version = 99", "schema"),
     ],
 )
 def test_doctor_on_a_schema_that_is_not_ours_to_use(vtoken: Terminal, damage: str, name: str) -> None:
@@ -153,7 +152,10 @@ def test_doctor_warns_of_an_open_file_and_of_the_future(vtoken: Terminal) -> Non
 
 def test_doctor_compares_the_clock_of_a_server(vtoken: Terminal, mongodb_replica_set: str) -> None:
     with fresh_database(mongodb_replica_set) as url:
-        found = findings(vtoken, "--url", f"{url}&collection=mine")
+        store = ("--url", f"{url}&collection=mine")
+        assert findings(vtoken, *store, status=3) == {"configuration": "ok", "reachable": "failed"}
+        assert vtoken("init", *store) == 0
+        found = findings(vtoken, *store)
     assert found["server's clock"] == "ok"
     assert "file" not in found
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
-from vtoken.cli import moving, run
-from vtoken.transfer import copy
+from vtoken.cli import migrating, run
+from vtoken.migrate import copy
 
 STATUS: Final = Path("/proc/self/status")
 
@@ -46,5 +46,5 @@ def _most_memory() -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever who started us makes of it
     pages = partial(copy, page=int(sys.argv[3]))
-    with patch.object(moving, "progress", _lines), patch.object(moving, "copy_tokens", pages):
+    with patch.object(migrating, "progress", _lines), patch.object(migrating, "copy_tokens", pages):
         sys.exit(run(["copy", *sys.argv[1:3], "--json"]))

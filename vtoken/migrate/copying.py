@@ -129,7 +129,8 @@ class _Run:
     async def insert(self, progress: Progress, now: int) -> int:
         """Insert what the destination neither holds nor took before; return how many tokens there are."""
         receipt = await self._finish(await CopyReceipt.read(self._destination, self._name))
-        self.skipped = self.taken_before = self.refused = 0  # these are met again below
+        # The tokens of that stretch are met again below, those that were inserted among them.
+        self.skipped, self.taken_before, self.refused = -self.inserted, 0, 0
         top, done = "", 0
         async for found in pages(self._source, self._page):
             top = top or next((token.id for token in found if token.created_at <= now), "")
