@@ -74,6 +74,8 @@ class TokenBusy(InvalidToken):
 
     Args:
         retry_after: seconds until the first of these holds ends by itself, more than 0.
+
+    .. versionadded:: 0.1
     """
 
     def __init__(self, retry_after: float) -> None:
@@ -89,6 +91,8 @@ class AlreadyUsed(InvalidToken):
 
     Args:
         token: the token that was used, without its key. It appears in no ``repr``, message or pickle.
+
+    .. versionadded:: 0.1
     """
 
     def __init__(self, token: VerificationToken | None = None) -> None:

@@ -341,6 +341,8 @@ class TokenPolicy:
             digits: of the code, 6 or more.
             code_expiration: how long the code is good, at most 10 minutes.
             **overrides: arguments of :class:`TokenPolicy`.
+
+        .. versionadded:: 0.1
         """
         preset: dict[str, Any] = {"expiration": 60, "max_attempts": 5}
         lengths: dict[str, Any] = {"digits": digits, "code_expiration": code_expiration, "kind": "pair"}
