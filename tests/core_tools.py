@@ -72,6 +72,8 @@ class Watched:
     def __init__(self, inner: TokenBackend | None = None) -> None:
         self.inner: TokenBackend = inner or MemoryBackend()
         self.calls: list[str] = []
+        self.spends: list[Spend] = []
+        """Everything that was to be spent."""
         self.failing: dict[str, Exception] = {}
         """By method: what is raised instead of doing it."""
         self.before: dict[str, Callable[[], Awaitable[object]]] = {}
@@ -120,6 +122,7 @@ class Watched:
         also_taken: tuple[bytes, ...] = (),
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
+        self.spends += spends
         return await self._do(
             "insert",
             lambda: self.inner.insert(
@@ -135,6 +138,7 @@ class Watched:
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
+        self.spends += spends
         return await self._do("present", lambda: self.inner.present(key, change, now, spends))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
@@ -156,6 +160,7 @@ class Watched:
         return await self._do("count", lambda: self.inner.count(now))
 
     async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        self.spends += spends
         return await self._do("spend", lambda: self.inner.spend(spends, now))
 
     async def refund(self, charges: tuple[Charge, ...]) -> None:

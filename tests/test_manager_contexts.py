@@ -96,7 +96,8 @@ class TestContext:
 
     async def test_deactivating_by_the_key_needs_no_context(self, world: World) -> None:
         manager = await world.manager(TokenPolicy("login", context="required"))
-        for slug in ({"slug": "login"}, {}):
+        slugs: list[dict[str, Any]] = [{"slug": "login"}, {}]
+        for slug in slugs:
             issued = await manager.deactivate_and_create(USER, "login", context="cookie")
             assert [t async for t in manager.filter_active_tokens(USER, key=issued.key, **slug)] == [issued]
             assert await manager.deactivate(USER, key=issued.key, **slug) == 1

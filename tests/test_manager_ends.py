@@ -115,7 +115,8 @@ class TestDeactivate:
     async def test_an_impossible_key_is_nobodys(self, world: World, key: str) -> None:
         manager = await world.manager()
         await manager.issue(USER, "a")
-        for slug in ({"slug": "a"}, {}):
+        slugs: list[dict[str, Any]] = [{"slug": "a"}, {}]
+        for slug in slugs:
             assert await manager.deactivate(USER, key=key, **slug) == 0
             assert await listed(manager.filter_active_tokens(USER, key=key, **slug)) == []
         no_key: Any = None

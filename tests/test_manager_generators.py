@@ -17,7 +17,6 @@ from vtoken import (
 )
 
 from .core_tools import (
-    CODE,
     MINUTE,
     OTHER,
     USER,

@@ -178,7 +178,7 @@ class TestExpiration:
     ) -> None:
         manager = await world.manager(COOLING)
         for slug in ("mail", "free"):
-            with pytest.raises(ValueError, match="lifetime|expiration") as info:
+            with pytest.raises(ValueError, match=r"lifetime|expiration") as info:
                 await getattr(manager, method)(USER, slug, expiration_in_minutes=minutes)
             assert type(info.value) is InvalidInput
         assert set(world.backend.calls) <= {"open", "note", "find"}

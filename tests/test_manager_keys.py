@@ -94,7 +94,13 @@ class TestKeysAndSlugs:
     async def test_within_a_link_everything_matters(self, world: World, method: str) -> None:
         manager = await world.manager()
         key = (await manager.issue(USER, "a")).key
-        for wrong in (f"{key[:9]} {key[9:]}", f"{key[:9]}\u200b{key[9:]}", key.swapcase(), key[:-1], key + "0"):
+        for wrong in (
+            f"{key[:9]} {key[9:]}",
+            f"{key[:9]}\u200b{key[9:]}",
+            key.swapcase(),
+            key[:-1],
+            key + "0",
+        ):
             if method in ("deactivate", "exists_valid"):
                 assert not await self.call(manager, method, "a", wrong)
             else:
@@ -218,7 +224,9 @@ class TestStorage:
         errors = [await refused(InvalidToken, manager.verify(USER, "reset", issued.key))]
         errors.append(await refused(AlreadyUsed, redeem(manager, "reset", issued.key, consume_id="mine")))
         world.clock.advance(timedelta(minutes=16))
-        errors.append(await refused(InvalidToken, manager.consume(USER, "reset", issued.key, consume_id="mine")))
+        errors.append(
+            await refused(InvalidToken, manager.consume(USER, "reset", issued.key, consume_id="mine"))
+        )
         assert [(error.token, error.token and error.token.key) for error in errors] == [(issued, None)] * 3
 
     async def test_where_the_limits_are_spent_a_plain_key_stays_behind_too(self, world: World) -> None:

@@ -139,7 +139,7 @@ class TestRedeem:
         world.clock.advance(LEASE)
         async with manager.redeem(USER, "a", issued.key):
             error = ZeroDivisionError()
-            assert not await first.__aexit__(type(error), error, None)
+            await first.__aexit__(type(error), error, None)
             assert await reason(manager.consume(USER, "a", issued.key)) == "leased"
         assert (await world.stored())[0].uses == 1
 
@@ -424,7 +424,7 @@ class TestBusy:
         block = manager.redeem(USER, "a", issued.key)
         await block.__aenter__()
         waiting = asyncio.create_task(redeem(manager, "a", issued.key, wait="60s"))
-        while "busy" not in world.event_names and world.backend.calls.count("present") < 2:
+        while world.backend.calls.count("present") < 2:  # noqa: ASYNC110  # the watched store counts calls
             await asyncio.sleep(0)
         error = ZeroDivisionError()
         await block.__aexit__(type(error), error, None)
@@ -444,7 +444,7 @@ class TestBusy:
         block = manager.redeem(USER, "a", issued.key, consume_id="form")
         await block.__aenter__()
         second = asyncio.create_task(redeem(manager, "a", issued.key, consume_id="form", wait="60s"))
-        while world.backend.calls.count("present") < 2:
+        while world.backend.calls.count("present") < 2:  # noqa: ASYNC110  # the watched store counts calls
             await asyncio.sleep(0)
         await block.__aexit__(None, None, None)
         assert (await refused(AlreadyUsed, second)).token == issued
@@ -546,6 +546,8 @@ class TestMarkUsed:
             assert found is not None
             await refused(InvalidInput, manager.mark_used(found, using=object()))
             await refused(InvalidInput, other.mark_used(token, using=object()))
-            await refused(InvalidInput, manager.mark_used(token, using=object()))  # memory has no transactions
+            await refused(
+                InvalidInput, manager.mark_used(token, using=object())
+            )  # memory has no transactions
         await refused(InvalidInput, manager.mark_used(token, using=object()))
         assert await reason(manager.verify(USER, "a", issued.key)) == "used"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from vtoken import (
     CooldownActive,
+    InvalidInput,
     InvalidToken,
     IssuedToken,
     Subject,
+    TokenBusy,
     TokenPolicy,
     VerificationToken,
 )
@@ -44,7 +47,7 @@ class TestGetActiveOrCreate:
         assert await manager.get_active_or_create(USER, "b") not in (first, newer)
         assert await manager.get_active_or_create(OTHER, "a") not in (first, newer)
 
-    @pytest.mark.parametrize("end", ["used", "deactivated", "expired", "leased"])
+    @pytest.mark.parametrize("end", ["used", "deactivated", "expired"])
     async def test_a_new_one_where_none_is_valid(self, world: World, end: str) -> None:
         manager = await world.manager()
         old = await manager.deactivate_and_create(USER, "a", expiration_in_minutes=1)
@@ -54,12 +57,42 @@ class TestGetActiveOrCreate:
             await manager.deactivate(USER)
         if end == "expired":
             world.clock.advance(MINUTE + MS)
-        if end == "leased":
-            await manager.redeem(USER, "a", old.key).__aenter__()
         new = await manager.get_active_or_create(USER, "a")
         assert isinstance(new, IssuedToken)
         assert new != old
         assert [t async for t in manager.filter_active_tokens(USER)] == [new]
+
+    async def test_one_that_is_held_counts_as_there(self, world: World) -> None:
+        manager = await world.manager()
+        old = await manager.issue(USER, "a")
+        async with manager.redeem(USER, "a", old.key):
+            assert await manager.get_active_or_create(USER, "a") == old
+        assert await manager.get_active_or_create(USER, "a") != old
+
+    async def test_one_with_too_little_left_is_replaced(self, world: World) -> None:
+        manager = await world.manager()
+        old = await manager.issue(USER, "a", expires_in="1h")
+        world.clock.advance(timedelta(minutes=45))
+        for least in (timedelta(0), "15m", timedelta(minutes=15)):
+            assert await manager.get_active_or_create(USER, "a", at_least=least) == old
+        new = await manager.get_active_or_create(USER, "a", at_least="901s")
+        assert new != old
+        assert await reason(manager.verify(USER, "a", old.key)) == "inactive"
+
+    async def test_of_a_pair_the_shorter_lived_key_decides(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy.pair("login"))
+        old = await manager.issue(USER, "login")
+        world.clock.advance(timedelta(minutes=8))
+        assert await manager.get_active_or_create(USER, "login", at_least="2m") == old
+        assert await manager.get_active_or_create(USER, "login", at_least="3m") != old
+
+    @pytest.mark.parametrize("least", ["61m", "11m", -MS, 5, None, "soon"])
+    async def test_more_than_a_new_token_would_have_is_refused(self, world: World, least: Any) -> None:
+        manager = await world.manager(TokenPolicy.pair("login"), TokenPolicy.link("a"))
+        await refused(InvalidInput, manager.get_active_or_create(USER, "login", at_least=least))
+        if least != "11m":
+            await refused(InvalidInput, manager.get_active_or_create(USER, "a", at_least=least))
+        assert await world.stored() == []
 
     async def test_at_exactly_its_expiry_it_is_still_the_one(self, world: World) -> None:
         manager = await world.manager()
@@ -88,6 +121,8 @@ class TestGetActiveOrCreate:
         await manager.deactivate(USER)
         error = await refused(CooldownActive, manager.get_active_or_create(USER, "mail"))
         assert error.retry_after == 60
+        assert error.limit is not None
+        assert error.limit.name == "1 per 1m by object"
         world.clock.advance(MINUTE)
         assert await manager.get_active_or_create(USER, "mail") != token
 
@@ -175,13 +210,15 @@ class TestCooldown:
 class TestOverlap:
     overlapping = TokenPolicy("mail", overlap=5 * MINUTE)
 
-    async def test_the_previous_one_stays_good_for_that_long(self, world: World) -> None:
+    async def test_the_previous_key_stays_good_for_that_long_and_means_the_new_token(
+        self, world: World
+    ) -> None:
         manager = await world.manager(self.overlapping)
         old = await manager.deactivate_and_create(USER, "mail")
         new = await manager.deactivate_and_create(USER, "mail")
         world.clock.advance(5 * MINUTE)
         for token in (old, new):
-            assert await manager.verify(USER, "mail", token.key) == token
+            assert await manager.verify(USER, "mail", token.key) == new
         world.clock.advance(MS)
         assert await reason(manager.consume(USER, "mail", old.key)) == "expired"
         assert await manager.consume(USER, "mail", new.key) == new
@@ -193,23 +230,44 @@ class TestOverlap:
         world.clock.advance(MINUTE + MS)
         assert await reason(manager.verify(USER, "mail", old.key)) == "expired"
 
-    @pytest.mark.parametrize("used", [0, 1, 2])
+    @pytest.mark.parametrize("used", [1, 2])
     @pytest.mark.parametrize("how", ["consume", "redeem"])
-    async def test_until_the_first_success_of_any(self, world: World, used: int, how: str) -> None:
+    async def test_one_predecessor_and_until_the_first_success_of_either(
+        self, world: World, used: int, how: str
+    ) -> None:
         manager = await world.manager(self.overlapping)
         keys = [(await manager.deactivate_and_create(USER, "mail")).key for _ in range(3)]
+        assert await reason(manager.verify(USER, "mail", keys[0])) == "inactive"
         if how == "consume":
             await manager.consume(USER, "mail", keys[used])
         else:
             await redeem(manager, "mail", keys[used])
         reasons = [await reason(manager.verify(USER, "mail", key)) for key in keys]
-        assert reasons == ["used" if n == used else "inactive" for n in range(3)]
+        assert reasons == ["inactive", "used", "used"]
 
-    async def test_by_default_there_is_none(self, world: World) -> None:
-        manager = await world.manager()
-        old = await manager.deactivate_and_create(USER, "mail")
-        await manager.deactivate_and_create(USER, "mail")
-        assert await reason(manager.verify(USER, "mail", old.key)) == "inactive"
+    async def test_they_are_redeemed_one_at_a_time(self, world: World) -> None:
+        manager = await world.manager(self.overlapping)
+        keys = [(await manager.issue(USER, "mail")).key for _ in range(2)]
+        async with manager.redeem(USER, "mail", keys[0]):
+            await refused(TokenBusy, redeem(manager, "mail", keys[1]))
+        assert await reason(redeem(manager, "mail", keys[1])) == "used"
+
+    @pytest.mark.parametrize("why", ["other data", "held", "added beside", "never had"])
+    async def test_where_the_old_key_must_not_mean_the_new_token_it_ends(
+        self, world: World, why: str
+    ) -> None:
+        policy = TokenPolicy("mail", overlap=None if why == "never had" else "5m")
+        manager = await world.manager(policy)
+        old = await manager.issue(USER, "mail", extra_data="old@b.example", replace=why != "added beside")
+        data = "new@b.example" if why == "other data" else "old@b.example"
+        if why == "held":
+            async with manager.redeem(USER, "mail", old.key):
+                new = await manager.issue(USER, "mail", extra_data=data)
+        else:
+            new = await manager.issue(USER, "mail", extra_data=data)
+        expected = "used" if why == "held" else "inactive"
+        assert await reason(manager.verify(USER, "mail", old.key)) == expected
+        assert await manager.consume(USER, "mail", new.key) == new
 
     async def test_one_attempt_budget_for_both(self, world: World) -> None:
         manager = await world.manager(TokenPolicy("mail", overlap=5 * MINUTE, max_attempts=2))
