@@ -154,6 +154,7 @@ class MongoDBBackend:
         also_taken: tuple[bytes, ...] = (),
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
+        self._client.check_place()
         op = Insert(token, mode, keep_until, wanted_until, also_taken)
         if not spends:
             return await self._inserts.submit(op)
@@ -172,7 +173,7 @@ class MongoDBBackend:
         inserted = await self._inserts.submit(op)
         if inserted.result is InsertResult.INSERTED:
             return inserted._replace(spending=spending)
-        await self._budgets.refund(spending.charges)
+        await self._budgets.undo(spending.charges, reserved=0)
         return inserted
 
     async def _insert_batch(self, ops: Sequence[Insert]) -> list[Inserted | BaseException]:
@@ -186,6 +187,7 @@ class MongoDBBackend:
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
+        self._client.check_place()
         op = Present(key, change, now)
         if not spends and not (isinstance(change, Use) and change.resets):
             return await self._submit(op)
@@ -205,7 +207,7 @@ class MongoDBBackend:
             return replayed._replace(spending=await self._budgets.left(spends, op.now))
         presented = await self._submit(op)
         if presented.outcome is Outcome.REFUSED and is_guess(op, presented):
-            await self._budgets.settle(spending.charges, is_refunded=False)
+            await self._budgets.settle(spending.charges)
             return presented._replace(spending=spending)
         resets: tuple[Budget, ...] = ()
         if presented.outcome is Outcome.RIGHT and isinstance(op.change, Use):
@@ -222,7 +224,7 @@ class MongoDBBackend:
         """Refund what is not forgotten anyway."""
         await self._reset(resets)
         left = [charge for charge in charges if charge.budget not in resets]
-        await self._budgets.settle(left, is_refunded=True)
+        await self._budgets.undo(left, reserved=1)
 
     async def _reset(self, budgets: Sequence[Budget]) -> None:
         names: dict[bytes, list[bytes]] = {}
@@ -256,6 +258,7 @@ class MongoDBBackend:
         return cast("StoredToken | None", answer)
 
     async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
+        self._client.check_place()
         if match.digests is not None and match.id is None and after is None:
             return await self._finds.submit(Find(match, limit))
         if match.id is not None:

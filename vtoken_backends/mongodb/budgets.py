@@ -84,14 +84,25 @@ class Budgets:
                 if not self._waiting[budget]:
                     del self._waiting[budget]
 
-    async def settle(self, charges: Sequence[Charge], *, is_refunded: bool) -> None:
-        """End the reservations of some charges, and give them back or not."""
-        fields: Document = {"reserved": -1}
-        await self._give_back(charges, fields | {"spent": -1} if is_refunded else fields)
+    async def settle(self, charges: Sequence[Charge]) -> None:
+        """End the reservations of some charges, which stay charged."""
+        for charge in charges:
+            path = f"budgets.{charge.budget.name.hex()}"
+            query: Document = {**_charged(charge), f"{path}.reserved": {"$gt": 0}}
+            update: Document = {"$inc": {f"{path}.reserved": -1}}
+            await self._client.run(partial(self._client.budgets.update_one, query, update))
+
+    async def undo(self, charges: Sequence[Charge], *, reserved: int) -> None:
+        """Leave budgets as if some charges had never been made."""
+        for charge in charges:
+            update = _undoing(charge.budget, reserved)
+            await self._client.run(partial(self._client.budgets.update_one, _charged(charge), update))
 
     async def refund(self, charges: Sequence[Charge]) -> None:
         """What :meth:`TokenBackend.refund` says."""
-        await self._give_back(charges, {"spent": -1})
+        for charge in charges:
+            update: Document = {"$inc": {f"budgets.{charge.budget.name.hex()}.spent": -1}}
+            await self._client.run(partial(self._client.budgets.update_one, _charged(charge), update))
 
     async def states(self, names: Sequence[Budget]) -> list[BudgetState | None]:
         """What :meth:`TokenBackend.budgets` says."""
@@ -174,13 +185,18 @@ class Budgets:
         documents: dict[bytes, list[Spend]] = {}
         for spend in spends:
             documents.setdefault(_id_of(spend.budget), []).append(spend)
+        if len(documents) > 1:  # so that a budget that is full leaves the others untouched
+            full = await self._full(spends, now)
+            if full is not None:
+                return full
         states: dict[Budget, BudgetState] = {}
         charges: list[Charge] = []
         for oid, together in documents.items():
             found = await self._charge(oid, together, now, reserved)
             if found is None:
-                await self._give_back(charges, {"spent": -1, "reserved": -reserved})
-                return await self._full(spends, now, reserved)
+                await self.undo(charges, reserved=reserved)
+                # Where it no longer is full by now, spend again.
+                return await self._full(spends, now) or await self._take(spends, now, reserved)
             states |= found
             charges += [Charge(budget=s.budget, until=found[s.budget].until) for s in together]
         lefts = [max(spend.limit - states[spend.budget].spent, 0) for spend in spends]
@@ -191,13 +207,13 @@ class Budgets:
             reserved=0,
         )
 
-    async def _full(self, spends: Sequence[Spend], now: int, reserved: int) -> _Taken:
-        """The answer where a budget was full a moment ago."""
+    async def _full(self, spends: Sequence[Spend], now: int) -> _Taken | None:
+        """The answer where a budget is full, or None."""
         found = await self._found([spend.budget for spend in spends])
         states = [None if one is None else one.state for one in found]
         spending = full_spending(states, spends, now)
-        if spending is None:  # it no longer is
-            return await self._take(spends, now, reserved)
+        if spending is None:
+            return None
         one = found[spending.full or 0]
         return _Taken(spending=spending, states=tuple(states), reserved=0 if one is None else one.reserved)
 
@@ -223,20 +239,6 @@ class Budgets:
             return None
         return {spend.budget: _read(found, spend.budget, 0).state for spend in spends}
 
-    async def _give_back(self, charges: Sequence[Charge], fields: Document) -> None:
-        for charge in charges:
-            path = f"budgets.{charge.budget.name.hex()}"
-            query: Document = {"_id": _id_of(charge.budget), f"{path}.until": charge.until}
-            steps = {name: number for name, number in fields.items() if number}
-            if not steps:
-                continue
-            if "spent" in steps:
-                query[f"{path}.spent"] = {"$gt": 0}
-            if "reserved" in steps:
-                query[f"{path}.reserved"] = {"$gt": 0}
-            update = {"$inc": {f"{path}.{name}": number for name, number in steps.items()}}
-            await self._client.run(partial(self._client.budgets.update_one, query, update))
-
     async def _found(self, names: Sequence[Budget]) -> list[_Found | None]:
         async def find() -> dict[bytes, Document]:
             oids = list({_id_of(name): None for name in names})
@@ -255,6 +257,25 @@ class Budgets:
 def _id_of(budget: Budget) -> bytes:
     """The ``_id`` of a budget's document."""
     return bytes(budget.object) if any(budget.object) else bytes(budget.object + budget.name)
+
+
+def _charged(charge: Charge) -> Document:
+    """The query of a budget from which a charge was taken and can be given back."""
+    path = f"budgets.{charge.budget.name.hex()}"
+    return {"_id": _id_of(charge.budget), f"{path}.until": charge.until, f"{path}.spent": {"$gt": 0}}
+
+
+def _undoing(budget: Budget, reserved: int) -> list[Document]:
+    """The update that undoes a charge: one that began a window leaves what was there before."""
+    path = f"budgets.{budget.name.hex()}"
+    less = {
+        "spent": {"$subtract": [f"${path}.spent", 1]},
+        "reserved": {"$max": [{"$subtract": [f"${path}.reserved", reserved]}, 0]},
+    }
+    is_only = {"$eq": [f"${path}.spent", 1]}
+    # What was there before is None where there was nothing.
+    before = {"$ifNull": [f"${path}.before", "$$REMOVE"]}
+    return [{"$set": {path: {"$cond": [is_only, before, {"$mergeObjects": [f"${path}", less]}]}}}]
 
 
 def _read(document: Document, budget: Budget, default: int) -> _Found:
@@ -297,8 +318,11 @@ def _step(path: str, spend: Spend, now: int, reserved: int) -> Any:
 
     def begun(strikes: Any, length: Any, held: Any) -> Document:
         ends = {"$toLong": {"$add": [Int64(now), length]}}
-        return {"spent": 1, "strikes": strikes, "until": ends, "reserved": held}
+        return {"spent": 1, "strikes": strikes, "until": ends, "reserved": held, "before": before}
 
+    fields = ("spent", "strikes", "until")
+    stored = {name: f"{path}.{name}" for name in fields} | {"reserved": 0, "before": None}
+    before = {"$cond": [{"$eq": [{"$type": path}, "missing"]}, None, stored]}
     fresh = begun(0, Int64(spend.window), reserved)
     # A clock that was wrong, or a window that is long over: the budget begins anew.
     is_stale = {

@@ -7,10 +7,10 @@ One document is one line: its current exclusive token, and the tokens that this 
 
 - ``names``: what the document is found by, in one unique index: the line (16 bytes), the digests of all
   keys (32 bytes) and the ids of all tokens (numbers, the newest first: see :func:`id_name`).
-- ``object``: a digest of content type and object id, the index of ``find``, ``deactivate`` and ``erase``.
-- ``token``, ``former``: records by field name, without what all tokens of the line share. ``receipts`` is what
-  is remembered of a token's uses (see :class:`Kept`).
-- ``revision``: grows with every write, which is a compare-and-set on it. ``claim``: which flush wrote last.
+- ``object``: a digest of content type and object id, by which ``find``, ``deactivate`` and ``erase`` go.
+- ``token``, ``former``: records by field name, without what all tokens of the line share. ``receipts`` is
+  what is remembered of a token's uses (see :class:`Kept`).
+- ``revision``: grows with every write, which is a compare-and-set on it. ``claim``: the flush of the latest.
 - ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
 - ``beside``: how many tokens were added beside the line (see ``writes``).
 - ``spilling``, ``spill``, ``spill_id``: tombstones on their way into a document of their own.
@@ -25,6 +25,7 @@ the server takes nothing for an operator or a path.
 from __future__ import annotations
 
 import hashlib
+import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ MOST_FORMER: Final = 8
 RECEIPT: Final = 54
 """Characters of a receipt: a digest of the use id (22), the key's origin (16), the time (16)."""
 MOST_RECEIPTS: Final = 1_024
+_ID: Final = re.compile("[0-7][0-9a-f]{15}")
 
 
 class Kept(NamedTuple):
@@ -96,9 +98,9 @@ def _signed(text: str) -> int:
 # Names --------------------------------------------------------------------------------------------
 
 
-def id_name(token_id: str) -> Int64:
-    """The name of an id: a number that is the smaller the newer the id is."""
-    return Int64(~int(token_id, 16))
+def id_name(token_id: str) -> Int64 | str:
+    """The name of an id: a number that is the smaller the newer the id is. What is no id names nothing."""
+    return Int64(~int(token_id, 16)) if _ID.fullmatch(token_id) else token_id
 
 
 def names_of(tokens: Iterable[StoredToken]) -> list[object]:
@@ -248,10 +250,6 @@ class Stored:
         """All tokens in it, as far as they were read."""
         current = [self.kept] if self.kept is not None else []
         return [*current, *(self.former or ()), *self.pushed, *self.spill]
-
-    def is_empty(self) -> bool:
-        """Whether nothing is in it any more, so that it is to be deleted."""
-        return self.revision is not None and not self.beside and self.former == [] and not self.tokens()
 
     def has_new_token(self) -> bool:
         """Whether another token is the current one than when it was read."""

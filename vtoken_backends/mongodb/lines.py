@@ -60,6 +60,8 @@ class Insert(NamedTuple):
     keep_until: int
     wanted_until: int
     also_taken: tuple[bytes, ...]
+    given: tuple[StoredKey, ...] | None = None
+    """What a predecessor beside the line has given to the new token; None where there was no such one."""
 
     def __repr__(self) -> str:
         return f"<Insert {self.token.id}>"
@@ -115,6 +117,14 @@ class Spill(NamedTuple):
 
 class Again(NamedTuple):
     """Write what was changed in other documents, and decide again."""
+
+    giver: Stored | None = None
+    """The document of a predecessor that stands beside the line."""
+    given: tuple[StoredKey, ...] = ()
+    """The keys that it gives."""
+
+    def __repr__(self) -> str:
+        return "<Again>"
 
 
 Step: TypeAlias = Spill | Again
@@ -325,20 +335,38 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
         valid = [kept.token for kept in replacing if satisfies(kept.token, op.wanted_until)]
         if valid:
             return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
-    if op.mode is not InsertMode.ADD and _end_beside(op, documents):
-        return AGAIN
-    return _inserted(op, line, documents)
+    again = _end_beside(op, own, documents) if op.mode is not InsertMode.ADD else None
+    return again if again is not None else _inserted(op, line, documents)
 
 
-def _end_beside(op: Insert, documents: Documents) -> bool:
-    """Replace the active tokens that were added beside the line; whether there were any."""
-    are_there = False
-    for stored in documents.beside.get(op.line, ()):
-        kept = stored.kept
-        if kept is not None and kept.token.is_active:
-            stored.replace(kept, kept._replace(token=replaced(kept.token, op.token.created_at)))
-            are_there = True
-    return are_there
+def _end_beside(op: Insert, own: Kept | None, documents: Documents) -> Again | None:
+    """Replace the active tokens beside the line. None: there are none."""
+    holders = [
+        Holder(stored, stored.kept)
+        for stored in documents.beside.get(op.line, ())
+        if stored.kept is not None and stored.kept.token.is_active
+    ]
+    if not holders:
+        return None
+    again = Again()
+    exclusive = [holder for holder in holders if not holder.kept.token.is_beside]
+    predecessor = max(exclusive, key=lambda holder: holder.kept.token.id, default=None)
+    if own is not None and own.token.is_active and predecessor is not None:
+        predecessor = predecessor if predecessor.kept.token.id > own.token.id else None
+    for holder in holders:
+        token = holder.kept.token
+        if holder is predecessor:
+            given = overlapping_keys(token, op.token, op.keep_until)
+            token = _without(token, given)
+            again = Again(holder.stored, given)
+        token = replaced(token, op.token.created_at)
+        holder.stored.replace(holder.kept, holder.kept._replace(token=token))
+    return again
+
+
+def _without(token: StoredToken, keys: Collection[StoredKey]) -> StoredToken:
+    digests = {key.digest for key in keys}
+    return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
 
 
 def _id(token: StoredToken) -> str:
@@ -409,9 +437,8 @@ def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted
         documents.added.append(stored)
         return Inserted(InsertResult.INSERTED, token)
     if line is None:
-        line = Stored(shared=shared_of(token), line=op.line, kept=Kept(token), edits=1)
+        line = Stored(shared=shared_of(token), line=op.line)
         documents.add(line)
-        return Inserted(InsertResult.INSERTED, token)
     line.edits += 1
     if op.mode is InsertMode.ADD and not token.is_active and own is not None:
         _push(line, Kept(token))  # a tombstone that is copied
@@ -424,14 +451,13 @@ def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted
 
 def _replace_own(op: Insert, line: Stored) -> StoredToken:
     """Let the new token be the line's own one, and return it as it is stored."""
-    token, own = op.token, line.kept
+    own = line.kept
+    token = op.token._replace(keys=(*op.token.keys, *(op.given or ())))
     if own is not None:
         old = own.token
         if old.is_active and op.mode is not InsertMode.ADD:
-            given = overlapping_keys(old, token, op.keep_until)
-            digests = {key.digest for key in given}
-            old = old._replace(keys=tuple(key for key in old.keys if key.digest not in digests))
-            old = replaced(old, token.created_at)
+            given = overlapping_keys(old, token, op.keep_until) if op.given is None else ()
+            old = replaced(_without(old, given), token.created_at)
             token = token._replace(keys=(*token.keys, *given))
         _push(line, own._replace(token=old))
     line.kept = Kept(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -64,28 +65,44 @@ class Removals:
 
     async def _delete(self, found: Sequence[Stored], ids: set[str]) -> tuple[int, bool]:
         """Delete tokens of documents; how many, and whether others were quicker to change a document."""
+        alone: defaultdict[int | None, list[ObjectId]] = defaultdict(list)
         documents = Documents(is_whole=True)
         counts: dict[ObjectId, int] = {}
+        wanted = deleted = 0
         for stored in found:
-            documents.add(stored)
-            counts[stored.oid] = sum(kept.token.id in ids for kept in stored.tokens())
-            if not counts[stored.oid]:
-                continue
-            stored.edits += 1
-            if stored.kept is not None and stored.kept.token.id in ids:
-                stored.kept = None
-            stored.former = [kept for kept in stored.former or () if kept.token.id not in ids]
+            tokens = stored.tokens()
+            gone = sum(kept.token.id in ids for kept in tokens)
+            wanted += gone
+            if gone and (gone < len(tokens) or stored.beside):
+                documents.add(stored)
+                counts[stored.oid] = gone
+                _drop(stored, ids)
+            elif gone == 1:
+                alone[stored.revision].append(stored.oid)
+            elif gone:
+                deleted += gone * await self._delete_alike(stored.revision, [stored.oid])
+        for revision, oids in alone.items():
+            deleted += await self._delete_alike(revision, oids)
         written = await self._writes.write(documents)
         written.raise_problem()
-        await self._forget_beside([stored for stored in found if stored.edits])
-        done = sum(count for oid, count in counts.items() if oid not in written.lost)
-        return done, bool(written.lost)
+        deleted += sum(count for oid, count in counts.items() if oid not in written.lost)
+        await self._forget_lines(found)
+        return deleted, deleted < wanted
 
-    async def _forget_beside(self, changed: Sequence[Stored]) -> None:
+    async def _delete_alike(self, revision: int | None, oids: Sequence[ObjectId]) -> int:
+        """Delete whole documents that have not been changed; how many."""
+
+        async def delete() -> int:
+            query: Document = {"_id": {"$in": list(oids)}, "revision": revision}
+            return int((await self._client.tokens.delete_many(query)).deleted_count)
+
+        return await self._client.run(delete)
+
+    async def _forget_lines(self, found: Sequence[Stored]) -> None:
         """Delete lines without tokens, once nothing stands beside them any more."""
         lines = {
             stored.beside_line if stored.line is None else stored.line
-            for stored in changed
+            for stored in found
             if stored.beside_line is not None or stored.beside
         }
         for line in lines:
@@ -96,8 +113,7 @@ class Removals:
             if await self._writes.whole(query | {"beside_line": line}, 1):
                 continue
             # By its revision, which each addition beside the line changes before and after it.
-            same: Document = {"_id": stored.oid, "revision": stored.revision}
-            await self._client.run(partial(self._client.tokens.delete_one, same))
+            await self._delete_alike(stored.revision, [stored.oid])
 
     async def erase(self, content_type: str, object_id: str) -> int:
         """Delete all tokens of an object, page by page."""
@@ -109,6 +125,14 @@ class Removals:
             count += len({kept.token.id for stored in found for kept in stored.tokens()})
             these: Document = {"_id": {"$in": [stored.oid for stored in found]}}
             await self._client.run(partial(self._client.tokens.delete_many, these))
+
+
+def _drop(stored: Stored, ids: set[str]) -> None:
+    """Take tokens out of a document."""
+    stored.edits += 1
+    if stored.kept is not None and stored.kept.token.id in ids:
+        stored.kept = None
+    stored.former = [kept for kept in stored.former or () if kept.token.id not in ids]
 
 
 def _over(found: Sequence[Stored], before: int, now: int) -> list[StoredToken]:

@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple
 import bson
 from bson import ObjectId
 from bson.int64 import Int64
-from pymongo import DeleteMany, InsertOne, ReplaceOne, UpdateMany, UpdateOne
+from pymongo import InsertOne, ReplaceOne, UpdateMany, UpdateOne
 
 from vtoken.backend import (
     Inserted,
@@ -127,6 +127,7 @@ class Writes:
             is_whole: read whole documents at once.
         """
         answers: dict[int, Answer | BaseException] = {}
+        ops = list(ops)
         left = list(range(len(ops)))
         pause = Patience()
         while True:
@@ -156,7 +157,7 @@ class Writes:
 
     async def _round(
         self,
-        ops: Sequence[Operation],
+        ops: list[Operation],
         numbers: Sequence[int],
         answers: dict[int, Answer | BaseException],
         is_whole: bool,
@@ -166,6 +167,7 @@ class Writes:
         rests_on: dict[int, list[ObjectId]] = {}  # documents that were not written yet
         again: list[int] = []
         spilling: dict[ObjectId, Stored] = {}
+        given: dict[int, Again] = {}
         waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
         for number in numbers:
             op = ops[number]
@@ -177,6 +179,8 @@ class Writes:
                 waiting.update(needed_names(op, is_whole=True), before)
                 if isinstance(answer, Spill):
                     spilling[answer.stored.oid] = answer.stored
+                elif isinstance(answer, Again):
+                    given[number] = answer
                 continue
             answers[number] = answer
             changed = [s for s in _consulted(op, documents) if s.edits]
@@ -186,6 +190,10 @@ class Writes:
         written = await self.write(documents)
         if documents.added:
             await after_a_write(self._count_beside(documents.added))
+        for number, (giver, keys) in given.items():
+            op = ops[number]
+            if giver is not None and giver.oid not in written.lost and isinstance(op, Insert):
+                ops[number] = op._replace(given=keys)
         spilling |= {
             oid: stored
             for oid, stored in documents.all.items()
@@ -275,7 +283,7 @@ class Writes:
     # Writing --------------------------------------------------------------------------------------
 
     async def write(self, documents: Documents) -> Written:
-        """Write what was changed, and delete what holds nothing any more."""
+        """Write what was changed."""
         changed = [stored for stored in documents.all.values() if stored.edits]
         if not changed:
             return Written(set(), set(), {})
@@ -302,7 +310,7 @@ class Writes:
         async def send() -> None:
             nonlocal count
             result = await self._client.tokens.bulk_write(steps, ordered=False)
-            count = result.inserted_count + result.modified_count + result.deleted_count
+            count = result.inserted_count + result.modified_count
 
         with suppress(OutcomeUnknown):
             refused = await self._client.write_each(send)
@@ -317,20 +325,14 @@ class Writes:
         return set(), {}, False
 
     async def _claimed(self, changed: Sequence[Stored], claim: ObjectId) -> set[ObjectId]:
-        """Which documents a flush has written last, or deleted."""
-        oids = [stored.oid for stored in changed]
+        """Which documents a flush has written last."""
 
-        async def find() -> dict[ObjectId, object]:
-            query: Document = {"_id": {"$in": oids}}
-            found = await self._client.find_all(query, len(oids), {"claim": 1})
-            return {one["_id"]: one.get("claim") for one in found}
+        async def find() -> set[ObjectId]:
+            query: Document = {"_id": {"$in": [stored.oid for stored in changed]}, "claim": claim}
+            found = await self._client.find_all(query, len(changed), {"_id": 1})
+            return {one["_id"] for one in found}
 
-        claims = await after_a_write(self._client.run(find, writes=False))
-        return {
-            stored.oid
-            for stored in changed
-            if (stored.oid not in claims if stored.is_empty() else claims.get(stored.oid) == claim)
-        }
+        return await after_a_write(self._client.run(find, writes=False))
 
     async def _count_beside(self, added: Sequence[Stored]) -> None:
         """Count in lines that something is added beside them."""
@@ -528,12 +530,8 @@ def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[
     steps: list[Any] = []
     places: list[list[ObjectId]] = []
     alike: defaultdict[tuple[int | None, bytes], list[ObjectId]] = defaultdict(list)
-    empty: defaultdict[int | None, list[ObjectId]] = defaultdict(list)
     for stored in changed:
         same: Document = {"_id": stored.oid, "revision": stored.revision}
-        if stored.is_empty():
-            empty[stored.revision].append(stored.oid)
-            continue
         if stored.revision is None:
             steps.append(InsertOne(whole(stored, claim)))
         elif stored.former is not None:
@@ -551,9 +549,6 @@ def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[
             steps.append(UpdateOne({"_id": oids[0], "revision": revision}, change))
         else:
             steps.append(UpdateMany({"_id": {"$in": oids}, "revision": revision}, change))
-        places.append(oids)
-    for revision, oids in empty.items():
-        steps.append(DeleteMany({"_id": {"$in": oids}, "revision": revision}))
         places.append(oids)
     return steps, places
 
