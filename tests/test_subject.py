@@ -42,7 +42,7 @@ class Lazy:
         self._factory = factory
 
     @property  # type: ignore[misc]  # as those proxies do
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # as those proxies do
         return self._factory().__class__
 
     def __getattr__(self, name: str) -> object:
