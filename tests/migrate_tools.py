@@ -42,7 +42,7 @@ async def fill(backend: TokenBackend, tokens: Iterable[StoredToken]) -> None:
         answer = await backend.insert(stored, InsertMode.ADD)
         assert answer.result is InsertResult.INSERTED, stored
 
-    await at_once(tokens, store)
+    await at_once(list(tokens), store)
 
 
 def plain(stored: StoredToken) -> list[tuple[str, object]]:

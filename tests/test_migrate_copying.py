@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -32,6 +34,7 @@ from vtoken.migrate import Copied, copy, pages
 from vtoken.migrate.receipts import copy_receipt_name
 from vtoken_backends.memory import MemoryBackend
 
+from . import postgresql_servers
 from .faults import copy_round
 from .migrate_tools import HOUR, NOW, fill, key, of_every_kind, opened, token
 from .servers import fresh_database
@@ -40,6 +43,22 @@ from .servers import fresh_database
 def various(count: int) -> list[StoredToken]:
     """Tokens of every kind, newest first."""
     return sorted(of_every_kind(count), key=lambda stored: stored.id, reverse=True)
+
+
+@pytest.fixture(params=["memory", "sqlite", "mongodb", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty store of each kind."""
+    kind: str = request.param
+    if kind == "memory":
+        yield f"memory://copied-{uuid4().hex}"
+    elif kind == "sqlite":
+        yield f"sqlite:///{tmp_path}/copied.db?synchronous=normal"
+    elif kind == "mongodb":
+        with fresh_database(request.getfixturevalue("mongodb_standalone")) as url:
+            yield url
+    else:
+        with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+            yield url
 
 
 async def everything(backend: TokenBackend) -> list[StoredToken]:
@@ -87,10 +106,9 @@ async def test_pages_are_bounded_by_their_bytes() -> None:
 # Copies ------------------------------------------------------------------------------------------
 
 
-async def test_copies_are_equal_in_every_field(tmp_path: Path) -> None:
+async def test_copies_are_equal_in_every_field(store: str) -> None:
     tokens = various(40)
-    file = f"sqlite:///{tmp_path}/tokens.db?synchronous=normal"
-    async with opened("memory://") as first, opened(file) as second, opened("memory://") as third:
+    async with opened("memory://") as first, opened(store) as second, opened("memory://") as third:
         await fill(first, tokens)
         told: list[int] = []
         there = await copy(first, second, progress=told.append, page=16)
@@ -144,11 +162,11 @@ async def test_budgets_and_pretended_tokens_stay_behind() -> None:
     assert copied.inserted == 1
 
 
-async def test_tokens_of_the_destination_stay() -> None:
+async def test_tokens_of_the_destination_stay(store: str) -> None:
     theirs = token(7)
     same_key = token(8, keys=(key(1, token(8).id, NOW + HOUR),))
     same_id = token(2, keys=(key(9, token(2).id, NOW + HOUR),), object_id="another")
-    async with opened("memory://") as one, opened("memory://") as two:
+    async with opened("memory://") as one, opened(store) as two:
         await fill(one, [token(1), token(2), token(3)])
         await fill(two, [theirs, same_key, same_id])
         copied = await copy(one, two)
@@ -160,10 +178,10 @@ async def test_tokens_of_the_destination_stay() -> None:
 # Again -------------------------------------------------------------------------------------------
 
 
-async def test_what_ended_in_the_source_since_ends_in_the_copy() -> None:
+async def test_what_ended_in_the_source_since_ends_in_the_copy(store: str) -> None:
     several = token(4, max_uses=3)
     held = token(5)
-    async with opened("memory://") as one, opened("memory://") as two:
+    async with opened("memory://") as one, opened(store) as two:
         await fill(one, [token(1), token(2), token(3), several, held])
         match = Match(id=held.id, digests=(held.keys[0].digest,))
         await one.present(match, Hold(hold_id="h" * 32, until=NOW + 60_000), NOW)
@@ -179,9 +197,9 @@ async def test_what_ended_in_the_source_since_ends_in_the_copy() -> None:
     assert_equal(again, 5)
 
 
-async def test_what_was_replaced_in_the_source_since_is_replaced_in_the_copy() -> None:
+async def test_what_was_replaced_in_the_source_since_is_replaced_in_the_copy(store: str) -> None:
     plain = [token(n, f"{n}") for n in range(3)]
-    async with opened("memory://") as one, opened("memory://") as two:
+    async with opened("memory://") as one, opened(store) as two:
         await fill(one, plain)
         await copy(one, two)
         new = [token(10 + n, f"{n}", NOW + 5) for n in range(3)]
@@ -201,9 +219,9 @@ async def test_what_was_replaced_in_the_source_since_is_replaced_in_the_copy() -
         assert len(await two.find(active, 5)) == 2, "a token that was added beside stays"
 
 
-async def test_nothing_comes_back_to_life() -> None:
+async def test_nothing_comes_back_to_life(store: str) -> None:
     twice = token(2, max_uses=5)
-    async with opened("memory://") as one, opened("memory://") as two:
+    async with opened("memory://") as one, opened(store) as two:
         await fill(one, [token(1), twice])
         await copy(one, two)
         await two.deactivate(Match(id=token(1).id), NOW + 5)
@@ -216,8 +234,8 @@ async def test_nothing_comes_back_to_life() -> None:
     assert again.source_digest != again.destination_digest
 
 
-async def test_what_was_used_and_purged_is_not_taken_again() -> None:
-    async with opened("memory://") as one, opened("memory://") as two:
+async def test_what_was_used_and_purged_is_not_taken_again(store: str) -> None:
+    async with opened("memory://") as one, opened(store) as two:
         await fill(one, [token(1), token(2)])
         await copy(one, two)
         await use(two, token(1), NOW + 5)

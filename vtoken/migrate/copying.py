@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import NamedTuple
 
 from vtoken.backend import (
@@ -166,13 +167,15 @@ class _Run:
         there |= await found_by_id(self._destination, before)
         self.skipped += len(there)
         self.taken_before += sum(token.id not in there for token in before)
-        is_first = not floor
-        await at_once(
-            (token for token in new if token.id > floor), lambda token: self._insert_one(token, is_first)
-        )
+        wanted = [token for token in new if token.id > floor]
+        for beside in (False, True):  # in this order: what replaces older tokens must not end those beside it
+            await at_once(
+                [token for token in wanted if token.is_beside is beside],
+                partial(self._insert_one, is_first=not floor),
+            )
         return len(tokens)
 
-    async def _insert_one(self, token: StoredToken, is_first: bool) -> None:
+    async def _insert_one(self, token: StoredToken, *, is_first: bool) -> None:
         """Insert a token beside those that are there.
 
         If an earlier copy was made, the token may have replaced one that is still active in the destination.
@@ -214,7 +217,7 @@ class _Run:
             tokens = _real(found)
             there = await found_by_key(self._destination, tokens)
             there |= await found_by_id(
-                self._destination, (token for token in tokens if token.id not in there)
+                self._destination, [token for token in tokens if token.id not in there]
             )
             for token in tokens:
                 self.ours.update(_bytes(token))

@@ -97,7 +97,7 @@ class _Run:
             self.skipped += len(held)
             self.taken_before += len(before) - len(held)
         if not taken:
-            await at_once((token for token in tokens if token.created_at > self._floor), self._store_one)
+            await at_once([token for token in tokens if token.created_at > self._floor], self._store_one)
 
     async def _store_one(self, token: StoredToken) -> None:
         for _ in range(_DRAWS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import anyio
@@ -56,7 +56,7 @@ def _size(token: StoredToken) -> int:
     return _RECORD_BYTES + len(token.extra_data or "")
 
 
-async def at_once(items: Iterable[T], work: Callable[[T], Awaitable[object]]) -> None:
+async def at_once(items: Sequence[T], work: Callable[[T], Awaitable[object]]) -> None:
     """Do the same with every item, many at a time. The first error ends it and is raised as it is."""
     left = iter(items)
     failures: list[Exception] = []
@@ -72,7 +72,7 @@ async def at_once(items: Iterable[T], work: Callable[[T], Awaitable[object]]) ->
                 return
 
     async with anyio.create_task_group() as group:
-        for _ in range(_AT_ONCE):
+        for _ in range(min(_AT_ONCE, len(items))):
             group.start_soon(worker)
     if failures:
         raise failures[0]
@@ -92,7 +92,7 @@ async def found_by_key(backend: TokenBackend, tokens: Sequence[StoredToken]) -> 
     }
 
 
-async def found_by_id(backend: TokenBackend, tokens: Iterable[StoredToken]) -> dict[str, StoredToken]:
+async def found_by_id(backend: TokenBackend, tokens: Sequence[StoredToken]) -> dict[str, StoredToken]:
     """The same, looked up by their ids, one by one: for tokens that may have lost their keys to newer
     ones."""
     found: dict[str, StoredToken] = {}
