@@ -8,8 +8,9 @@
             set_password()
 
 Any number of threads may share one. Hooks and async loaders run in the event loop's thread; loaders that are
-not async, and the objects of ``issue_many``, in the caller's. Of several processes each opens its own, after
-the fork.
+not async, and the objects of ``issue_many``, in the caller's. A handle that is given as ``using`` is used in
+the event loop's thread, so a ``sqlite3`` connection needs ``check_same_thread=False``. Of several processes
+each opens its own, after the fork.
 """
 
 from __future__ import annotations
