@@ -18,11 +18,12 @@ author = project_copyright = "The vtoken authors"
 version = release = __version__
 html_title = f"vtoken {__version__}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["examples/*/*[!E].md", "examples/*/tests", "examples/*/.*", "examples/*/data"]
 html_theme = "furo"
 html_show_sourcelink = False
+html_extra_path = ["llms.txt"]  # names the pages' sources, which the site holds under _sources/
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
@@ -43,10 +44,18 @@ nitpick_ignore_regex = [
     # Names that are imported for type checkers only, and so are not resolved.
     ("py:.*", r"timedelta|HTTPConnection|InitPlugin|Middleware|web\..*|\w+Provider|CollectorRegistry"),
     # Aliases and helpers that are shown as they are.
-    ("py:.*", r"InvalidStatus|Handler|vtoken\.inputs\.(?:Unset|Wildcard)|vtoken\.(?:sync|subject)\.[PT]"),
+    ("py:.*", r"InvalidStatus|Handler|Render|Duration|Reason|vtoken\.inputs\.(?:Unset|Wildcard)"),
+    ("py:.*", r"vtoken\.(?:sync|subject)\.[PT]|vtoken\.policy\.\w+Options"),
 ]
 
-_PLACES = ("vtoken.", "vtoken.backend.", "vtoken.config.")
+_PLACES = (
+    "vtoken.",
+    "vtoken.backend.",
+    "vtoken.backend.TokenBackend.",  # where a backend's own methods say no more than the protocol
+    "vtoken.config.",
+    "vtoken.contrib.fastapi.",
+    "vtoken.testing.",
+)
 _MOVED = {
     "README.md": "/index.md",
     "CHANGELOG.md": "/project/changelog.md",
