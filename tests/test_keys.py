@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import string
+import sys
+import unicodedata
 import zlib
 from collections import Counter
 
@@ -121,6 +123,7 @@ PASTED = [
         "123\u00ad456",
     ),
     *("123\x00456", "123\x7f456", "\u2800123456", "123\u3164456", "1\ufe0f23456", "123\u3000456", "①②③④⑤⑥"),
+    "".join(f"{digit}\ufe0f\u20e3" for digit in "123456"),  # as emoji
 ]
 
 
@@ -164,6 +167,18 @@ class TestPastedCodes:
     )
     def test_letters_that_are_read_as_digits(self, typed: str, chars: str | None, expected: str) -> None:
         assert normalise_code(typed, chars) == expected
+
+    def test_every_dash_space_and_invisible_character_of_unicode_is_dropped(self) -> None:
+        everything = [chr(n) for n in range(sys.maxunicode + 1) if not 0xD800 <= n <= 0xDFFF]
+        dropped = [c for c in everything if unicodedata.category(c) in ("Cc", "Cf", "Pd", "Zl", "Zp", "Zs")]
+        assert [char for char in dropped if normalise_code(f"12{char}34", None) != "1234"] == []
+        assert normalise_link("".join(c for c in dropped if unicodedata.category(c) != "Pd")) == ""
+
+    def test_every_decimal_digit_of_unicode_is_its_ascii_digit(self) -> None:
+        digits = [chr(n) for n in range(sys.maxunicode + 1) if unicodedata.category(chr(n)) == "Nd"]
+        assert len(digits) > 600
+        assert {normalise_code(digit, DIGITS) for digit in digits} == set(DIGITS)
+        assert all(int(normalise_code(digit, None)) == unicodedata.decimal(digit) for digit in digits)
 
     @unhurried
     @given(st.text(max_size=20), st.sampled_from([DIGITS, "ABCDEF", ALPHANUMERIC, None]))

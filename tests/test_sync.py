@@ -292,6 +292,17 @@ class TestRedeem:
         with told, manager.redeem(USER, "reset", other.key), ThreadPoolExecutor(1) as pool:
             pool.submit(manager.deactivate, USER).result()  # outside, as the thread knows no block
 
+    def test_blocks_in_blocks(self, manager: SyncTokenManager) -> None:
+        one, other = manager.issue(USER, "one"), manager.issue(USER, "other")
+        with manager.redeem(USER, "one", one.key):
+            with manager.redeem(USER, "other", other.key):
+                assert manager.deactivate(USER) == 2
+            third = manager.issue(USER, "one")
+            assert manager.deactivate(USER) == 1
+        assert [token.uses for token in manager.history(USER)] == [0, 1, 1]
+        with manager.redeem(OTHER, "one", manager.issue(OTHER, "one").key):
+            assert manager.deactivate(third) == 0
+
     def test_a_block_that_is_left_in_another_thread(self, manager: SyncTokenManager) -> None:
         issued = manager.issue(USER, "reset")
         block = manager.redeem(USER, "reset", issued.key)

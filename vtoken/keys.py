@@ -248,7 +248,8 @@ def _is_invisible(char: str) -> bool:
 
 
 def _is_separator(char: str) -> bool:
-    return _is_invisible(char) or char in _DOTS_AND_DASHES or unicodedata.category(char) == "Pd"
+    # An enclosing mark makes a key cap of a digit.
+    return _is_invisible(char) or char in _DOTS_AND_DASHES or unicodedata.category(char) in ("Pd", "Me")
 
 
 def _ascii_digit(char: str) -> str:

@@ -31,7 +31,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar, Token, copy_context
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, cast
 
 import anyio
@@ -301,8 +301,9 @@ class SyncTokenManager:
             self._blocks.pop(block, None)
             raise
         # What holds inside the block (that a hold is its own, say) must hold for the calls of this thread.
-        changes = [(variable, variable.set(value)) for variable, value in block.changes]
+        changes: list[tuple[ContextVar[Any], Token[Any]]] = []
         try:
+            changes += [(variable, variable.set(now)) for variable, now in block.changes]
             yield value
         except BaseException as error:
             self._leave(block, _BlockFailed() if isinstance(error, Exception) else _BlockInterrupted())
