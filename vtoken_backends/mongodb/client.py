@@ -154,7 +154,16 @@ class Client:
         return self._client is not None and bool(self._client.topology_description.has_writable_server())
 
     async def close(self) -> None:
-        """Undo one :meth:`open`."""
+        """Undo one :meth:`open`. A cancellation does not cut it short."""
+        closing = _start(self._close())
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError:
+            await outlast(closing)
+            raise
+        closing.result()
+
+    async def _close(self) -> None:
         async with self._opening:
             if not self._opens:
                 return

@@ -27,6 +27,7 @@ from vtoken.backend import (
 from vtoken_backends.mongodb.client import NAMES, Client, Document
 from vtoken_backends.mongodb.documents import (
     LIGHT,
+    MOST_CLAIMS,
     MOST_FORMER,
     MOST_RECEIPTS,
     RECEIPT,
@@ -107,7 +108,7 @@ def _issuing(op: Insert) -> list[Document]:
             ]
         },
         "revision": {"$add": [{"$ifNull": ["$revision", -1]}, 1]},
-        "claim": ObjectId(),
+        "claims": _claims(),
         "due": {
             "$min": [
                 Int64(token.ends_at),
@@ -120,6 +121,10 @@ def _issuing(op: Insert) -> list[Document]:
     if op.mode is not InsertMode.IF_NONE_VALID:
         return [{"$replaceWith": issued}]
     return [{"$replaceWith": {"$cond": [_satisfies(op.wanted_until), "$$ROOT", issued]}}]
+
+
+def _claims() -> Document:
+    return {"$slice": [{"$concatArrays": [{"$ifNull": ["$claims", []]}, [ObjectId()]]}, -MOST_CLAIMS]}
 
 
 def _exists(path: str) -> Document:
@@ -211,7 +216,7 @@ def _running(now: int) -> Document:
 
 
 def _using(op: Present, change: Use | Hold) -> list[Document]:
-    update: Document = {"revision": {"$add": ["$revision", 1]}, "claim": ObjectId()}
+    update: Document = {"revision": {"$add": ["$revision", 1]}, "claims": _claims()}
     if isinstance(change, Hold):
         hold = {
             "hold_id": {"$literal": change.hold_id},

@@ -3,14 +3,14 @@
 One document is one line: its current exclusive token, and the tokens that this one replaced::
 
     {_id, names: [line, digests..., ids...], line, object, content_type, object_id, slug,
-     context, token: {...}, former: [{...}, ...], revision, claim, due, beside}
+     context, token: {...}, former: [{...}, ...], revision, claims, due, beside}
 
 - ``names``: what the document is found by, in one unique index: the line (16 bytes), the digests of all
   keys (32 bytes) and the ids of all tokens (numbers, the newest first: see :func:`id_name`).
 - ``object``: a digest of content type and object id, by which ``find``, ``deactivate`` and ``erase`` go.
 - ``token``, ``former``: records by field name, without what all tokens of the line share. ``receipts`` is
   what is remembered of a token's uses (see :class:`Kept`).
-- ``revision``: grows with every write, which is a compare-and-set on it. ``claim``: the flush of the latest.
+- ``revision``: grows by one with every write. ``claims``: the flushes of the latest ones, the newest last.
 - ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
 - ``beside``: how many tokens were added beside the line (see ``writes``).
 - ``spilling``, ``spill``, ``spill_id``: tombstones on their way into a document of their own.
@@ -50,13 +50,15 @@ TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"spilling": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
-LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claim": 0}
+LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claims": 0}
 """The projection that leaves out tombstones: they are rarely asked for, and may be many."""
 MOST_FORMER: Final = 8
 """Tombstones in a line, until those that nobody holds are spilled."""
 RECEIPT: Final = 54
 """Characters of a receipt: a digest of the use id (22), the key's origin (16), the time (16)."""
 MOST_RECEIPTS: Final = 1_024
+MOST_CLAIMS: Final = 8
+"""Of so many latest writes of a document, it can be told which flush each of them was of."""
 _ID: Final = re.compile("[0-7][0-9a-f]{15}")
 
 
@@ -238,6 +240,7 @@ class Stored:
     oid: ObjectId = field(default_factory=ObjectId)
     revision: int | None = None
     """None: it is not stored yet."""
+    claims: list[ObjectId] = field(default_factory=list)
     before: Kept | None = None
     """``kept``, as it was read."""
     edits: int = 0
@@ -299,6 +302,7 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             names=found["names"] if is_whole else [],
             oid=found["_id"],
             revision=int(found["revision"]),
+            claims=found["claims"] if is_whole else [],
             before=kept,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -320,7 +324,7 @@ def whole(stored: Stored, claim: ObjectId) -> Document:
         "object": object_of(stored.shared["content_type"], stored.shared["object_id"]),
         **stored.shared,
         "revision": 0 if stored.revision is None else stored.revision + 1,
-        "claim": claim,
+        "claims": [*stored.claims, claim][-MOST_CLAIMS:],
         "due": Int64(due_of(stored)),
     }
     if stored.line is not None:

@@ -6,8 +6,9 @@
 4. What others were quicker to change, what the unique index refused, and what takes whole documents to decide
    is decided again on whole documents, until nothing is left.
 
-A write leaves the number of its flush in ``claim``. So a reply that was lost does no harm: the bulk write is
-sent once more, changes nothing that it had changed before, and the claims tell what is done.
+A bulk write says how many documents it has changed, not which. So every write leaves the number of its flush
+in ``claims``, where it is found by the revision that it has made. That tells what is done, even where a reply
+was lost: the bulk write is sent once more then, and changes nothing that it had changed before.
 
 ``ADD`` counts in the line that something stands beside it, before its document is inserted and once more
 afterwards. So a ``REPLACE`` that did not see the document came first: if it read the line before the second
@@ -50,6 +51,7 @@ from vtoken.errors import BackendError, OutcomeUnknown
 from vtoken_backends.mongodb.client import NAMES, Client, Document, after_a_write
 from vtoken_backends.mongodb.documents import (
     LIGHT,
+    MOST_CLAIMS,
     MOST_FORMER,
     NEVER_DUE,
     Kept,
@@ -103,6 +105,15 @@ class Written(NamedTuple):
             raise unknown()
         for error in self.refused.values():
             raise type(error)(*error.args)
+
+
+class _Fate(NamedTuple):
+    """What a bulk write has done."""
+
+    done: set[ObjectId]
+    unknown: set[ObjectId]
+    refused: dict[int, BackendError]
+    """The steps that the server has refused, by their places."""
 
 
 class Writes:
@@ -290,21 +301,16 @@ class Writes:
         claim = ObjectId()
         steps, places = _steps(changed, claim)
         oids = {stored.oid for stored in changed}
-        done, refused, is_known = await self._send(steps, changed, claim)
-        if not is_known:
-            return Written(set(), oids - done, {})
+        fate = await self._send(steps, changed, claim)
         errors: dict[ObjectId, BackendError] = {}
-        for place, error in refused.items():
+        for place, error in fate.refused.items():
             # Without whole documents, others may have been refused with it: they are all tried again.
             if documents.is_whole and not isinstance(error, Duplicate):
                 errors |= dict.fromkeys(places[place], error)
-        return Written(oids - done - errors.keys(), set(), errors)
+        return Written(oids - fate.done - fate.unknown - errors.keys(), fate.unknown, errors)
 
-    async def _send(
-        self, steps: Sequence[Any], changed: Sequence[Stored], claim: ObjectId
-    ) -> tuple[set[ObjectId], dict[int, BackendError], bool]:
-        """Send a bulk write: which documents were written, which steps were refused, and whether the fate of
-        the other documents is known."""
+    async def _send(self, steps: Sequence[Any], changed: Sequence[Stored], claim: ObjectId) -> _Fate:
+        """Send a bulk write."""
         count = 0
 
         async def send() -> None:
@@ -315,24 +321,44 @@ class Writes:
         with suppress(OutcomeUnknown):
             refused = await self._client.write_each(send)
             if not refused and count == len(changed):
-                return {stored.oid for stored in changed}, {}, True
-            return await self._claimed(changed, claim), refused, True
+                return _Fate({stored.oid for stored in changed}, set(), {})
+            done, not_told = await self._claimed(changed, claim)
+            return _Fate(done, not_told, refused)
         # The connection broke, say, or the primary stepped down. What the first try has changed stays so,
         # and a second one changes the rest: drivers do the same for the commands that they can repeat.
+        done = set()
         with suppress(BackendError):
             await self._client.write_each(send)
-            return await self._claimed(changed, claim), {}, False
-        return set(), {}, False
+            done, _ = await self._claimed(changed, claim)
+        # The first try may be on its way still.
+        return _Fate(done, {stored.oid for stored in changed} - done, {})
 
-    async def _claimed(self, changed: Sequence[Stored], claim: ObjectId) -> set[ObjectId]:
-        """Which documents a flush has written last."""
+    async def _claimed(
+        self, changed: Sequence[Stored], claim: ObjectId
+    ) -> tuple[set[ObjectId], set[ObjectId]]:
+        """Which documents a flush has written, and of which it cannot be told."""
 
-        async def find() -> set[ObjectId]:
-            query: Document = {"_id": {"$in": [stored.oid for stored in changed]}, "claim": claim}
-            found = await self._client.find_all(query, len(changed), {"_id": 1})
-            return {one["_id"] for one in found}
+        async def find() -> dict[ObjectId, Document]:
+            query: Document = {"_id": {"$in": [stored.oid for stored in changed]}}
+            found = await self._client.find_all(query, len(changed), {"revision": 1, "claims": 1})
+            return {one["_id"]: one for one in found}
 
-        return await after_a_write(self._client.run(find, writes=False))
+        found = await after_a_write(self._client.run(find, writes=False))
+        done: set[ObjectId] = set()
+        not_told: set[ObjectId] = set()
+        for stored in changed:
+            one = found.get(stored.oid)
+            if one is None:
+                if stored.revision is not None:  # deleted since; one that was never there was refused
+                    not_told.add(stored.oid)
+                continue
+            made = 0 if stored.revision is None else stored.revision + 1
+            later = int(one["revision"]) - made
+            if later >= len(one["claims"]):
+                not_told.add(stored.oid)
+            elif later >= 0 and one["claims"][-1 - later] == claim:
+                done.add(stored.oid)
+        return done, not_told
 
     async def _count_beside(self, added: Sequence[Stored]) -> None:
         """Count in lines that something is added beside them."""
@@ -366,7 +392,7 @@ class Writes:
 
         async def drop() -> None:
             fields = {"spill": "", "spilling": "", "spill_id": ""}
-            update: Document = {"$unset": fields, "$inc": {"revision": 1}}
+            update: Document = {"$unset": fields, **_claiming(ObjectId())}
             await self._client.tokens.update_one({"_id": stored.oid, "spill_id": oid}, update)
 
         with suppress(Duplicate):  # somebody else has inserted it
@@ -521,8 +547,14 @@ def _counting(stored: Stored) -> UpdateOne:
         **shared,
         "due": Int64(NEVER_DUE),
     }
-    update = {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
+    update = _claiming(ObjectId()) | {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
     return UpdateOne({"names": line}, update, upsert=True, hint=NAMES)
+
+
+def _claiming(claim: ObjectId) -> Document:
+    """The part of an update that makes a new revision."""
+    claims = {"$each": [claim], "$slice": -MOST_CLAIMS}
+    return {"$inc": {"revision": 1}, "$push": {"claims": claims}}
 
 
 def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[list[ObjectId]]]:
@@ -544,7 +576,7 @@ def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[
         places.append([stored.oid])
     for (revision, difference), oids in alike.items():
         change: Document = bson.decode(difference)
-        change["$set"] |= {"revision": (revision or 0) + 1, "claim": claim}
+        change |= _claiming(claim)
         if len(oids) == 1:  # which drivers can repeat
             steps.append(UpdateOne({"_id": oids[0], "revision": revision}, change))
         else:
@@ -563,11 +595,12 @@ def _replacing(stored: Stored, same: Document, claim: ObjectId) -> UpdateOne:
     pushed: Document = {"names": {"$each": names}}
     if stored.pushed:
         pushed["former"] = {"$each": [token_document(kept) for kept in stored.pushed]}
-    values: Document = {"revision": (stored.revision or 0) + 1, "claim": claim}
+    update = _claiming(claim)
+    update["$push"] |= pushed
+    update["$min"] = {"due": Int64(min(token.ends_at for token in tokens))}
     if stored.kept is not None:
-        values["token"] = token_document(stored.kept)
-    due = Int64(min(token.ends_at for token in tokens))
-    return UpdateOne(query, {"$set": values, "$push": pushed, "$min": {"due": due}})
+        update["$set"] = {"token": token_document(stored.kept)}
+    return UpdateOne(query, update)
 
 
 def _difference(stored: Stored) -> Document:
