@@ -23,10 +23,10 @@ from vtoken.errors import (
     OutcomeUnknown,
 )
 from vtoken_backends.postgresql.statements import CONFLICT, Statement
+from vtoken_backends.postgresql.store import Blocked, Connection, Rows
 from vtoken_backends.postgresql.urls import POOL_SIZE
 
 _T = TypeVar("_T")
-Rows = list[tuple[Any, ...]]
 Driver = psycopg.AsyncConnection[tuple[Any, ...]]
 
 TIME_LIMIT: Final = 30.0
@@ -41,43 +41,40 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
-BEGIN: Final = Statement("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-COMMIT: Final = Statement("COMMIT")
-ROLLBACK: Final = Statement("ROLLBACK")
+# Tells one database of one running server from all others, whatever way leads to it.
+_IDENTITY: Final = Statement(
+    "SELECT d.oid::text, extract(epoch FROM pg_postmaster_start_time())::text"
+    " FROM pg_database AS d WHERE d.datname = current_database()"
+)
 
-_GAVE_WAY: Final = frozenset({CONFLICT, "40001", "40P01"})
+GAVE_WAY: Final = frozenset({CONFLICT, "40001", "40P01"})
 """The rows have changed since they were read; a serialization failure; a deadlock."""
 _NOT_PREPARED: Final = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or another's is: a pooler stands in between after all."""
-_BLOCKED: Final = "55P03"
+BLOCKED: Final = "55P03"
+"""A row stayed locked."""
 
 
 class GaveWay(Exception):
     """Another transaction was quicker. Nothing was changed; the operation is to be tried again."""
 
 
-class Blocked(Exception):
-    """A row stayed locked for longer than this operation was to wait. Nothing was changed."""
+class OwnConnection:
+    """A connection of ours. What it runs in one round trip outside of a transaction is one of its own."""
 
-
-class Connection:
-    """A connection that runs one operation."""
+    begin: Final = Statement("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+    commit: Final = Statement("COMMIT")
+    rollback: Final = Statement("ROLLBACK")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
     async def fetch(self, statement: Statement) -> Rows:
-        """Run one statement, outside of a transaction as one of its own."""
         cursor = psycopg.AsyncRawCursor(self._driver)
         await cursor.execute(statement.text.encode(), statement.parameters)
         return await cursor.fetchall() if cursor.description is not None else []
 
     async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
-        """Run several statements in one round trip, outside of a transaction as one of their own.
-
-        Returns:
-            the rows of the last one.
-        """
         if len(statements) == 1:
             return await self.fetch(statements[0])
         cursor = psycopg.AsyncRawCursor(self._driver)
@@ -97,18 +94,13 @@ class Connection:
         return await cursor.fetchall() if cursor.description is not None else []
 
     async def try_to(self, statements: Sequence[Statement]) -> bool:
-        """Run several statements as :meth:`fetch_all`; False where they gave way and changed nothing."""
         try:
             await self.fetch_all(statements)
         except psycopg.Error as error:
-            if error.sqlstate not in _GAVE_WAY:
+            if error.sqlstate not in GAVE_WAY:
                 raise
             return False
         return True
-
-    @property
-    def server_encoding(self) -> str:
-        return self._driver.info.parameter_status("server_encoding") or ""
 
 
 class Connections:
@@ -134,6 +126,7 @@ class Connections:
         self._idle: list[Driver] = []
         self._opening = anyio.Lock()
         self._may_prepare = True
+        self._identity: Rows = []
 
     def __repr__(self) -> str:
         return self._place
@@ -183,6 +176,13 @@ class Connections:
         self.check_place()
         return await self._carry_out(operation, writes)
 
+    async def leads_to_us(self, other: Connection) -> bool:
+        """Whether another connection is one to the same database of the same server."""
+        theirs = await other.fetch(_IDENTITY)
+        if theirs != self._identity:  # or the server was started again
+            self._identity = await self.run(lambda connection: connection.fetch(_IDENTITY), writes=False)
+        return theirs == self._identity
+
     async def _carry_out(self, operation: Callable[[Connection], Awaitable[_T]], writes: bool) -> _T:
         failure: Exception | None
         try:
@@ -204,11 +204,11 @@ class Connections:
         )
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncGenerator[Connection]:
+    async def _connection(self) -> AsyncGenerator[OwnConnection]:
         async with self._slots:
             driver = self._living_idle_one() or await self._connect()
             try:
-                yield Connection(driver)
+                yield OwnConnection(driver)
             finally:
                 if self._opens and driver.pgconn.transaction_status == TransactionStatus.IDLE:
                     self._idle.append(driver)
@@ -287,41 +287,47 @@ class Connections:
 
     def _translated(self, error: psycopg.Error, writes: bool) -> Exception:
         state = error.sqlstate or ""
-        said = f"{type(error).__name__} {state}".rstrip()
-        if state in _GAVE_WAY:
+        if state in GAVE_WAY:
             return GaveWay()
         if state in _NOT_PREPARED and self._may_prepare:
             self._may_prepare = False
             self._drop_idle()
             return GaveWay()
-        if state == _BLOCKED:
+        if state == BLOCKED:
             return Blocked()
-        if state in ("XX001", "XX002"):
-            return CorruptStore(f"PostgreSQL: the database is damaged ({said})")
-        if state in ("42P01", "3F000"):
-            return CorruptStore("PostgreSQL: a table of vtoken's is gone")
-        if state == "42501":
-            return BackendUnavailable(
-                "PostgreSQL: the role lacks a privilege on vtoken's tables or their schema"
-            )
         if state == "25006":
             self._drop_idle()  # after a fail-over, all of them may lead to the old primary
             return BackendUnavailable(
                 f"PostgreSQL at {self._place} is read-only: it is no longer the primary"
             )
-        if state == "57014" or state.startswith("53"):
-            return BackendUnavailable(
-                f"PostgreSQL: {_RESOURCES.get(state, 'the statement was cancelled')} ({said})"
-            )
+        said = f"{type(error).__name__} {state}".rstrip()
         lost = isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))
         if not lost:
-            return BackendError(f"PostgreSQL refused ({said})")
+            return refused(state, said)
         self._drop_idle()
         if not writes:
             return BackendUnavailable(f"PostgreSQL at {self._place}: the connection was lost ({said})")
         return OutcomeUnknown(
             f"PostgreSQL at {self._place}: the connection was lost, the write may have happened ({said})"
         )
+
+
+def refused(state: str, said: str) -> BackendError:
+    """What a refusal of the server means.
+
+    Args:
+        state: its SQLSTATE.
+        said: what may be shown of it.
+    """
+    if state in ("XX001", "XX002"):
+        return CorruptStore(f"PostgreSQL: the database is damaged ({said})")
+    if state in ("42P01", "3F000"):
+        return CorruptStore("PostgreSQL: a table of vtoken's is gone")
+    if state == "42501":
+        return BackendUnavailable("PostgreSQL: the role lacks a privilege on vtoken's tables or their schema")
+    if state in _RESOURCES or state.startswith("53"):
+        return BackendUnavailable(f"PostgreSQL: {_RESOURCES.get(state, 'a resource is exhausted')} ({said})")
+    return BackendError(f"PostgreSQL refused ({said})")
 
 
 def _has_spoken(socket: int) -> bool:

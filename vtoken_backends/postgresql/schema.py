@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from vtoken.errors import BackendError, CorruptStore
-from vtoken_backends.postgresql.connections import BEGIN, COMMIT, Connection
 from vtoken_backends.postgresql.statements import Statement
+from vtoken_backends.postgresql.store import Connection
 from vtoken_backends.postgresql.tables import RELATIONS, SCHEMA, TABLES, VERSION, ddl, quoted
 
 MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
@@ -31,14 +31,13 @@ async def prepare(connection: Connection, schema: str) -> None:
         CorruptStore: tables of these names are there that are not ours, or some are gone.
         BackendError: the database has another encoding, or the store a newer schema.
     """
-    if connection.server_encoding != "UTF8":
-        raise BackendError(
-            f"the PostgreSQL database has the encoding {connection.server_encoding}: vtoken needs UTF8"
-        )
+    [(encoding,)] = await connection.fetch(Statement("SELECT current_setting('server_encoding')"))
+    if encoding != "UTF8":
+        raise BackendError(f"the PostgreSQL database has the encoding {encoding}: vtoken needs UTF8")
     if await _version(connection, schema) == SCHEMA:
         await check(connection, schema)
         return
-    await connection.fetch_all([BEGIN, Statement(_LOCK, [schema])])
+    await connection.fetch_all([connection.begin, Statement(_LOCK, [schema])])
     version = await _version(connection, schema)
     if version is None:
         await _create(connection, schema)
@@ -46,7 +45,7 @@ async def prepare(connection: Connection, schema: str) -> None:
         for number in range(version, SCHEMA):
             for text in MIGRATIONS[number]:
                 await connection.fetch(Statement(text.replace("@", quoted(schema))))
-    await connection.fetch(COMMIT)
+    await connection.fetch(connection.commit)
     await check(connection, schema)
 
 

@@ -59,7 +59,8 @@ _BY_LINE: Final = """
     SELECT o.id
     FROM (
         SELECT *
-        FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text, context bytea)
+        FROM json_to_recordset(${n}::text::json)
+            AS n(content_type text, object_id text, slug text, context bytea)
         LIMIT {count}
     ) AS n
     JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
@@ -69,7 +70,8 @@ _BY_LINE: Final = """
 _BY_PURPOSE: Final = """
     SELECT o.id
     FROM (
-        SELECT * FROM json_to_recordset(${n}::json) AS n(content_type text, object_id text, slug text)
+        SELECT * FROM json_to_recordset(${n}::text::json)
+            AS n(content_type text, object_id text, slug text)
         LIMIT {count}
     ) AS n
     JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
@@ -81,7 +83,8 @@ SELECT 'token', t.xmin::text, row_to_json(t)::text FROM @tokens AS t WHERE t.id 
 _RECEIPTS: Final = """
 SELECT 'receipt', '', row_to_json(r)::text
 FROM (
-    SELECT * FROM json_to_recordset(${n}::json) AS n(digest bytea, use_id text) LIMIT {count}
+    SELECT * FROM json_to_recordset(${n}::text::json)
+            AS n(digest bytea, use_id text) LIMIT {count}
 ) AS n
 JOIN @keys AS k ON k.digest = n.digest
 JOIN @receipts AS r
@@ -89,7 +92,8 @@ JOIN @receipts AS r
 """
 _BUDGETS: Final = """
 SELECT 'budget', b.xmin::text, row_to_json(b)::text
-FROM (SELECT * FROM json_to_recordset(${n}::json) AS n(object bytea, name bytea) LIMIT {count}) AS n
+FROM (SELECT * FROM json_to_recordset(${n}::text::json)
+            AS n(object bytea, name bytea) LIMIT {count}) AS n
 JOIN @budgets AS b ON b.object = n.object AND b.name = n.name
 """
 _FOUND: Final = "SELECT t.xmin::text, row_to_json(t)::text FROM @tokens AS t"
@@ -103,6 +107,7 @@ tuned AS MATERIALIZED (
             WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)
 )
 """
+_UNTUNED: Final = "tuned AS MATERIALIZED (SELECT $2::text)"
 _ALL_OR_NOTHING: Final = "SELECT 1 / (count(*) = $3::bigint)::integer FROM changed"
 _MUTABLE: Final = ", ".join(
     name
@@ -114,7 +119,8 @@ WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT t.id, n.patch
     FROM tuned CROSS JOIN (
-        SELECT * FROM json_to_recordset($1::json) AS n(id bigint, version text, patch json) LIMIT $3::bigint
+        SELECT * FROM json_to_recordset($1::text::json)
+            AS n(id bigint, version text, patch json) LIMIT $3::bigint
     ) AS n
     JOIN @tokens AS t ON t.id = n.id AND t.xmin::text = n.version
     ORDER BY t.id FOR UPDATE OF t
@@ -132,7 +138,7 @@ WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT b.object, b.name, n.spent, n.strikes, n.until
     FROM tuned CROSS JOIN (
-        SELECT * FROM json_to_recordset($1::json)
+        SELECT * FROM json_to_recordset($1::text::json)
             AS n(object bytea, name bytea, version text, spent bigint, strikes integer, until bigint)
         LIMIT $3::bigint
     ) AS n
@@ -151,7 +157,8 @@ WITH {_TUNED},
 same AS MATERIALIZED (
     SELECT b.object, b.name
     FROM tuned CROSS JOIN (
-        SELECT * FROM json_to_recordset($1::json) AS n(object bytea, name bytea, version text)
+        SELECT * FROM json_to_recordset($1::text::json)
+            AS n(object bytea, name bytea, version text)
         LIMIT $3::bigint
     ) AS n
     JOIN @budgets AS b ON b.object = n.object AND b.name = n.name AND b.xmin::text = n.version
@@ -165,7 +172,8 @@ changed AS (
 _INSERT: Final = f"""
 WITH {_TUNED},
 changed AS (
-    INSERT INTO @{{table}} SELECT n.* FROM tuned, json_populate_recordset(NULL::@{{table}}, $1::json) AS n
+    INSERT INTO @{{table}} SELECT n.*
+    FROM tuned, json_populate_recordset(NULL::@{{table}}, $1::text::json) AS n
     ON CONFLICT DO NOTHING
     RETURNING 1
 )
@@ -180,7 +188,8 @@ WITH {_TUNED},
 changed AS (
     UPDATE @keys AS k SET token = n.token, origin = n.origin
     FROM tuned, (
-        SELECT * FROM json_to_recordset($1::json) AS n(digest bytea, old bigint, token bigint, origin bigint)
+        SELECT * FROM json_to_recordset($1::text::json)
+            AS n(digest bytea, old bigint, token bigint, origin bigint)
         LIMIT $3::bigint
     ) AS n
     WHERE k.digest = n.digest AND k.token = n.old
@@ -193,7 +202,8 @@ WITH {_TUNED},
 changed AS (
     DELETE FROM @keys AS k
     USING tuned, (
-        SELECT * FROM json_to_recordset($1::json) AS n(digest bytea, old bigint) LIMIT $3::bigint
+        SELECT * FROM json_to_recordset($1::text::json)
+            AS n(digest bytea, old bigint) LIMIT $3::bigint
     ) AS n
     WHERE k.digest = n.digest AND k.token = n.old
     RETURNING 1
@@ -203,7 +213,7 @@ changed AS (
 _FORGET_RECEIPTS: Final = f"""
 WITH {_TUNED}
 DELETE FROM @receipts AS r
-USING tuned, json_to_recordset($1::json) AS n(token bigint)
+USING tuned, json_to_recordset($1::text::json) AS n(token bigint)
 WHERE r.token = n.token AND r.at < (
     SELECT latest.at FROM @receipts AS latest WHERE latest.token = n.token
     ORDER BY latest.at DESC OFFSET {REMEMBERED_USES - 1} LIMIT 1
@@ -290,16 +300,19 @@ class Statements:
 
     Args:
         schema: its name, not quoted.
+        is_tuned: whether they make their transaction durable and bound its wait for locks. Within a
+            transaction of the application's own, that is the application's affair.
     """
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, *, is_tuned: bool = True) -> None:
         self._prefix = f"{quoted(schema)}.vtoken_"
+        self._tuned = _TUNED if is_tuned else _UNTUNED
         self._texts: dict[str, str] = {}
 
     def _text(self, template: str) -> str:
         text = self._texts.get(template)
         if text is None:
-            text = self._texts[template] = template.replace("@", self._prefix)
+            text = self._texts[template] = template.replace(_TUNED, self._tuned).replace("@", self._prefix)
         return text
 
     # Reading --------------------------------------------------------------------------------------
@@ -372,7 +385,7 @@ class Statements:
             statements.append(Statement(self._text(text), [numbers]))
         if board.budgets_before:
             text = (
-                "SELECT FROM json_to_recordset($1::json) AS n(object bytea, name bytea)"
+                "SELECT FROM json_to_recordset($1::text::json) AS n(object bytea, name bytea)"
                 " JOIN @budgets AS b ON b.object = n.object AND b.name = n.name"
                 " ORDER BY b.object, b.name FOR UPDATE OF b"
             )
@@ -381,7 +394,7 @@ class Statements:
         return statements
 
     def tune(self, patience: int) -> Statement:
-        return Statement(f"WITH {_TUNED.replace('$2', '$1')} SELECT FROM tuned", [str(patience)])
+        return Statement(f"WITH {self._tuned.replace('$2', '$1')} SELECT FROM tuned", [str(patience)])
 
     def lock_page(self, match: Match, after: int, limit: int) -> Statement:
         """Lock the next of the tokens that ``deactivate`` may have to change. Returns rows as :meth:`find`.

@@ -1,0 +1,243 @@
+"""The same store through a transaction of the application's own.
+
+A handle is a psycopg ``AsyncConnection``, an asyncpg connection, or SQLAlchemy's ``AsyncSession`` or
+``AsyncConnection`` on one of the two. The statements run there, within savepoints of ours, and nothing is
+committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, Self, TypeVar
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+
+from vtoken.backend import TokenBackend
+from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, InvalidInput
+from vtoken_backends.postgresql import schema as _schema
+from vtoken_backends.postgresql.board import Operation
+from vtoken_backends.postgresql.connections import GAVE_WAY, TIME_LIMIT, Connections, refused
+from vtoken_backends.postgresql.statements import Statement, Statements
+from vtoken_backends.postgresql.store import PATIENCE, Connection, Rows, Store
+
+_T = TypeVar("_T")
+
+_KINDS: Final = (
+    "using must be a psycopg AsyncConnection, an asyncpg connection, or SQLAlchemy's AsyncSession or"
+    " AsyncConnection on one of these"
+)
+_NO_TRANSACTION: Final = "using: no transaction is under way on it: begin one, and commit it afterwards"
+
+
+class Driver(Protocol):
+    """A connection of a driver's."""
+
+    @property
+    def is_in_transaction(self) -> bool: ...
+
+    async def fetch(self, statement: Statement) -> Rows: ...
+
+
+class _Psycopg:
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+
+    @property
+    def is_in_transaction(self) -> bool:
+        return not self._connection.closed and (
+            self._connection.pgconn.transaction_status
+            in (TransactionStatus.INTRANS, TransactionStatus.ACTIVE)
+        )
+
+    async def fetch(self, statement: Statement) -> Rows:
+        cursor = psycopg.AsyncRawCursor(self._connection, row_factory=tuple_row)
+        await cursor.execute(statement.text.encode(), statement.parameters, prepare=False)
+        return await cursor.fetchall() if cursor.description is not None else []
+
+
+class _Asyncpg:
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @property
+    def is_in_transaction(self) -> bool:
+        return not self._connection.is_closed() and bool(self._connection.is_in_transaction())
+
+    async def fetch(self, statement: Statement) -> Rows:
+        return [tuple(row) for row in await self._connection.fetch(statement.text, *statement.parameters)]
+
+
+class _Sqlalchemy:
+    """A session or connection of SQLAlchemy's, which connects and begins only when it runs a statement."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._driver: Driver | None = None
+
+    @property
+    def is_in_transaction(self) -> bool:
+        return bool(self._handle.in_transaction())
+
+    async def fetch(self, statement: Statement) -> Rows:
+        if self._driver is None:
+            self._driver = await self._connected()
+        return await self._driver.fetch(statement)
+
+    async def _connected(self) -> Driver:
+        handle = self._handle
+        connection = await handle.connection() if hasattr(handle, "connection") else handle
+        raw = await connection.get_raw_connection()
+        driver = _driver_of(raw.driver_connection)
+        if driver is None:
+            raise InvalidInput(_KINDS)
+        if not driver.is_in_transaction:
+            await connection.exec_driver_sql("SELECT 1")
+        if not driver.is_in_transaction:  # its isolation level is AUTOCOMMIT
+            raise InvalidInput(_NO_TRANSACTION)
+        return driver
+
+
+def _driver_of(handle: object) -> Driver | None:
+    # What has not been imported yet is nobody's class.
+    if isinstance(handle, psycopg.AsyncConnection):
+        return _Psycopg(handle)
+    asyncpg: Any = sys.modules.get("asyncpg")
+    if asyncpg is not None and isinstance(handle, asyncpg.Connection | asyncpg.pool.PoolConnectionProxy):
+        return _Asyncpg(handle)
+    return None
+
+
+def _handle(handle: object) -> Driver:
+    """The handle as a driver's connection.
+
+    Raises:
+        InvalidInput: it is of no kind that is known, or no transaction is under way.
+    """
+    driver = _driver_of(handle)
+    if driver is None:
+        alchemy: Any = sys.modules.get("sqlalchemy.ext.asyncio")
+        if alchemy is None or not isinstance(handle, alchemy.AsyncSession | alchemy.AsyncConnection):
+            raise InvalidInput(_KINDS)
+        driver = _Sqlalchemy(handle)
+    if not driver.is_in_transaction:
+        raise InvalidInput(_NO_TRANSACTION)
+    return driver
+
+
+class _Within:
+    """A connection inside of a transaction: what would be one elsewhere is a savepoint here."""
+
+    begin: Final = Statement("SAVEPOINT vtoken")
+    commit: Final = Statement("RELEASE SAVEPOINT vtoken")
+    rollback: Final = Statement("ROLLBACK TO SAVEPOINT vtoken")
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def fetch(self, statement: Statement) -> Rows:
+        return await self._driver.fetch(statement)
+
+    async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
+        rows: Rows = []
+        for statement in statements:
+            rows = await self._driver.fetch(statement)
+        return rows
+
+    async def try_to(self, statements: Sequence[Statement]) -> bool:
+        await self._driver.fetch(self.begin)
+        try:
+            await self.fetch_all([*statements, self.commit])
+        except Exception as error:
+            if getattr(error, "sqlstate", None) not in GAVE_WAY:
+                raise
+        else:
+            return True
+        await self._driver.fetch(self.rollback)
+        return False
+
+
+class Transaction(Store):
+    """A backend whose methods run on a handle and nowhere else.
+
+    Args:
+        handle: what the application gave as ``using``.
+        schema: where the tables are.
+        connections: those of the backend, which tell whether the handle leads to the same database.
+
+    Raises:
+        InvalidInput: the handle is of no kind that is known, or no transaction is under way on it.
+    """
+
+    def __init__(self, handle: object, schema: str, connections: Connections) -> None:
+        super().__init__(schema, Statements(schema, is_tuned=False))
+        self._handle: Final = _Within(_handle(handle))
+        self._connections: Final = connections
+        self._is_checked = False
+
+    @classmethod
+    def from_url(cls, url: str, **options: object) -> Self:
+        raise ConfigurationError("a transaction's backend is made by within()")
+
+    async def open(self) -> None:
+        self._connections.check_place()
+
+    async def close(self) -> None:
+        pass
+
+    async def ping(self) -> None:
+        async def check(connection: Connection) -> None:
+            await _schema.check(connection, self._schema)
+
+        await self._run(check, writes=False)
+
+    def within(self, handle: object) -> TokenBackend:
+        return Transaction(handle, self._schema, self._connections)
+
+    async def _submit(self, operation: Operation) -> object:
+        async def play(connection: Connection) -> object:
+            [answer] = await self.play([operation], PATIENCE, connection)
+            return answer
+
+        return await self._run(play)
+
+    async def _look(self, operation: Operation) -> object:
+        async def look(connection: Connection) -> object:
+            [answer] = (await self.look_at([operation], connection))[1]
+            return answer
+
+        return await self._run(look, writes=False)
+
+    async def _check(self) -> None:
+        if not self._is_checked and not await self._connections.leads_to_us(self._handle):
+            raise InvalidInput("using: it is connected to another database than the store's")
+        self._is_checked = True
+
+    async def _run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
+        self._connections.check_place()
+        failure: BackendError | InvalidInput
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                await self._check()
+                return await operation(self._handle)
+        except (BackendError, InvalidInput) as error:
+            failure = error
+        except TimeoutError:
+            failure = BackendUnavailable(
+                f"PostgreSQL did not answer within {TIME_LIMIT:.0f} seconds: roll the transaction back"
+            )
+        except Exception as error:  # of one of several drivers
+            failure = _refused(error)
+        raise failure  # outside of the block: the driver's error quotes keys
+
+
+def _refused(error: Exception) -> BackendError:
+    state = getattr(error, "sqlstate", None) or ""
+    if state in GAVE_WAY:
+        return BackendUnavailable(
+            "PostgreSQL: another transaction was quicker: roll this one back and run it again"
+        )
+    return refused(state, f"{type(error).__name__} {state}".rstrip())
