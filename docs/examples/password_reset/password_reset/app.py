@@ -23,7 +23,7 @@ from password_reset.accounts import Accounts
 from password_reset.config import Config
 from password_reset.mail import Deliver, deliverer
 from password_reset.outbox import Busy, Outbox
-from password_reset.pages import BROWSER, FOLDER, Parts, page, set_cookie
+from password_reset.pages import BROWSER, FOLDER, Parts, cookie_name, page, set_cookie
 from password_reset.tokens import POLICIES
 
 logger = logging.getLogger("uvicorn.error")  # it is shown where uvicorn's own messages are
@@ -58,7 +58,7 @@ def create_app(
         accounts = await Accounts.open(config.data / "accounts.db")
         try:
             send = deliver or deliverer(config.smtp, config.data / "mailbox")
-            outbox = Outbox(manager, accounts, send, config.base_url, config.sender)
+            outbox = Outbox(manager, send, config.base_url, config.sender)
             async with opened(app) as state, outbox.running():
                 if await accounts.is_empty():
                     logger.info("Invitation: %s", await members.invitation(manager, config.base_url))
@@ -66,7 +66,8 @@ def create_app(
         finally:
             await accounts.close()
 
-    app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None)
+    # No redirects from /reset/ to /reset: they would go to the host that the request names, with the key.
+    app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(members.router)
     app.include_router(reset.router)
@@ -77,7 +78,8 @@ def create_app(
 
     @app.middleware("http")
     async def every_answer(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        nonce = request.cookies.get(BROWSER, "")
+        request.state.cookie = lambda name: request.cookies.get(cookie_name(config, name))
+        nonce = request.state.cookie(BROWSER) or ""
         is_new = not re.fullmatch(r"[\w-]{43}", nonce, re.ASCII)
         request.state.browser = secrets.token_urlsafe(32) if is_new else nonce
         response = await call_next(request)

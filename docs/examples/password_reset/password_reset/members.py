@@ -7,11 +7,21 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.responses import RedirectResponse
-from vtoken import InvalidInput, InvalidToken, TokenManager
+from vtoken import InvalidToken, TokenBusy, TokenManager
 
 from password_reset import passwords
 from password_reset.accounts import AddressTaken
-from password_reset.pages import SESSION, Account, Application, Manager, Text, page, same_browser, set_cookie
+from password_reset.pages import (
+    SESSION,
+    Account,
+    Application,
+    Manager,
+    Text,
+    cookie_name,
+    page,
+    same_browser,
+    set_cookie,
+)
 from password_reset.tokens import INVITATION, TEAM, normalised
 
 router = APIRouter()
@@ -40,15 +50,17 @@ async def sign_in(
 
 @_forms.post("/sign-out")
 async def sign_out(request: Request, parts: Application) -> Response:
-    await parts.accounts.end_session(request.cookies.get(SESSION, ""))
+    await parts.accounts.end_session(request.state.cookie(SESSION) or "")
     response = RedirectResponse("/", 303)
-    response.delete_cookie(SESSION)
+    response.delete_cookie(
+        cookie_name(parts.config, SESSION), secure=parts.config.is_https, httponly=True, samesite="lax"
+    )
     return response
 
 
 async def invitation(manager: TokenManager, base_url: str) -> str:
     """The link of a new invitation; an older one ends."""
-    token = await manager.deactivate_and_create(TEAM, INVITATION)
+    token = await manager.issue(TEAM, INVITATION)
     return f"{base_url}/join?key={token.key}"
 
 
@@ -63,7 +75,7 @@ async def invite(request: Request, manager: Manager, parts: Application, account
 async def check_invitation(request: Request, manager: Manager, key: str = "") -> Response:
     try:
         await manager.verify(TEAM, INVITATION, key)
-    except (InvalidToken, InvalidInput):
+    except InvalidToken:
         return page(request, "not_valid", 400)
     return page(request, "join", key=key)
 
@@ -90,11 +102,9 @@ async def join(
             await parts.accounts.add(whose, made)
     except AddressTaken:  # who was invited may know; strangers don't get here
         return page(request, "join", 400, key=key, problem="That address has an account already.")
-    except InvalidInput:
-        return page(request, "not_valid", 400)
-    except InvalidToken as error:
-        if error.reason == "leased":  # an invitation is for several people
-            return page(request, "join", 409, key=key, problem="Somebody else joins just now. Try again.")
+    except TokenBusy:  # an invitation has three uses, and three people are joining just now
+        return page(request, "join", 409, key=key, problem="Others are joining just now. Try again.")
+    except InvalidToken:
         return page(request, "not_valid", 400)
     return page(request, "joined")
 

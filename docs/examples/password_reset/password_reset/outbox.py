@@ -1,5 +1,8 @@
-"""Messages are asked for here and sent in the background, so that the answer takes as long for an address
-without an account as for one with it."""
+"""Messages are sent in the background, so that no answer waits for a mail server.
+
+There are two queues: a stranger who asks for many messages must not hold back the one that says that a password
+was changed.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,12 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import EmailMessage
-from typing import Literal
 
 import anyio
-from vtoken import CooldownActive, TokenManager
+from anyio.streams.memory import MemoryObjectReceiveStream
+from vtoken import IssuedToken, TokenManager
 
-from password_reset.accounts import Accounts
 from password_reset.mail import Deliver
-from password_reset.tokens import CODE, RESET, address
 
 logger = logging.getLogger(__name__)
 
@@ -28,85 +29,90 @@ class Busy(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A message that was asked for."""
-
-    kind: Literal["link", "code", "changed"]
-    email: str
-    browser: str = ""
+class _Letter:
+    message: EmailMessage
+    token: IssuedToken | None = None
 
 
 class Outbox:
-    """Makes tokens and sends them to accounts that exist, one message after the other."""
+    """Sends messages to accounts that exist, one after the other."""
 
-    def __init__(
-        self, manager: TokenManager, accounts: Accounts, deliver: Deliver, base_url: str, sender: str
-    ) -> None:
+    def __init__(self, manager: TokenManager, deliver: Deliver, base_url: str, sender: str) -> None:
         self._manager = manager
-        self._accounts = accounts
         self._deliver = deliver
         self._base_url = base_url
         self._sender = sender
-        self._put, self._get = anyio.create_memory_object_stream[Wanted](_WAITING)
+        self._asked, self._to_send = anyio.create_memory_object_stream[_Letter](_WAITING)
+        self._changed, self._to_notify = anyio.create_memory_object_stream[_Letter](_WAITING)
 
-    def ask(self, wanted: Wanted) -> None:
-        """Have a message sent, if its address has an account.
+    def require_room(self) -> None:
+        """Refuse what could not be sent.
 
         Raises:
-            Busy: too many are waiting.
+            Busy: too many messages are waiting.
         """
+        if self._asked.statistics().current_buffer_used >= _WAITING:
+            raise Busy
+
+    def send(self, email: str, token: IssuedToken) -> None:
+        """Have a link and a code sent.
+
+        Raises:
+            Busy: too many messages are waiting.
+        """
+        code = token.code or ""
+        message = self._message(email, "Set a new password")
+        message.set_content(
+            "You, or somebody else, asked for a new password.\n\n"
+            "Open this link within an hour:\n\n"
+            f"{self._base_url}/reset?key={token.key}\n\n"
+            "Or type this code, within ten minutes, into the page where you asked for it:\n\n"
+            f"{code[:3]} {code[3:]}\n\n"
+            "Tell it to nobody. If it was not you, do nothing: your password stays as it is.\n"
+        )
         try:
-            self._put.send_nowait(wanted)
+            self._asked.send_nowait(_Letter(message, token))
         except anyio.WouldBlock:
             raise Busy from None
+
+    def notify(self, email: str) -> None:
+        """Have the owner told that the password was changed."""
+        message = self._message(email, "Your password was changed")
+        message.set_content(
+            "Your password was changed a moment ago, and you were signed out everywhere.\n\n"
+            f"If it was not you, ask for a new one at once: {self._base_url}/forgot\n"
+        )
+        try:
+            self._changed.send_nowait(_Letter(message))
+        except anyio.WouldBlock:  # the password is changed all the same
+            logger.error("a message about a changed password could not be queued")
+
+    def _message(self, email: str, subject: str) -> EmailMessage:
+        message = EmailMessage()
+        message["From"] = self._sender
+        message["To"] = email  # equal to the stored address
+        message["Subject"] = subject
+        return message
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
         """Send while a block runs. What waits when it ends is still sent, for a few seconds."""
-        with self._put, self._get:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._run)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._run, self._to_send)
+            group.start_soon(self._run, self._to_notify)
+            try:
                 yield
-                self._put.close()
+            finally:
+                self._asked.close()
+                self._changed.close()
                 group.cancel_scope.deadline = anyio.current_time() + _LAST_SECONDS
 
-    async def _run(self) -> None:
-        async for wanted in self._get:
-            try:
-                await self._send(wanted)
-            except CooldownActive:
-                logger.info("a message was asked for again too soon, and not sent")
-            except Exception:  # the next one may be luckier, and this person can ask again
-                logger.exception("a message could not be sent")
-
-    async def _send(self, wanted: Wanted) -> None:
-        if await self._accounts.password(wanted.email) is None:
-            return
-        message = EmailMessage()
-        message["From"] = self._sender
-        message["To"] = wanted.email  # equal to the stored address
-        if wanted.kind == "link":
-            token = await self._manager.deactivate_and_create(address(wanted.email), RESET)
-            message["Subject"] = "Set a new password"
-            message.set_content(
-                "You, or somebody else, asked for a new password.\n"
-                "This link is good for one hour and one use:\n\n"
-                f"{self._base_url}/reset?key={token.key}\n\n"
-                "If it was not you, do nothing: your password stays as it is.\n"
-            )
-        elif wanted.kind == "code":
-            token = await self._manager.deactivate_and_create(
-                address(wanted.email), CODE, context=wanted.browser
-            )
-            message["Subject"] = "Your code"
-            message.set_content(
-                f"Your code for a new password is {token.key[:3]} {token.key[3:]}.\n\n"
-                "Type it into the page where you asked for it, within ten minutes. Tell it to nobody.\n"
-            )
-        else:
-            message["Subject"] = "Your password was changed"
-            message.set_content(
-                "Your password was changed a moment ago, and you were signed out everywhere.\n\n"
-                f"If it was not you, ask for a new one at once: {self._base_url}/forgot\n"
-            )
-        await anyio.to_thread.run_sync(self._deliver, message)
+    async def _run(self, letters: MemoryObjectReceiveStream[_Letter]) -> None:
+        with letters:
+            async for letter in letters:
+                try:
+                    await anyio.to_thread.run_sync(self._deliver, letter.message)
+                except Exception:  # the next one may fare better, and this person can ask again
+                    logger.exception("a message could not be sent")
+                    if letter.token is not None:
+                        await self._manager.deactivate(letter.token)

@@ -45,7 +45,7 @@ def get_parts(request: Request) -> Parts:
 
 async def get_account(request: Request, parts: Annotated[Parts, Depends(get_parts)]) -> str | None:
     """The address of who is signed in, or None."""
-    key = request.cookies.get(SESSION)
+    key = request.state.cookie(SESSION)
     return None if key is None else await parts.accounts.of_session(key, parts.clock().timestamp())
 
 
@@ -79,4 +79,12 @@ def page(request: Request, name: str, status: int = 200, **values: object) -> Re
 
 def set_cookie(response: Response, config: Config, name: str, value: str) -> None:
     """Set a cookie for the site only. Lax, so that a link in a message comes with it."""
-    response.set_cookie(name, value, httponly=True, samesite="lax", secure=config.is_https)
+    response.set_cookie(
+        cookie_name(config, name), value, httponly=True, samesite="lax", secure=config.is_https
+    )
+
+
+def cookie_name(config: Config, name: str) -> str:
+    """The name of a cookie. Under HTTPS the prefix lets browsers refuse one that another host of the domain has
+    set (RFC 6265bis, section 4.1.3.2)."""
+    return f"__Host-{name}" if config.is_https else name

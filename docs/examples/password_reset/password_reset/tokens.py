@@ -1,18 +1,16 @@
 """What tokens there are here, and to whom they belong.
 
-Tokens of an account belong to its address. So guesses at the code of an address are counted alike whether or
-not there is an account, and no answer tells.
+Tokens of an account belong to its address. So wrong codes for an address are counted alike whether or not there
+is an account, and no answer tells.
 """
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Final
 
-from vtoken import Subject, TokenPolicy
+from vtoken import Limit, Subject, TokenPolicy
 
 RESET: Final = "password-reset"
-CODE: Final = "reset-code"
 INVITATION: Final = "invitation"
 
 ANY_ADDRESS: Final = Subject("address")
@@ -22,10 +20,17 @@ TEAM: Final = Subject("team", "example")
 """What an invitation is to."""
 
 POLICIES: Final = (
-    TokenPolicy.link(RESET, cooldown=timedelta(minutes=1), prefix="reset_"),
-    # Only for the browser that asked for it, by a nonce in its cookie.
-    TokenPolicy.code(CODE, cooldown=timedelta(minutes=1), context="required"),
-    TokenPolicy.link(INVITATION, expiration=7 * 24 * 60, max_uses=3, prefix="invite_"),
+    # One message with a link and a code. Using either ends both.
+    TokenPolicy.pair(
+        RESET,
+        expiration="1h",
+        code_expiration="10m",
+        prefix="reset_",
+        cooldown="1m",
+        issue_limits=[Limit(20, "1d"), Limit(100, "1h", by="ip")],
+        attempt_limits=[Limit(100, "1h", by="ip")],
+    ),
+    TokenPolicy.link(INVITATION, expiration="7d", max_uses=3, prefix="invite_"),
 )
 
 

@@ -57,7 +57,10 @@ class Site:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.config = Config(
-            data=data, tokens_url=tokens_url, settings=Settings(secret="s" * 32), base_url=self.url
+            data=data,
+            tokens_url=tokens_url,
+            settings=Settings(secret="of the tests, never of a site: 0123"),
+            base_url=self.url,
         )
         app = create_app(self.config, self.clock, self.mails.put)
         self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
@@ -83,15 +86,11 @@ class Site:
 
     def next_link(self, to: str) -> str:
         """The link in the next message."""
-        found = re.search(r"http\S+key=\S+", self.next_mail(to))
-        assert found
-        return found[0]
+        return link_in(self.next_mail(to))
 
     def next_code(self, to: str) -> str:
         """The code in the next message, as it is written there."""
-        found = re.search(r"\d{3} \d{3}", self.next_mail(to))
-        assert found
-        return found[0]
+        return code_in(self.next_mail(to))
 
     def invitation(self) -> str:
         """The link of an invitation, made from outside the application."""
@@ -102,6 +101,20 @@ class Site:
             self.config.tokens_url, settings=self.config.settings, policies=POLICIES, clock=self.clock
         ) as manager:
             return await invitation(manager, self.url)
+
+
+def link_in(mail: str) -> str:
+    """The link in a message."""
+    found = re.search(r"http\S+key=\S+", mail)
+    assert found
+    return found[0]
+
+
+def code_in(mail: str) -> str:
+    """The code in a message."""
+    found = re.search(r"\d{3} \d{3}", mail)
+    assert found
+    return found[0]
 
 
 class _Server(uvicorn.Server):
