@@ -11,12 +11,15 @@ from types import FrameType
 import pytest
 
 from vtoken import ConfigurationError
-from vtoken_backends._mongodb_link import Link
 from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.mongodb.client import Client
+from vtoken_backends.postgresql import PostgreSQLBackend
 from vtoken_backends.sqlite import SQLiteBackend
 
 PASSWORD = "canary"
 URL = f"mongodb://someone:{PASSWORD}@127.0.0.1:1/db"
+
+POSTGRESQL = f"postgresql://someone:{PASSWORD}@127.0.0.1:1/db"
 
 REFUSED: dict[str, Callable[[], object]] = {
     "sqlite, no path": lambda: SQLiteBackend(5),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
@@ -34,6 +37,10 @@ REFUSED: dict[str, Callable[[], object]] = {
     "mongodb, durable": lambda: MongoDBBackend(url=URL, durable=1),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
     "mongodb, no URL": lambda: MongoDBBackend.from_url(5),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
     "mongodb, an option": lambda: MongoDBBackend.from_url(URL, colection="x"),
+    "postgresql, no URL": lambda: PostgreSQLBackend.from_url(5),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # on purpose
+    "postgresql, a parameter": lambda: PostgreSQLBackend.from_url(f"{POSTGRESQL}?foo=1"),
+    "postgresql, an option": lambda: PostgreSQLBackend.from_url(POSTGRESQL, shema="x"),
+    "postgresql, a size": lambda: PostgreSQLBackend.from_url(f"{POSTGRESQL}?pool_size={PASSWORD}"),
     "mongodb, a bad URL": lambda: MongoDBBackend.from_url(f"{URL}?foo=1"),
 }
 
@@ -61,7 +68,7 @@ def test_a_refusal_is_a_configuration_error_that_shows_no_password(make: Callabl
         assert PASSWORD not in shown(frame), frame.f_code.co_qualname
 
 
-@pytest.mark.parametrize("make", [SQLiteBackend, MongoDBBackend, Link])
+@pytest.mark.parametrize("make", [SQLiteBackend, MongoDBBackend, Client, PostgreSQLBackend])
 def test_one_that_was_never_made_has_a_repr_and_an_end(make: type[object]) -> None:
     half = object.__new__(make)
     assert "(not made)" in repr(half)

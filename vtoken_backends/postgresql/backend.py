@@ -16,6 +16,7 @@ from typing import Any, Final, Self, TypeVar, cast
 from vtoken.backend import TokenBackend
 from vtoken.errors import BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken.inputs import nearest
+from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.postgresql import schema as _schema
 from vtoken_backends.postgresql.board import Operation
@@ -55,6 +56,7 @@ class PostgreSQLBackend(Store):
         ConfigurationError: an argument is not understood.
     """
 
+    @without_locals(ConfigurationError)
     def __init__(self, url: str, *, schema: str = DEFAULT_SCHEMA, pool_size: int = 10) -> None:
         if not isinstance(schema, str) or not 1 <= len(schema.encode()) <= 63 or "\0" in schema:
             raise ConfigurationError("schema must be the name of a PostgreSQL schema: 1 to 63 bytes")
@@ -68,6 +70,7 @@ class PostgreSQLBackend(Store):
         )
 
     @classmethod
+    @without_locals(ConfigurationError)
     def from_url(cls, url: str, **options: object) -> Self:
         """``postgresql://[user[:password]@][host][:port][,...][/database][?parameters of libpq]``.
 
@@ -89,6 +92,8 @@ class PostgreSQLBackend(Store):
         return cls(place.url, **cast("dict[str, Any]", {**place.options, **options}))
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_connections"):  # __init__ raised
+            return "<PostgreSQLBackend (not made)>"
         return f"<PostgreSQLBackend {self._connections!r} {self._schema}>"
 
     async def open(self) -> None:
