@@ -29,7 +29,7 @@ ALL: Final = len(BackendConformance.cases())
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schemes of backends of others: one with a planted bug, and one without."""
     monkeypatch.setattr(registry, "_registered", {})
-    register_backend("racy", "tests.broken:RacyUpdate")
+    register_backend("racy", "tests.broken:RacyUse")
     register_backend("sound", f"{__name__}:Sound")
 
 

@@ -63,6 +63,10 @@ def plain_generator(length: int = 32) -> str:
     return "k" * length
 
 
+def _no_entry_points(**_: object) -> tuple[()]:
+    return ()
+
+
 @pytest.fixture(autouse=True)
 def _registry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
@@ -214,7 +218,7 @@ def test_a_built_in_scheme_needs_no_metadata_and_is_not_replaced_by_an_installed
     (metadata / "entry_points.txt").write_text(f"[vtoken.backends]\nmemory = {__name__}:PluginBackend\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert type(create_backend("memory://")) is MemoryBackend
-    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    monkeypatch.setattr(registry, "entry_points", _no_entry_points)
     assert type(create_backend("memory://")) is MemoryBackend
     with pytest.raises(ConfigurationError, match="known are memory, mongodb"):
         create_backend("nosuch://x")

@@ -101,8 +101,8 @@ class TestPrometheus:
         assert registry.get_sample_value("vtoken_events_total", {**labels, "backend": "two"}) == 8
 
     async def test_by_its_path_it_counts_in_the_default_registry(self) -> None:
-        labels = dict.fromkeys(("reason", "purpose", "limit", "channel", "backend"), "")
-        labels["outcome"] = "purged"
+        others = ("reason", "purpose", "limit", "channel", "backend")
+        labels: dict[str, str] = {"outcome": "purged", **dict.fromkeys(others, "")}
         for _ in range(2):
             before = REGISTRY.get_sample_value("vtoken_events_total", labels) or 0
             await live("vtoken.contrib.prometheus:record")

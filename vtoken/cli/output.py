@@ -144,11 +144,12 @@ def when(at: datetime, now: datetime) -> str:
 def relative(at: datetime, now: datetime) -> str:
     """How far away a point in time is: ``"in 59 min"``, ``"3 days ago"``."""
     seconds = round(abs((at - now).total_seconds()))
-    for unit, length in (("day", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * length or length == 1 or (unit != "day" and seconds >= length):
-            count = seconds // length
-            break
-    named = f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
+    if seconds >= 2 * 86_400:
+        named = f"{seconds // 86_400} days"
+    elif seconds >= 3_600:
+        named = f"{seconds // 3_600} h"
+    else:
+        named = f"{seconds // 60} min" if seconds >= 60 else f"{seconds} s"
     return f"in {named}" if at >= now else f"{named} ago"
 
 
