@@ -227,7 +227,7 @@ def _written(out: Path | None) -> Generator[Callable[[VerificationToken], None]]
 def _writer(file: TextIO, *, as_csv: bool) -> Callable[[VerificationToken], None]:
     if not as_csv:
         return lambda token: print(json.dumps(_fields(token)), file=file)
-    rows = csv.DictWriter[str](file, _FIELDS)
+    rows: csv.DictWriter[str] = csv.DictWriter(file, _FIELDS)
     rows.writeheader()
     return lambda token: cast("None", rows.writerow(_fields(token)))
 
