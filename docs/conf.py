@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import posixpath
 import re
 import sys
@@ -97,6 +98,19 @@ def _plain_first_line(_: Any, what: str, *arguments: Any) -> None:
         lines[:0] = ["..", ""]  # an empty comment: blank lines it skips
 
 
+def _readable_signature(_: Any, what: str, *arguments: Any) -> tuple[str, str | None] | None:
+    """Leave out the types of a dataclass whose defaults have no name: nothing could be linked in them."""
+    obj, signature = arguments[1], arguments[3]
+    if what != "class" or "<" not in (signature or ""):
+        return None
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in inspect.signature(obj).parameters.values()
+    ]
+    shown = str(inspect.Signature(parameters))
+    return re.sub(r"<[^>]*>", "...", shown), None
+
+
 def _elsewhere(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     """Find what a docstring names without its module, or by the module that defines it."""
     if node.get("refdomain") != "py":
@@ -115,6 +129,7 @@ def _elsewhere(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 def setup(app: Any) -> dict[str, bool]:
     """Register what is ours."""
     app.connect("source-read", _site_links)
+    app.connect("autodoc-process-signature", _readable_signature)
     app.connect("autodoc-process-docstring", _plain_first_line, priority=100)
     app.connect("missing-reference", _elsewhere)
     return {"parallel_read_safe": True}
