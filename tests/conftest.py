@@ -6,11 +6,13 @@ import io
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from vtoken import create_backend
 
 from .core_tools import World
 from .sockets import pytest_collection_modifyitems, pytest_runtest_teardown
@@ -84,6 +86,38 @@ def mongodb_driver(request: pytest.FixtureRequest) -> str:
     """Each MongoDB driver by name."""
     driver: str = request.param
     return driver
+
+
+@contextmanager
+def a_store(kind: str, request: pytest.FixtureRequest, directory: Path) -> Iterator[str]:
+    """The URL of an empty store of a kind, on the servers that this run shares."""
+    if kind == "memory":
+        yield "memory://"
+    elif kind == "sqlite":
+        yield f"sqlite:///{directory}/tokens.db?synchronous=normal"
+    elif kind == "mongodb":
+        server_url: str = request.getfixturevalue("mongodb_replica_set")
+        from . import servers
+
+        with servers.databases(server_url).one() as url:
+            yield url
+    else:
+        from . import postgresql_servers
+
+        with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+            yield url
+
+
+BACKENDS = ("memory", "sqlite", "mongodb", "postgresql")
+
+
+@pytest.fixture(params=BACKENDS)
+async def any_world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """The same as :func:`world`, on each backend in turn."""
+    with a_store(request.param, request, tmp_path) as url:
+        made = World(create_backend(url))
+        yield made
+        await made.aclose()
 
 
 @pytest.fixture

@@ -174,11 +174,15 @@ class Watched:
 
 
 class World:
-    """A clock that stands still, one watched store, and everything the managers' hooks heard."""
+    """A clock that stands still, one watched store, and everything the managers' hooks heard.
 
-    def __init__(self) -> None:
+    Args:
+        inner: the store; one in memory if it is left out.
+    """
+
+    def __init__(self, inner: TokenBackend | None = None) -> None:
         self.clock = Clock(START)
-        self.backend = Watched()
+        self.backend = Watched(inner)
         self.events: list[TokenEvent] = []
         self._stack = AsyncExitStack()
 
