@@ -20,4 +20,4 @@ class TestMemory(BackendConformance):
     def raw(self, store: str) -> bytes:
         # No public way leads past the backend's own methods, and a probe must not use those.
         records = memory._named_stores[store.removeprefix("memory://")].tokens.values()  # pyright: ignore[reportPrivateUsage]  # past the protocol
-        return repr([[tuple(key) for key in record.keys] + [*record] for record in records]).encode()
+        return repr([([*record], [[*key] for key in record.keys]) for record in records]).encode()

@@ -8,7 +8,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
@@ -41,6 +41,10 @@ MINUTE: Final = 60_000
 DAY: Final = 24 * 60 * MINUTE
 SECRET: Final = "a secret of the conformance suite, 32 bytes or more"
 USER: Final = Subject("auth.user", "42")
+SLUG: Final = "sms-login"
+CAP: Final = 5
+WINDOW: Final = timedelta(minutes=15)
+CODE: Final = TokenPolicy.code(SLUG, max_attempts=CAP, attempt_window=WINDOW)
 PATIENCE: Final = 120
 """Seconds after which a case that hangs is failed."""
 MINIMUMS: Final[Mapping[str, int]] = {"rounds": 3, "tasks": 6, "processes": 2, "kills": 1}

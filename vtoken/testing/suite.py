@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vtoken.testing.cases.around import AgainCases, PairCases, ScreenCases
 from vtoken.testing.cases.budgets import BudgetCases, InsertLimitCases, SpendingCases
+from vtoken.testing.cases.cancelled import CancelledCases, PurgeCases
 from vtoken.testing.cases.durable import DurableCases
 from vtoken.testing.cases.find import FindCases
 from vtoken.testing.cases.history import HistoryCases
 from vtoken.testing.cases.insert import InsertCases
 from vtoken.testing.cases.life import CancellationCases, LifeCases
+from vtoken.testing.cases.limits import AttemptCases, IssueLimitCases
+from vtoken.testing.cases.matching import MatchingCases
 from vtoken.testing.cases.matrix import MatrixCases
+from vtoken.testing.cases.once import IssueCases, OnceCases
 from vtoken.testing.cases.overlap import OverlapCases
 from vtoken.testing.cases.present import (
     HoldCases,
@@ -20,6 +25,7 @@ from vtoken.testing.cases.present import (
     ReplayCases,
     ResetCases,
 )
+from vtoken.testing.cases.redeem import OverlapUseCases, RedeemCases
 from vtoken.testing.cases.strings import StringCases
 from vtoken.testing.cases.sweep import SweepCases
 from vtoken.testing.cases.update import DeactivateCases, UpdateCases
@@ -27,6 +33,18 @@ from vtoken.testing.harness import Case
 
 
 class BackendConformance(
+    OnceCases,
+    IssueCases,
+    RedeemCases,
+    OverlapUseCases,
+    AttemptCases,
+    IssueLimitCases,
+    MatchingCases,
+    PairCases,
+    AgainCases,
+    ScreenCases,
+    PurgeCases,
+    CancelledCases,
     InsertCases,
     OverlapCases,
     PresentCases,

@@ -10,10 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any
 
 from vtoken.backend import (
     Hold,
@@ -26,12 +26,14 @@ from vtoken.backend import (
 )
 from vtoken.errors import InvalidToken, TooManyAttempts
 from vtoken.manager import TokenManager
-from vtoken.policy import Settings, TokenPolicy
+from vtoken.policy import Settings
 from vtoken.subject import Subject
 from vtoken.testing.harness import (
+    CODE,
     MINUTE,
     NOW,
     SECRET,
+    SLUG,
     USER,
     Suite,
     a_budget,
@@ -43,15 +45,6 @@ from vtoken.testing.harness import (
 )
 
 Job = dict[str, Any]
-SLUG: Final = "sms-login"
-CAP: Final = 5
-WINDOW: Final = timedelta(minutes=15)
-CODE: Final = TokenPolicy.code(SLUG, max_attempts=CAP, attempt_window=WINDOW)
-
-
-def raced_digest(number: int) -> bytes:
-    """The digest of the key that processes race with."""
-    return a_digest(f"raced {number}")
 
 
 def tell(answer: object) -> None:
@@ -95,7 +88,7 @@ async def race_for_uses(manager: TokenManager, job: Job) -> tuple[int, int, int]
     """Use, hold and save one token, and spend from two budgets; how many uses, holds and spendings were
     allowed."""
     backend, number = manager.backend, job["number"]
-    key = Match(digests=(raced_digest(number),))
+    key = Match(digests=(a_digest(f"raced {number}"),))
     limited, kept = (a_spend(a_budget(f"{name} {number}"), n) for name, n in (("limit", 4), ("kept", 9_999)))
 
     async def one(n: int) -> tuple[bool, bool, bool]:

@@ -20,12 +20,16 @@ from vtoken.testing.cases.insert import insert
 from vtoken.testing.cases.present import use
 from vtoken.testing.cases.strings import UNICODE
 from vtoken.testing.harness import (
+    CAP,
+    CODE,
     MINUTE,
     NOW,
+    SLUG,
     USER,
     Bench,
     Suite,
     a_budget,
+    a_digest,
     a_spend,
     a_token,
     at_once,
@@ -36,7 +40,6 @@ from vtoken.testing.harness import (
     race,
     refused,
 )
-from vtoken.testing.worker import CAP, CODE, SLUG, raced_digest
 
 
 class Worker:
@@ -175,7 +178,7 @@ class DurableCases(Suite):
         backend = await bench.backend()
         async with processes(bench, self.processes) as workers:
             for number in range(self.rounds):
-                token = await put(backend, {"digest": raced_digest(number)}, max_uses=5)
+                token = await put(backend, {"digest": a_digest(f"raced {number}")}, max_uses=5)
                 answers = await ask_all(workers, "race_for_uses", number=number, tasks=self.tasks // 3)
                 stored = await one(backend, token)
                 used, held = (sum(answer[n] for answer in answers) for n in (0, 1))

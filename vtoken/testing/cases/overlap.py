@@ -133,7 +133,7 @@ class OverlapCases(Suite):
         for number in range(self.rounds):
             old = await put(backends[0], object_id=f"o{number}")
             new = await insert(backends[0], a_token(object_id=f"o{number}"), REPLACE, keep_until=UNTIL)
-            changes = [Use(at=NOW + 1), Hold(hold_id="h", until=NOW + MINUTE)]
+            changes: list[Use | Hold] = [Use(at=NOW + 1), Hold(hold_id="h", until=NOW + MINUTE)]
             calls = [
                 backends[(n + number) % 2].present(by_key((old, new)[n % 2]), changes[n // 2 % 2], NOW + 1)
                 for n in range(self.tasks)

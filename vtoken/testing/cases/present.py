@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vtoken.backend import (
@@ -290,7 +291,7 @@ class ReplayCases(Suite):
         backend = await bench.backend()
         token = await put(backend, max_uses=2)
         assert (await use(backend, token, UNICODE, NOW + 1)).outcome is RIGHT
-        changes = [
+        changes: list[Callable[[], Awaitable[object]]] = [
             lambda: use(backend, token, "other", NOW + 2),
             lambda: backend.deactivate(Match(id=token.id), NOW + 3),
             lambda: backend.insert(a_token(created_at=NOW + 4), InsertMode.REPLACE),
