@@ -33,7 +33,7 @@ from vtoken.backend import (
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.sqlite import SQLiteBackend
 
-from .sqlite_tools import NOW, digest, opened
+from .sqlite_tools import NOW, digest, key, opened
 
 Call = Callable[[TokenBackend], Awaitable[object]]
 
@@ -55,7 +55,7 @@ class Player:
         return self.features.get(feature, self.chance.random() < 0.5)
 
     def fix_features(self) -> None:
-        names = ("spends", "use id", "resets", "many digests", "overlap")
+        names = ("spends", "use id", "resets", "many digests", "overlap", "usual")
         self.features = {name: self.chance.random() < 0.5 for name in names}
 
     def operation(self) -> tuple[str, Call]:
@@ -75,6 +75,15 @@ class Player:
         wanted = self.now + choice([0, 0, 50, 500])
         taken = tuple(self.chance.sample(self.digests, choice([0, 0, 1, 2])))
         spends = self.spends()
+        if "usual" in self.features:
+            taken = () if self.features["usual"] else (digest(999),)
+            token = token._replace(
+                state=State.ACTIVE,
+                ends_at=token.expires_at,
+                uses=0,
+                holds=(),
+                keys=token.keys[:1] or (key(self.number, token.id, NEVER),),
+            )
         return lambda backend: backend.insert(
             token, mode, keep_until=keep, wanted_until=wanted, also_taken=taken, spends=spends
         )

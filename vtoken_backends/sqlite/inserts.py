@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -56,7 +56,11 @@ class Insert(NamedTuple):
     def kind(self) -> Kind:
         """Which requests can share a statement."""
         overlaps = self.keep_until > self.token.created_at and self.mode is not InsertMode.ADD
-        return _kind(overlaps, bool(self.spends))
+        return _kind(
+            overlaps=overlaps,
+            is_limited=bool(self.spends),
+            is_usual=not self.also_taken and not overlaps and _is_usual(self.token),
+        )
 
     def __repr__(self) -> str:
         return "<Insert>"
@@ -72,20 +76,29 @@ def insert_many(requests: Sequence[Insert]) -> Steps[list[Inserted | Exception]]
 
 
 def _row(request: Insert) -> dict[str, Any]:
-    token = request.token
-    row = to_row(token)
+    row = to_row(request.token)
     row["mode"] = _MODES[request.mode]
     row["keep_until"] = request.keep_until
     row["wanted_until"] = request.wanted_until
     row["taken"] = row["digests"] + joined(request.also_taken) if request.also_taken else row["digests"]
-    row["now"] = token.created_at
-    # Most tokens have one key: for the first, no JSON has to be read.
-    first = token.keys[0] if token.keys else None
-    row["kind"] = first and first.kind
-    row["key_expires_at"] = first and first.expires_at
-    row["key_origin"] = first and int(first.origin, 16)
-    row["has_more"] = len(token.keys) > 1
+    if request.token.keys:
+        first = request.token.keys[0]
+        row["kind"], row["key_expires_at"] = first.kind, first.expires_at
     return row | limits_of(request.spends) if request.spends else row
+
+
+def _is_usual(token: StoredToken) -> bool:
+    """Whether a token is like most: new, with one key of its own. Then much need not be told, and no JSON has
+    to be read."""
+    return (
+        len(token.keys) == 1
+        and token.keys[0].origin == token.id
+        and token.is_active
+        and token.ends_at == token.expires_at
+        and not token.uses
+        and not token.used_at
+        and not token.holds
+    )
 
 
 def _inserted(request: Insert, answer: Answer) -> Inserted:
@@ -103,11 +116,14 @@ def _inserted(request: Insert, answer: Answer) -> Inserted:
 
 # The triggers -------------------------------------------------------------------------------------
 
-_COLUMNS: Final = (
-    *("place", "mode", "keep_until", "wanted_until", "taken", "now"),
-    *("kind", "key_expires_at", "key_origin", "has_more"),
-    *COLUMNS,
-)
+_USUALLY: Final = {
+    "ends_at": "NEW.expires_at",
+    "state": str(State.ACTIVE.value),
+    "uses": "0",
+    "used_at": "0",
+    "holds": "'[]'",
+}
+"""What the columns of a usual token are."""
 _LINE: Final = (
     "(content_type, object_id, slug, context) = (NEW.content_type, NEW.object_id, NEW.slug, NEW.context)"
 )
@@ -118,17 +134,21 @@ _VALID: Final = f"""CASE WHEN NEW.mode = {_IF_NONE_VALID} THEN (
         WHERE {of_key("origin")} = other.id AND {of_key("expires_at")} < NEW.wanted_until
     )
 ) END"""
+_IS_SUPERSEDED: Final = f"""
+    NEW.mode <> {_ONCE} AND taken.kind = 'code'
+    AND (owner.content_type, owner.object_id, owner.slug) = (NEW.content_type, NEW.object_id, NEW.slug)
+    AND (
+        owner.state <> {_ACTIVE} OR owner.expires_at < NEW.created_at
+        OR (NEW.mode <> {_ADD} AND owner.context = NEW.context)
+    )
+"""
 # 1 if a digest is there that the new token may supersede, 2 if one is there that it may not.
+_TAKEN_ONE: Final = f"""(
+    SELECT 2 - ({_IS_SUPERSEDED}) FROM vtoken_keys AS taken CROSS JOIN vtoken_tokens AS owner
+    WHERE taken.digest = NEW.digests AND owner.id = taken.token
+)"""
 _TAKEN: Final = f"""(
-    SELECT max(2 - (
-        NEW.mode <> {_ONCE} AND taken.kind = 'code'
-        AND (owner.content_type, owner.object_id, owner.slug)
-            = (NEW.content_type, NEW.object_id, NEW.slug)
-        AND (
-            owner.state <> {_ACTIVE} OR owner.expires_at < NEW.created_at
-            OR (NEW.mode <> {_ADD} AND owner.context = NEW.context)
-        )
-    ))
+    SELECT max(2 - ({_IS_SUPERSEDED}))
     FROM temp.vtoken_numbers CROSS JOIN vtoken_keys AS taken CROSS JOIN vtoken_tokens AS owner
     WHERE nth < length(NEW.taken) / 32 AND taken.digest = {nth_of("NEW.taken")} AND owner.id = taken.token
 )"""
@@ -136,21 +156,24 @@ _OWNER: Final = f"""CASE WHEN NEW.mode = {_ONCE} THEN (
     SELECT token FROM temp.vtoken_numbers CROSS JOIN vtoken_keys
     WHERE nth < length(NEW.taken) / 32 AND digest = {nth_of("NEW.taken")} LIMIT 1
 ) END"""
-_REPLACE: Final = f"""
-    UPDATE vtoken_tokens SET state = {State.REPLACED.value}, ends_at = min(ends_at, NEW.created_at - 1)
-    WHERE {_LINE} AND state = {_ACTIVE} AND NEW.mode <> {_ADD};
-"""
 
 
 @cache
-def _kind(overlaps: bool, is_limited: bool) -> Kind:
-    view = f"vtoken_insert{'_overlapping' * overlaps}{'_limited' * is_limited}"
+def _kind(*, overlaps: bool, is_limited: bool, is_usual: bool) -> Kind:
+    features = {"usual": is_usual, "overlapping": overlaps, "limited": is_limited}
+    view = "_".join(["vtoken_insert", *(name for name, has_it in features.items() if has_it)])
+    columns = ["place", "mode", "wanted_until"]
+    if is_usual:
+        columns += ["kind", "key_expires_at", *(name for name in COLUMNS if name not in _USUALLY)]
+        insert = _insert(_USUALLY) + _INSERT_KEY
+    else:
+        columns += ["keep_until", "taken", *COLUMNS]
+        insert = _INSERT_OVERLAPPING if overlaps else _insert({}) + _INSERT_KEYS
     limited = f"WHEN {IS_FULL} THEN {_LIMITED}" if is_limited else ""
-    insert = _INSERT_OVERLAPPING if overlaps else _INSERT
     work = f"""
-    INSERT OR REPLACE INTO vtoken_answers (place, outcome, token, budgets, supersedes)
+    INSERT OR REPLACE INTO vtoken_answers (place, outcome, token, budgets, superseded)
     SELECT NEW.place, outcome, CASE outcome WHEN {_KEY_TAKEN} THEN {_OWNER} WHEN {_HAS_VALID} THEN valid END,
-        {STATES if is_limited else "NULL"}, taken
+        {STATES if is_limited else "NULL"}, iif(taken AND outcome = {_INSERTED}, NEW.taken, NULL)
     FROM (
         SELECT valid, taken, CASE
             WHEN taken = 2 OR EXISTS (SELECT 1 FROM vtoken_tokens WHERE id = NEW.id) THEN {_KEY_TAKEN}
@@ -158,34 +181,41 @@ def _kind(overlaps: bool, is_limited: bool) -> Kind:
             {limited}
             ELSE {_INSERTED}
         END AS outcome
-        FROM (SELECT {_VALID} AS valid, {_TAKEN} AS taken)
+        FROM (SELECT {_VALID} AS valid, {_TAKEN_ONE if is_usual else _TAKEN} AS taken)
     );
-    UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = token)
-    WHERE place = NEW.place AND token IS NOT NULL;
     SELECT RAISE(IGNORE) FROM vtoken_answers WHERE place = NEW.place AND outcome <> {_INSERTED};
-    DELETE FROM vtoken_keys WHERE digest IN (
-        SELECT {nth_of("NEW.taken")} FROM temp.vtoken_answers CROSS JOIN temp.vtoken_numbers
-        WHERE place = NEW.place AND supersedes AND nth < length(NEW.taken) / 32
-    );
     {charge_if(_INSERTED) if is_limited else ""}
     {insert}
     """
-    return Kind(view=view, columns=_COLUMNS + LIMIT_COLUMNS * is_limited, work=work)
+    if is_usual:
+        work = work.replace("NEW.taken", "NEW.digests")
+    work = work.replace("NEW.now", "NEW.created_at")
+    return Kind(view=view, columns=(*columns, *LIMIT_COLUMNS * is_limited), work=work)
 
 
-_INSERT_KEYS: Final = f"""
+def _insert(values: Mapping[str, str]) -> str:
+    """SQL: replace the older tokens of the line, and store the new one.
+
+    Args:
+        values: what the columns are that have other values than the row ``NEW``.
+    """
+    return f"""
+    UPDATE vtoken_tokens SET state = {State.REPLACED.value}, ends_at = min(ends_at, NEW.created_at - 1)
+    WHERE {_LINE} AND state = {_ACTIVE} AND NEW.mode <> {_ADD};
+    INSERT INTO vtoken_tokens ({", ".join(COLUMNS)})
+    VALUES ({", ".join(values.get(name, f"NEW.{name}") for name in COLUMNS)});
+    """
+
+
+_INSERT_KEY: Final = """
     INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
-    SELECT substr(NEW.digests, 1, 32), NEW.id, NEW.key_origin, NEW.kind, NEW.key_expires_at
-    WHERE NEW.kind IS NOT NULL;
+    VALUES (NEW.digests, NEW.id, NEW.id, NEW.kind, NEW.key_expires_at);
+"""
+_INSERT_KEYS: Final = f"""
     INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
     SELECT substr(NEW.digests, 1 + 32 * key, 32), NEW.id, {of_key("origin")}, {of_key("kind")},
         {of_key("expires_at")}
-    FROM json_each(iif(NEW.has_more, NEW.keys, NULL)) WHERE key > 0;
-"""
-_INSERT: Final = f"""
-    {_REPLACE}
-    INSERT INTO vtoken_tokens ({", ".join(COLUMNS)}) VALUES ({", ".join(f"NEW.{name}" for name in COLUMNS)});
-    {_INSERT_KEYS}
+    FROM json_each(NEW.keys);
 """
 
 # An overlap: the new token takes over the keys of the newest exclusive token that it replaces.
@@ -217,12 +247,9 @@ _ALL_DIGESTS: Final = f"""(
         SELECT substr(predecessor.digests, 1 + 32 * key, 32) AS digest FROM {_TAKEN_OVER}
     )
 )"""
-_OVERLAPPING: Final = {"keys": _ALL_KEYS, "digests": _ALL_DIGESTS}
 _INSERT_OVERLAPPING: Final = f"""
     UPDATE vtoken_answers SET predecessor = {_PREDECESSOR} WHERE place = NEW.place;
-    {_REPLACE}
-    INSERT INTO vtoken_tokens ({", ".join(COLUMNS)})
-    VALUES ({", ".join(_OVERLAPPING.get(name, f"NEW.{name}") for name in COLUMNS)});
+    {_insert({"keys": _ALL_KEYS, "digests": _ALL_DIGESTS})}
     {_INSERT_KEYS}
     UPDATE vtoken_keys SET token = NEW.id, expires_at = min(expires_at, NEW.keep_until)
     WHERE digest IN (SELECT substr(predecessor.digests, 1 + 32 * key, 32) FROM {_TAKEN_OVER});

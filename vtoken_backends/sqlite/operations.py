@@ -178,7 +178,7 @@ def _by_digest(digests: Sequence[bytes]) -> Steps[dict[bytes, StoredToken]]:
         WHERE id IN (SELECT token FROM vtoken_keys WHERE digest IN ({marks}))
     """
     [(text,)] = yield sql, Private((*digests, *[None] * (size - len(digests))))
-    tokens = [from_json(json.loads(row)) for row in json.loads(text)]
+    tokens = [from_json(row) for row in json.loads(text)]
     return {key.digest: token for token in tokens for key in token.keys}
 
 

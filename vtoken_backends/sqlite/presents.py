@@ -130,30 +130,31 @@ _COLUMNS: Final = (
     *("place", "digests", "kind", "id", "content_type", "object_id", "slug", "context", "now"),
 )
 _CHANGE_COLUMNS: Final = {"check": (), "use": ("use_id", "at", "resets"), "hold": ("use_id", "hold")}
+_HAS_FREE_USE: Final = f"""(
+    max_uses IS NULL OR uses + iif(
+        holds = '[]', 0, (SELECT count(*) FROM json_each(holds) WHERE {hold_runs("NEW.now")})
+    ) < max_uses
+)"""
 _REFUSAL: Final = f"""CASE
     WHEN state <> {_ACTIVE} THEN iif(state = {_USED}, {_TOO_LATE}, {_REFUSED})
     WHEN vtoken_tokens.expires_at < NEW.now OR presented.expires_at < NEW.now THEN {_REFUSED}
-    WHEN max_uses IS NULL THEN {_RIGHT}
-    WHEN uses + iif(
-        holds = '[]', 0, (SELECT count(*) FROM json_each(holds) WHERE {hold_runs("NEW.now")})
-    ) < max_uses THEN {_RIGHT}
-    ELSE {_TOO_LATE}
+    ELSE iif({_HAS_FREE_USE}, {_RIGHT}, {_TOO_LATE})
 END"""
-_MATCHES: Final = """
-    vtoken_tokens.id = presented.token
-    AND (NEW.kind IS NULL OR presented.kind = NEW.kind)
-    AND (NEW.id IS NULL OR vtoken_tokens.id = NEW.id)
+_FITS: Final = """
+    (NEW.id IS NULL OR vtoken_tokens.id = NEW.id)
     AND (NEW.content_type IS NULL OR content_type = NEW.content_type)
     AND (NEW.object_id IS NULL OR object_id = NEW.object_id)
     AND (NEW.slug IS NULL OR slug = NEW.slug)
     AND (NEW.context IS NULL OR context = NEW.context)
 """
+_MATCHES: Final = f"""
+    vtoken_tokens.id = presented.token AND (NEW.kind IS NULL OR presented.kind = NEW.kind) AND {_FITS}
+"""
 _CHANGED: Final = f"(SELECT token FROM temp.vtoken_answers WHERE place = NEW.place AND outcome = {_RIGHT})"
-_USE: Final = f"""
+_COUNT_USE: Final = f"""
     UPDATE vtoken_tokens SET uses = uses + 1, used_at = NEW.at,
         state = iif(uses + 1 >= max_uses, {_USED}, state),
         ends_at = iif(uses + 1 >= max_uses, min(ends_at, NEW.at - 1), ends_at)
-    WHERE id = {_CHANGED};
 """
 _REMEMBER: Final = f"""
     INSERT OR IGNORE INTO vtoken_receipts (origin, use_id, token, number, at)
@@ -185,9 +186,12 @@ def _kind(change: str, *, many_digests: bool, has_use_id: bool, is_limited: bool
     view = "_".join(["vtoken", change, *(name for name, has_it in features.items() if has_it)])
     changes = {
         "check": "",
-        "use": _USE + _REMEMBER * has_use_id + _RESET * resets,
+        "use": f"{_COUNT_USE} WHERE id = {_CHANGED};" + _REMEMBER * has_use_id + _RESET * resets,
         "hold": _HOLD,
     }
+    columns = _COLUMNS + _CHANGE_COLUMNS[change] + LIMIT_COLUMNS * is_limited
+    if change == "use" and not any(features.values()):
+        return Kind(view=view, columns=columns, work=_USUAL_USE)
     limited = f"WHEN {IS_FULL} THEN {_LIMITED}" if is_limited else ""
     work = f"""
     INSERT OR REPLACE INTO vtoken_answers (place, outcome, token, origin, at, budgets)
@@ -200,9 +204,8 @@ def _kind(change: str, *, many_digests: bool, has_use_id: bool, is_limited: bool
     {changes[change]}
     {charge_if(_REFUSED) if is_limited else ""}
     UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = token)
-    WHERE place = NEW.place;
+    WHERE place = NEW.place AND outcome = {_RIGHT};
     """
-    columns = _COLUMNS + _CHANGE_COLUMNS[change] + LIMIT_COLUMNS * is_limited
     return Kind(view=view, columns=columns, work=work)
 
 
@@ -229,3 +232,19 @@ def _found(many_digests: bool, has_use_id: bool) -> str:
                 AND {_MATCHES}
         ) ORDER BY at IS NULL, refusal <> {_RIGHT}, nth LIMIT 1
     """
+
+
+# The use of a link costs half as much if it is tried first, and explained only where it was not possible.
+_USUAL_USE: Final = f"""
+    {_COUNT_USE}
+    WHERE id = (
+        SELECT token FROM vtoken_keys WHERE digest = NEW.digests AND expires_at >= NEW.now
+            AND (NEW.kind IS NULL OR kind = NEW.kind)
+    ) AND {_FITS} AND state = {_ACTIVE} AND expires_at >= NEW.now AND {_HAS_FREE_USE};
+    INSERT OR REPLACE INTO vtoken_answers (place, outcome, token_row)
+    SELECT NEW.place, iif(changes() = 1, {_RIGHT}, {_REFUSED}), (
+        SELECT {AS_JSON} FROM vtoken_tokens WHERE id = (
+            SELECT token FROM vtoken_keys WHERE digest = NEW.digests AND (NEW.kind IS NULL OR kind = NEW.kind)
+        ) AND {_FITS}
+    );
+"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from vtoken.backend import STALE_HOLD, BudgetState, State, StoredHold, StoredKey, StoredToken
@@ -40,15 +41,14 @@ name.
 where the token has lost the key since, the key's origin alone."""
 
 KEY_ENTRY: Final = ("scheme", "secret_id", "nonce", "plain_key", "kind", "expires_at", "origin")
-"""What the JSON array of a key consists of. A new field comes last."""
+"""What the JSON array of a key consists of. A new field goes before ``origin``, by a migration."""
 HOLD_ENTRY: Final = ("hold_id", "until", "origin")
-"""What the JSON array of a hold consists of. A new field comes last."""
+"""What the JSON array of a hold consists of. A new field goes before ``origin``, by a migration."""
 
 _BLOBS: Final = tuple(name for name, declaration in COLUMNS.items() if declaration.startswith("BLOB"))
-AS_JSON: Final = "json_array({})".format(
-    ", ".join(f"hex({name})" if name in _BLOBS else name for name in COLUMNS)
-)
-"""A row as JSON, in SQL."""
+_IN_JSON: Final = {name: f"hex({name})" for name in _BLOBS} | {"keys": "json(keys)", "holds": "json(holds)"}
+AS_JSON: Final = f"json_array({', '.join(_IN_JSON.get(name, name) for name in COLUMNS)})"
+"""SQL: a row as JSON."""
 
 
 def of_key(name: str) -> str:
@@ -81,14 +81,13 @@ class Unreadable(Exception):
 def to_row(token: StoredToken) -> dict[str, Any]:
     """The values of a token, by column."""
     row = token._asdict()
-    row |= {
-        "id": int(token.id, 16),
-        "is_beside": int(token.is_beside),
-        "state": token.state.value,
-        "keys": _dump([_key_entry(key) for key in token.keys]),
-        "digests": b"".join([key.digest for key in token.keys]),
-        "holds": _dump([_hold_entry(hold) for hold in token.holds]) if token.holds else "[]",
-    }
+    row["id"] = int(token.id, 16)
+    row["state"] = token.state.value
+    row["keys"] = _dump([(*_fields_of_key(key), int(key.origin, 16)) for key in token.keys])
+    row["digests"] = b"".join([key.digest for key in token.keys])
+    row["holds"] = "[]"
+    if token.holds:
+        row["holds"] = _dump([(*_fields_of_hold(hold), int(hold.origin, 16)) for hold in token.holds])
     return row
 
 
@@ -103,25 +102,28 @@ def from_row(values: Sequence[Any]) -> StoredToken:
     """
     row = dict(zip(COLUMNS, values, strict=True))
     try:
-        row["id"] = token_id(row["id"])
-        row["is_beside"] = (False, True)[row["is_beside"]]
-        row["state"] = State(row["state"])
-        row["keys"] = _keys(row["keys"], row.pop("digests"))
-        row["holds"] = _holds(row["holds"]) if row["holds"] != "[]" else ()
-        token = StoredToken(**row)
-        if _is_sound(token):
-            return token
-    except (ValueError, TypeError, IndexError, RecursionError):
+        row["keys"] = json.loads(row["keys"])
+        row["holds"] = json.loads(row["holds"]) if row["holds"] != "[]" else ()
+        return _token(row)
+    except (ValueError, TypeError, LookupError, RecursionError):
         pass
     raise Unreadable
 
 
 def from_json(values: list[Any]) -> StoredToken:
-    """The token of a row that came as JSON (see :data:`AS_JSON`)."""
+    """The token of a row that came as JSON (see :data:`AS_JSON`).
+
+    Raises:
+        Unreadable: it makes no sense.
+    """
     row = dict(zip(COLUMNS, values, strict=True))
-    for name in _BLOBS:
-        row[name] = bytes.fromhex(row[name])
-    return from_row(list(row.values()))
+    try:
+        for name in _BLOBS:
+            row[name] = bytes.fromhex(row[name])
+        return _token(row)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass
+    raise Unreadable
 
 
 def token_id(number: int) -> str:
@@ -134,25 +136,29 @@ def budget_state(spent: int | None, strikes: int, until: int) -> BudgetState | N
     return None if spent is None else BudgetState(spent=spent, strikes=strikes, until=until)
 
 
-def _key_entry(key: StoredKey) -> list[Any]:
-    entry = key._asdict()
-    entry["origin"] = int(key.origin, 16)
-    return [entry[name] for name in KEY_ENTRY]
+_STATES: Final = {state.value: state for state in State}
+_fields_of_key: Final = attrgetter(*KEY_ENTRY[:-1])
+_fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
 
 
-def _hold_entry(hold: StoredHold) -> list[Any]:
-    entry = hold._asdict()
-    entry["origin"] = int(hold.origin, 16)
-    return [entry[name] for name in HOLD_ENTRY]
+def _token(row: dict[str, Any]) -> StoredToken:
+    row["id"] = token_id(row["id"])
+    row["is_beside"] = (False, True)[row["is_beside"]]
+    row["state"] = _STATES[row["state"]]
+    row["keys"] = _keys(row["keys"], row.pop("digests"))
+    row["holds"] = _holds(row["holds"]) if row["holds"] else ()
+    token = StoredToken(**row)
+    if not _is_sound(token):
+        raise ValueError
+    return token
 
 
-def _keys(text: str, digests: bytes) -> tuple[StoredKey, ...]:
-    entries = json.loads(text)
+def _keys(entries: list[Any], digests: bytes) -> tuple[StoredKey, ...]:
     if len(digests) != 32 * len(entries):
         raise ValueError
     keys: list[StoredKey] = []
     for place, entry in enumerate(entries):
-        if isinstance(entry, int):  # a key that the token lost
+        if isinstance(entry, int):  # the origin of a key that the token lost
             continue
         fields = dict(zip(KEY_ENTRY, entry, strict=True))
         fields["origin"] = token_id(fields["origin"])
@@ -163,9 +169,9 @@ def _keys(text: str, digests: bytes) -> tuple[StoredKey, ...]:
     return tuple(keys)
 
 
-def _holds(text: str) -> tuple[StoredHold, ...]:
+def _holds(entries: list[Any]) -> tuple[StoredHold, ...]:
     holds: list[StoredHold] = []
-    for entry in json.loads(text):
+    for entry in entries:
         fields = dict(zip(HOLD_ENTRY, entry, strict=True))
         fields["origin"] = token_id(fields["origin"])
         hold = StoredHold(**fields)
@@ -178,10 +184,10 @@ def _holds(text: str) -> tuple[StoredHold, ...]:
 def _is_sound(token: StoredToken) -> bool:
     if min(token.created_at, token.expires_at, token.used_at, token.uses) < 0:
         return False
-    if token.max_uses is not None and token.max_uses < 1:
+    max_uses = token.max_uses
+    if max_uses is not None and max_uses < 1:
         return False
     if not token.is_active:
         return True
     # A token that was switched on again by hand: its end tells of it.
-    has_use = token.max_uses is None or token.uses < token.max_uses
-    return token.ends_at == token.expires_at and has_use
+    return token.ends_at == token.expires_at and (max_uses is None or token.uses < max_uses)

@@ -22,6 +22,7 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from functools import cache
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from vtoken.backend import (
@@ -36,7 +37,7 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import InvalidInput
-from vtoken_backends.sqlite.records import budget_state, from_json
+from vtoken_backends.sqlite.records import AS_JSON, budget_state, from_json
 from vtoken_backends.sqlite.steps import Private, Steps
 
 _MOST_DIGESTS: Final = 1024
@@ -49,8 +50,26 @@ ANSWERS: Final = (
     """,
     """
     CREATE TEMP TABLE vtoken_answers (
-        place INTEGER PRIMARY KEY, outcome, token, origin, at, budgets, supersedes, predecessor, token_row
+        place INTEGER PRIMARY KEY, outcome, token, origin, at, budgets, superseded, predecessor, token_row
     )
+    """,
+    # Statements of their own, so that an insert without them does not pay for them.
+    f"""
+    CREATE TEMP TRIGGER vtoken_found AFTER INSERT ON vtoken_answers
+    WHEN NEW.token IS NOT NULL AND NEW.outcome <> 0
+    BEGIN
+        UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = NEW.token)
+        WHERE place = NEW.place;
+    END
+    """,
+    """
+    CREATE TEMP TRIGGER vtoken_superseding AFTER INSERT ON vtoken_answers WHEN NEW.superseded IS NOT NULL
+    BEGIN
+        DELETE FROM vtoken_keys WHERE digest IN (
+            SELECT substr(NEW.superseded, 1 + 32 * nth, 32) FROM temp.vtoken_numbers
+            WHERE nth < length(NEW.superseded) / 32
+        );
+    END
     """,
 )
 """What each connection that writes keeps in memory for itself alone: where the triggers write their answers,
@@ -94,10 +113,11 @@ def work_together(kind: Kind, rows: Sequence[dict[str, Any]]) -> Steps[list[Answ
     """
     size = padded_size(len(rows))
     columns = kind.columns
+    in_order = itemgetter(*columns)
     values: list[Any] = []
     for place, row in enumerate(rows):
         row["place"] = place
-        values += [row[column] for column in columns]
+        values += in_order(row)
     values += [None] * ((size - len(rows)) * len(columns))
     sql = _insert_sql(kind.view, len(columns), size)
     try:
