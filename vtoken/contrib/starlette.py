@@ -68,8 +68,7 @@ def get_manager(connection: HTTPConnection) -> TokenManager:
 
     Raises:
         ConfigurationError: the application was not started with :func:`lifespan`; the message says what may
-        have
-            happened.
+            have happened.
     """
     has_run = "state" in connection.scope  # looked up first, because connection.state makes one
     manager = getattr(connection.state, "vtoken", None)
