@@ -116,7 +116,8 @@ class PostgreSQLBackend(Store):
         self._connections.check_place()
         answer = await self._writes.submit(operation)
         if answer is _ALONE:
-            [answer] = await self._run(partial(self.play, [operation], PATIENCE))
+            play = partial(self.play, [operation], PATIENCE)
+            [answer] = await self._run(play)
         return answer
 
     async def _look(self, operation: Operation) -> object:
@@ -147,7 +148,7 @@ class PostgreSQLBackend(Store):
 
     async def _run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
         try:
-            return await self._connections.run(operation, writes=writes)
+            return await self._connections.run(operation, writes=writes, may_block=writes)
         except Blocked:
             pass
         raise BackendUnavailable(

@@ -152,6 +152,7 @@ class Connections:
             else:
                 self._pid, self._loop = os.getpid(), loop
                 self._slots = asyncio.Semaphore(self._size)
+                self._may_block = asyncio.Semaphore(max(self._size // 2, 1))
                 await self._carry_out(prepare, writes=True)
             self._opens += 1
 
@@ -163,18 +164,35 @@ class Connections:
         if not self._opens:
             self._drop_idle()
 
-    async def run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
+    async def run(
+        self,
+        operation: Callable[[Connection], Awaitable[_T]],
+        *,
+        writes: bool = True,
+        may_block: bool = False,
+    ) -> _T:
         """Run one operation on a connection in autocommit mode, again where it gave way to another.
 
         Args:
             operation: what to run. It may raise :class:`GaveWay` itself.
             writes: whether its outcome is unknown once the connection is lost.
+            may_block: it may wait for a lock for long. Only half of the connections do.
 
         Raises:
             Blocked: a row stayed locked.
         """
         self.check_place()
-        return await self._carry_out(operation, writes)
+        if not may_block:
+            return await self._carry_out(operation, writes)
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                await self._may_block.acquire()
+        except TimeoutError:
+            raise Blocked from None
+        try:
+            return await self._carry_out(operation, writes)
+        finally:
+            self._may_block.release()
 
     async def leads_to_us(self, other: Connection) -> bool:
         """Whether another connection is one to the same database of the same server."""
@@ -184,12 +202,14 @@ class Connections:
         return theirs == self._identity
 
     async def _carry_out(self, operation: Callable[[Connection], Awaitable[_T]], writes: bool) -> _T:
-        failure: Exception | None
+        failure: Exception
+        has_begun = False
         try:
             async with asyncio.timeout(TIME_LIMIT):
                 while True:
                     try:
                         async with self._connection() as connection:
+                            has_begun = True
                             return await operation(connection)
                     except GaveWay:
                         continue
@@ -199,7 +219,7 @@ class Connections:
                         raise failure  # outside of the block: the driver's error quotes keys
         except TimeoutError:
             pass
-        raise (OutcomeUnknown if writes else BackendUnavailable)(
+        raise (OutcomeUnknown if writes and has_begun else BackendUnavailable)(
             f"PostgreSQL at {self._place} did not answer within {TIME_LIMIT:.0f} seconds"
         )
 

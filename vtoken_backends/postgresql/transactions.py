@@ -65,7 +65,10 @@ class _Asyncpg:
 
     @property
     def is_in_transaction(self) -> bool:
-        return not self._connection.is_closed() and bool(self._connection.is_in_transaction())
+        try:
+            return bool(self._connection.is_in_transaction())
+        except Exception:
+            return False  # it was given back to its pool
 
     async def fetch(self, statement: Statement) -> Rows:
         return [tuple(row) for row in await self._connection.fetch(statement.text, *statement.parameters)]
@@ -74,8 +77,9 @@ class _Asyncpg:
 class _Sqlalchemy:
     """A session or connection of SQLAlchemy's, which connects and begins only when it runs a statement."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, *, is_session: bool) -> None:
         self._handle = handle
+        self._is_session = is_session
         self._driver: Driver | None = None
 
     @property
@@ -89,7 +93,7 @@ class _Sqlalchemy:
 
     async def _connected(self) -> Driver:
         handle = self._handle
-        connection = await handle.connection() if hasattr(handle, "connection") else handle
+        connection = await handle.connection() if self._is_session else handle
         raw = await connection.get_raw_connection()
         driver = _driver_of(raw.driver_connection)
         if driver is None:
@@ -122,7 +126,7 @@ def _handle(handle: object) -> Driver:
         alchemy: Any = sys.modules.get("sqlalchemy.ext.asyncio")
         if alchemy is None or not isinstance(handle, alchemy.AsyncSession | alchemy.AsyncConnection):
             raise InvalidInput(_KINDS)
-        driver = _Sqlalchemy(handle)
+        driver = _Sqlalchemy(handle, is_session=isinstance(handle, alchemy.AsyncSession))
     if not driver.is_in_transaction:
         raise InvalidInput(_NO_TRANSACTION)
     return driver
