@@ -51,7 +51,7 @@ REFUSED: Final = (InvalidInput, InvalidToken, ConfigurationError, KeyGenerationE
 ASKED: Final = os.environ.get("VTOKEN_TEST_EXAMPLES")
 thorough: Final = hypothesis.settings(
     deadline=None,
-    max_examples=int(ASKED or 100),
+    max_examples=int(ASKED or 60),
     derandomize=ASKED is None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
