@@ -1,7 +1,7 @@
 """Messages are sent in the background, so that no answer waits for a mail server.
 
-There are two queues: a stranger who asks for many messages must not hold back the one that says that a password
-was changed.
+There are two queues: a stranger who asks for many messages must not hold back the one that says that a
+password was changed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Outbox:
         try:
             self._changed.send_nowait(_Letter(message))
         except anyio.WouldBlock:  # the password is changed all the same
-            logger.error("a message about a changed password could not be queued")
+            logger.warning("a message about a changed password could not be queued")
 
     def _message(self, email: str, subject: str) -> EmailMessage:
         message = EmailMessage()

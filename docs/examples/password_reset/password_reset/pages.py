@@ -85,6 +85,6 @@ def set_cookie(response: Response, config: Config, name: str, value: str) -> Non
 
 
 def cookie_name(config: Config, name: str) -> str:
-    """The name of a cookie. Under HTTPS the prefix lets browsers refuse one that another host of the domain has
-    set (RFC 6265bis, section 4.1.3.2)."""
+    """The name of a cookie. Under HTTPS the prefix lets browsers refuse one that another host of the domain
+    has set (RFC 6265bis, section 4.1.3.2)."""
     return f"__Host-{name}" if config.is_https else name

@@ -1,7 +1,7 @@
 """What tokens there are here, and to whom they belong.
 
-Tokens of an account belong to its address. So wrong codes for an address are counted alike whether or not there
-is an account, and no answer tells.
+Tokens of an account belong to its address. So wrong codes for an address are counted alike whether or not
+there is an account, and no answer tells.
 """
 
 from __future__ import annotations

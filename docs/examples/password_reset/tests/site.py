@@ -59,7 +59,7 @@ class Site:
         self.config = Config(
             data=data,
             tokens_url=tokens_url,
-            settings=Settings(secret="of the tests, never of a site: 0123"),
+            settings=Settings(secret="of the tests, and never of a site"),
             base_url=self.url,
         )
         app = create_app(self.config, self.clock, self.mails.put)
