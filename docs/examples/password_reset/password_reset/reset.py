@@ -158,8 +158,8 @@ async def send_another(request: Request, manager: Manager, parts: Application, k
 async def _redeem(
     request: Request, manager: TokenManager, parts: Parts, whose: Subject, key: str, password: str
 ) -> Response:
-    """Set the password inside of the block. Whatever matters for security is done in there, because what comes
-    after it might be made to fail on purpose."""
+    """Set the password inside of the block. Whatever matters for security is done in there, because what
+    comes after it might be made to fail on purpose."""
     hashed = await anyio.to_thread.run_sync(passwords.hashed, password)  # before, so that the lease is short
     try:
         async with manager.redeem(
