@@ -17,8 +17,10 @@ from vtoken import (
     DEFAULT,
     ContentTypes,
     IssuedToken,
+    Limit,
     Settings,
     Stats,
+    Status,
     Subject,
     TokenBackend,
     TokenManager,
@@ -40,51 +42,79 @@ def parameters(function: Any) -> dict[str, Any]:
     return {name: p.default for name, p in found.items() if name != "self"}
 
 
-# What the contract writes down, in its order. More parameters may follow, by keyword and with a default.
-CONTRACT: dict[str, dict[str, Any]] = {
-    "deactivate": {"obj": REQUIRED, "slug": ANY, "key": ANY},
-    "deactivate_and_create": {
-        "obj": REQUIRED,
-        "slug": None,
-        "extra_data": None,
-        "deactivate_old_tokens": True,
-        "expiration_in_minutes": DEFAULT,
-        "key_generator_kwargs": None,
-    },
-    "get_active_or_create": {"obj": REQUIRED, "slug": None},
-    "exists_valid": {"obj": REQUIRED, "slug": ANY, "key": ANY},
-    "filter_active_tokens": {"obj": REQUIRED, "slug": ANY, "key": ANY},
-    "get": {"id": REQUIRED},
-    "generate_key": {"generator": None},
-    "content_object": {"token": REQUIRED},
-    "verify": {"obj": REQUIRED, "slug": REQUIRED, "key": REQUIRED},
-    "consume": {"obj": REQUIRED, "slug": REQUIRED, "key": REQUIRED},
-    "redeem": {"obj": REQUIRED, "slug": REQUIRED, "key": REQUIRED},
-    "save": {"token": REQUIRED},
-    "purge": {"batch_size": 1000, "keep": timedelta(0)},
-    "stats": {},
-    "open": {},
-    "aclose": {},
+ISSUE: dict[str, Any] = {
+    "extra_data": None,
+    "replace": True,
+    "expires_in": DEFAULT,
+    "key_generator_kwargs": None,
+    "context": None,
+    "by": None,
 }
-KEYWORDS: dict[str, dict[str, Any]] = {
-    "consume": {"consume_id": None},
-    "redeem": {"lease": timedelta(seconds=60)},
+BASES_ISSUE: dict[str, Any] = {
+    "extra_data": None,
+    "expiration_in_minutes": DEFAULT,
+    "key_generator_kwargs": None,
 }
+KEY: dict[str, Any] = {"obj": REQUIRED, "slug": REQUIRED, "key": REQUIRED}
+
+# What the contract writes down, in its order: what may be given by position, and what by keyword only.
+CONTRACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "issue": ({"obj": REQUIRED, "slug": None}, {**ISSUE, "using": None}),
+    "deactivate_and_create": (
+        {
+            "obj": REQUIRED,
+            "slug": None,
+            "extra_data": None,
+            "deactivate_old_tokens": True,
+            "expiration_in_minutes": DEFAULT,
+            "key_generator_kwargs": None,
+        },
+        {"context": None, "by": None, "using": None},
+    ),
+    "issuing": ({"obj": REQUIRED, "slug": None}, ISSUE),
+    "issue_many": (
+        {"subjects": REQUIRED, "slug": None},
+        {"batch": None, **ISSUE, "progress": None},
+    ),
+    "pretend": ({"obj": REQUIRED, "slug": None}, ISSUE),
+    "get_active_or_create": (
+        {"obj": REQUIRED, "slug": None, **BASES_ISSUE},
+        {"context": None, "by": None, "at_least": timedelta(0)},
+    ),
+    "reveal": ({"token": REQUIRED}, {}),
+    "exists_valid": ({"obj": REQUIRED, "slug": ANY, "key": ANY}, {"context": None, "by": None}),
+    "filter_active_tokens": ({"obj": REQUIRED, "slug": ANY, "key": ANY}, {}),
+    "verify": (KEY, {"context": None, "by": None}),
+    "consume": (KEY, {"consume_id": None, "context": None, "by": None}),
+    "redeem": (
+        KEY,
+        {"lease": "60s", "wait": timedelta(0), "consume_id": None, "context": None, "by": None},
+    ),
+    "mark_used": ({"token": REQUIRED}, {"using": REQUIRED}),
+    "status": ({"obj": REQUIRED, "slug": REQUIRED}, {"context": None, "by": None}),
+    "deactivate": ({"obj": REQUIRED, "slug": ANY, "key": ANY}, {"all_objects": False, "using": None}),
+    "history": ({"obj": REQUIRED, "slug": ANY}, {}),
+    "erase": ({"obj": REQUIRED}, {"using": None}),
+    "reset_limits": ({"obj": REQUIRED, "slug": ANY}, {}),
+    "get": ({"id": REQUIRED}, {}),
+    "generate_key": ({"generator": None}, {}),
+    "content_object": ({"token": REQUIRED}, {}),
+    "save": ({"token": REQUIRED}, {"using": None}),
+    "purge": ({"batch_size": 1000, "keep": timedelta(0), "progress": None}, {}),
+    "stats": ({}, {}),
+    "ping": ({}, {}),
+    "open": ({}, {}),
+    "aclose": ({}, {}),
+}
+NOT_COROUTINES = {"filter_active_tokens", "history", "issue_many", "issuing", "redeem"}
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_a_managers_method_has_the_contracts_signature(name: str) -> None:
-    signature = inspect.signature(getattr(TokenManager, name))
-    given = list(signature.parameters.values())[1:]
-    wanted = CONTRACT[name]
-    assert {p.name: p.default for p in given[: len(wanted)]} == wanted
-    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in given[: len(wanted)])
-    by_keyword = {p.name: p for p in given}
-    for keyword, default in KEYWORDS.get(name, {}).items():
-        assert by_keyword[keyword].kind is inspect.Parameter.KEYWORD_ONLY
-        assert by_keyword[keyword].default == default
-    for extra in given[len(wanted) :]:
-        assert extra.default is not REQUIRED or extra.kind in (extra.VAR_POSITIONAL, extra.VAR_KEYWORD)
+    given = list(inspect.signature(getattr(TokenManager, name)).parameters.values())[1:]
+    by_position = {p.name: p.default for p in given if p.kind is p.POSITIONAL_OR_KEYWORD}
+    by_keyword = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+    assert (list(by_position.items()), by_keyword) == (list(CONTRACT[name][0].items()), CONTRACT[name][1])
 
 
 def test_the_managers_public_methods_are_the_contracts() -> None:
@@ -106,10 +136,9 @@ def test_how_a_manager_is_made() -> None:
 def test_what_is_async_and_what_is_not() -> None:
     for name in CONTRACT:
         method = getattr(TokenManager, name)
-        if name == "filter_active_tokens":
-            assert inspect.isasyncgenfunction(method)
-        else:
-            assert inspect.iscoroutinefunction(method) is (name != "redeem")
+        assert inspect.iscoroutinefunction(method) is (name not in NOT_COROUTINES)
+    for name in ("filter_active_tokens", "history", "issue_many"):
+        assert inspect.isasyncgenfunction(getattr(TokenManager, name))
 
 
 def test_settings_and_policies_have_the_contracts_fields() -> None:
@@ -122,12 +151,27 @@ def test_settings_and_policies_have_the_contracts_fields() -> None:
         "secret",
         "previous_secrets",
         "key_storage",
+        "unknown_slugs",
     ]
     wanted = {"slug", "expiration", "key_generator", "key_length", "key_chars", "key_storage", "max_attempts"}
-    wanted |= {"attempt_window", "cooldown", "max_uses", "overlap"}
+    wanted |= {
+        "attempt_window",
+        "cooldown",
+        "max_uses",
+        "overlap",
+        "attempt_limits",
+        "issue_limits",
+        "prefix",
+    }
+    wanted |= {"prefix", "context", "channel", "test_codes", "test_codes_why", "allow_weak"}
     assert wanted <= {f.name for f in fields(TokenPolicy)}
     assert [f.name for f in fields(TokenPolicy) if not f.kw_only] == ["slug"]
     assert parameters(TokenPolicy.code)["digits"] == 6
+    assert (parameters(TokenPolicy.pair)["digits"], parameters(TokenPolicy.pair)["code_expiration"]) == (
+        6,
+        "10m",
+    )
+    assert [f.name for f in fields(Limit) if f.init] == ["count", "per", "by", "across"]
 
 
 def test_subjects_and_content_types() -> None:
@@ -138,6 +182,11 @@ def test_subjects_and_content_types() -> None:
         "get_id": None,
         "load": None,
     }
+
+
+def test_status_is_a_dataclass() -> None:
+    names = ["has_valid", "expires_at", "attempts_left", "attempts_reset_at", "can_issue_at"]
+    assert [field.name for field in fields(Status)] == names
 
 
 def test_stats_is_a_dataclass() -> None:
@@ -157,6 +206,12 @@ def test_a_token_has_the_bases_fields_and_methods() -> None:
         "slug",
         "is_active",
         "extra_data",
+        "max_uses",
+        "uses",
+        "used_at",
+        "is_replay",
+        "code",
+        "code_expires_at",
     ):
         assert hasattr(token, name)
     assert parameters(VerificationToken.is_valid) == {"now": None}
@@ -188,6 +243,10 @@ def test_all_is_everything_public_and_sorted_by_kind() -> None:
         "register_backend",
         "Stats",
         "TokenEvent",
+        "Limit",
+        "Status",
+        "TokenBusy",
+        "AlreadyUsed",
     }
     assert wanted <= set(vtoken.__all__)
 

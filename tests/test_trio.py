@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from datetime import timedelta
 
 import pytest
 import trio
 
-from vtoken import CooldownActive, InvalidToken, TokenManager, TokenPolicy, TooManyAttempts, VerificationToken
+from vtoken import (
+    CooldownActive,
+    InvalidToken,
+    Subject,
+    TokenManager,
+    TokenPolicy,
+    TooManyAttempts,
+    VerificationToken,
+)
 
 from .core_tools import CODE, USER, World, reason, redeem, refused, wrong_codes
 
@@ -62,6 +71,26 @@ def test_redeem_gives_back_on_an_exception_and_on_a_cancellation() -> None:
     run(life)
 
 
+def test_what_was_not_sent_is_taken_back() -> None:
+    async def life(world: World) -> None:
+        manager = await world.manager(TokenPolicy("mail", cooldown="1m"))
+        with trio.CancelScope() as scope:
+            async with manager.issuing(USER, "mail"):
+                world.backend.before["deactivate"] = trio.lowlevel.checkpoint
+                scope.cancel()
+                await trio.sleep_forever()
+        assert not await manager.exists_valid(USER)
+        async with aclosing(
+            manager.issue_many([Subject("auth.user", n) for n in range(9)], "many")
+        ) as tokens:
+            async for token in tokens:
+                if token.object_id == "4":
+                    break
+        assert len([stored for stored in await world.stored() if stored.is_active]) == 5
+
+    run(life)
+
+
 def test_a_cancelled_scope_still_closes() -> None:
     async def life(world: World) -> None:
         world.backend.before["close"] = trio.lowlevel.checkpoint  # as a backend with a connection would
@@ -69,7 +98,7 @@ def test_a_cancelled_scope_still_closes() -> None:
             async with TokenManager(world.backend):
                 scope.cancel()
                 await trio.sleep_forever()
-        assert world.backend.calls == ["open", "close"]
+        assert world.backend.calls == ["open", "note", "close"]
 
     run(life)
 
@@ -78,7 +107,7 @@ def test_caps_hold_under_parallel_guesses() -> None:
     async def life(world: World) -> None:
         manager = await world.manager(CODE)
         issued = await manager.deactivate_and_create(USER, "login")
-        world.backend.before = dict.fromkeys(("find", "spend", "update"), trio.lowlevel.checkpoint)
+        world.backend.before = dict.fromkeys(("find", "present", "update"), trio.lowlevel.checkpoint)
         errors: list[InvalidToken] = []
 
         async def guess(code: str) -> None:
@@ -96,7 +125,7 @@ def test_caps_hold_under_parallel_guesses() -> None:
 def test_concurrent_get_active_or_create_gives_one_even_with_a_cooldown() -> None:
     async def life(world: World) -> None:
         manager = await world.manager(TokenPolicy("mail", cooldown=timedelta(minutes=1)))
-        world.backend.before = dict.fromkeys(("find", "insert", "spend"), trio.lowlevel.checkpoint)
+        world.backend.before = dict.fromkeys(("find", "insert"), trio.lowlevel.checkpoint)
         tokens: list[VerificationToken] = []
 
         async def ask() -> None:

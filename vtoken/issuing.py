@@ -396,7 +396,7 @@ def _derived_again(
 def _code_form(policy: ResolvedPolicy) -> tuple[int, str]:
     """The length and the alphabet of codes that we draw or derive."""
     assert policy.code_length is not None  # noqa: S101  # the policy has seen to it
-    assert policy.code_chars is not None  # noqa: S101
+    assert policy.code_chars is not None  # noqa: S101  # likewise
     return policy.code_length, policy.code_chars
 
 

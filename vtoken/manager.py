@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Awaitable,
     Callable,
     Iterable,
@@ -836,9 +835,10 @@ class TokenManager:
             given = await bound(context, object_id) if context.reveal() is not None else None
             wanted = wanted._replace(slug=slug_text, context=given)
         now = self._now()
-        async for stored in self._pages(wanted._replace(valid_at=now)):
-            if has_free_use(stored, now) and stored.content_type != PRETENDED:
-                return True
+        async with aclosing(self._pages(wanted._replace(valid_at=now))) as pages:
+            async for stored in pages:
+                if has_free_use(stored, now) and stored.content_type != PRETENDED:
+                    return True
         return False
 
     async def verify(
@@ -958,8 +958,9 @@ class TokenManager:
         match = await self._active(obj, slug, presented)
         if match is None:
             return
-        async for stored in self._pages(match._replace(active=True)):
-            yield loaded(stored)
+        async with aclosing(self._pages(match._replace(active=True))) as pages:
+            async for stored in pages:
+                yield loaded(stored)
 
     async def history(
         self, obj: object, slug: str | Wildcard | None = ANY
@@ -984,10 +985,12 @@ class TokenManager:
         if object_id is None:
             raise InvalidInput("history is of one object: pass the object, not its class")
         wanted = None if isinstance(slug, Wildcard) else _slug_text(slug)
-        async for stored in self._pages(Match(content_type=content_type, object_id=object_id, slug=wanted)):
-            yield loaded(stored)
+        match = Match(content_type=content_type, object_id=object_id, slug=wanted)
+        async with aclosing(self._pages(match)) as pages:
+            async for stored in pages:
+                yield loaded(stored)
 
-    async def _pages(self, match: Match) -> AsyncIterator[StoredToken]:
+    async def _pages(self, match: Match) -> AsyncGenerator[StoredToken]:
         after: str | None = None
         while True:
             with self._opening.calls() as store:

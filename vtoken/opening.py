@@ -195,7 +195,7 @@ class Opening:
     @asynccontextmanager
     async def _one_at_a_time(self) -> AsyncGenerator[None]:
         # The lock's holder may run in another event loop, whose events would not wake this one.
-        while not self._lock.acquire(blocking=False):  # noqa: ASYNC110
+        while not self._lock.acquire(blocking=False):  # noqa: ASYNC110  # see above
             await anyio.sleep(0.005)
         try:
             yield

@@ -476,7 +476,7 @@ class Redemption:
     async def _use(self) -> None:
         stored, key = self.stored, self._key
         assert stored is not None  # noqa: S101  # __aenter__ has set both
-        assert key is not None  # noqa: S101
+        assert key is not None  # noqa: S101  # likewise
         try:
             with self.redeemer.opening.calls() as store:
                 used = await store.update(Match(id=stored.id), self._use_held())
@@ -536,8 +536,8 @@ class Redemption:
     async def _settle_transaction(self) -> None:
         stored, key, marked = self.stored, self._key, self._marked
         assert stored is not None  # noqa: S101  # __aenter__ and mark_used have set them
-        assert key is not None  # noqa: S101
-        assert marked is not None  # noqa: S101
+        assert key is not None  # noqa: S101  # likewise
+        assert marked is not None  # noqa: S101  # likewise
         using, at = marked
         with self.redeemer.opening.calls() as store:
             found = await store.find(Match(id=stored.id), 1)

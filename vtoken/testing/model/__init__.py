@@ -1,0 +1,1 @@
+"""The reference store, and the orders that calls at once may end as."""
