@@ -19,7 +19,7 @@ USER = vtoken.Subject("auth.user", 1)
 
 async def issue_and_consume(url: str) -> None:
     async with vtoken.TokenManager.from_url(url) as manager:
-        token = await manager.deactivate_and_create(USER, "password-reset")
+        token = await manager.issue(USER, "password-reset")
         await manager.consume(USER, "password-reset", token.key)
         assert not await manager.exists_valid(USER, "password-reset", token.key), "used twice"
 
@@ -33,7 +33,7 @@ def what_is_missing(url: str) -> str:
 
 
 def main() -> None:
-    there = [name for name in ("pymongo", "motor", "cyclopts", "rich", "pytest") if find_spec(name)]
+    there = [name for name in ("pymongo", "motor", "psycopg", "cyclopts", "rich", "pytest") if find_spec(name)]
     assert not there, f"a plain installation brings {there}"
     assert "site-packages" in vtoken.__file__, vtoken.__file__
     assert version("vtoken") == vtoken.__version__
@@ -43,6 +43,7 @@ def main() -> None:
             asyncio.run(issue_and_consume(url))
 
     assert "vtoken[mongodb]" in what_is_missing("mongodb://localhost/tokens")
+    assert "vtoken[postgresql]" in what_is_missing("postgresql://localhost/tokens")
 
     command = Path(sys.executable).with_name("vtoken")
     done = subprocess.run([command, "demo"], capture_output=True, text=True, check=False)
