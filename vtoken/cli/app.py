@@ -107,6 +107,8 @@ def main() -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # What is doubtful about a store is said by doctor, and not again by every command.
+    logging.getLogger("vtoken_backends").setLevel(logging.ERROR)
     folder = str(Path.cwd())
     if not sys.flags.safe_path and folder not in sys.path:  # as under `python -m`
         sys.path.insert(0, folder)

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from vtoken.cli.options import Output
+from vtoken.cli.options import Output, silenced
 from vtoken.cli.output import Result, printable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def conformance(
 
     suite, parent = cases.chosen(url)
     outcomes: list[Outcome] = []
-    with TemporaryDirectory(prefix="vtoken-conformance-", dir=parent) as folder:
+    with TemporaryDirectory(prefix="vtoken-conformance-", dir=parent) as folder, silenced():
         for number, case in enumerate(cases.cases(suite, in_process=in_process)):
             directory = Path(folder, str(number))
             directory.mkdir()

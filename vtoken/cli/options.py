@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from getpass import getpass
@@ -73,12 +74,17 @@ class Store(Output):
         """
         if self.manager is None:
             found = self.configuration()
-            return TokenManager(
-                create_backend(found.url), settings=found.settings, policies=found.policies, hooks=found.hooks
-            )
+            with silenced():
+                return TokenManager(
+                    create_backend(found.url),
+                    settings=found.settings,
+                    policies=found.policies,
+                    hooks=found.hooks,
+                )
         if self.url is not None:
             raise ConfigurationError("--manager has a store of its own: leave out --url")
-        named = import_object(self.manager)
+        with silenced():
+            named = import_object(self.manager)
         if not isinstance(named, TokenManager):
             raise ConfigurationError(
                 f"--manager: {self.manager!r} must be a TokenManager, not {type(named).__name__}"
@@ -100,6 +106,18 @@ class Store(Output):
             await require_store(self.configuration().url)
         async with manager:
             yield manager
+
+
+@contextmanager
+def silenced() -> Generator[None]:
+    """Keep the library's log quiet: what it says about policies, doctor says, and not every command."""
+    logger = logging.getLogger("vtoken")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 async def require_store(url: str) -> None:

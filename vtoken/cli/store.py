@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
 from vtoken.cli.options import Store
 from vtoken.cli.output import Result, pairs, printable
+from vtoken.diagnostics import diagnostics_of
 from vtoken.stats import SlugStats, Stats
 
 _STORE = Store()  # frozen: the form in which cyclopts takes shared options
 
 
-async def init(*, store: Store = _STORE) -> Result:
+async def init(
+    *,
+    sql: Annotated[
+        bool,
+        Parameter(negative=(), help="Print the statements that make the tables, and connect to nothing."),
+    ] = False,
+    store: Store = _STORE,
+) -> Result:
     """Make the store, with its tables and indexes; one that is there already is checked and left as it is."""
+    if sql:
+        statements = diagnostics_of(store.configuration().url).ddl()
+        return Result({"statements": statements}, Text(";\n".join([*statements, ""])))
     async with store.opened(may_make_it=True):
         url = store.shown()
     return Result({"ready": True, "url": url}, pairs([("ready", url)]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from vtoken.diagnostics import Diagnostics, Finding
+from vtoken_backends.sqlite.file import has_wal_reset_bug
 
 
 class SQLiteDiagnostics(Diagnostics):
@@ -67,7 +68,7 @@ def release(version: tuple[int, ...]) -> Finding:
     """Name a release with the WAL-reset bug, which in rare cases damages a file that several connections
     write. Where a distribution backported the fix, the version is still the old one."""
     said = ".".join(map(str, version))
-    if version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45):
+    if not has_wal_reset_bug(version):
         return Finding("SQLite", "ok", said)
     where = "https://www.sqlite.org/wal.html#walresetbug"
     return Finding(
