@@ -93,7 +93,7 @@ class DurableBackendConformance(DurableCases, BackendConformance):
     """:class:`BackendConformance` and what a store must do that outlives the process.
 
     Its cases start other processes, which import the subclass by its module and name, make an instance
-    of it without a test's fixtures, and call ``backend(store)``.
+    of it without a test's fixtures, and call ``backend(store)``, for one case's store after the other.
     """
 
 

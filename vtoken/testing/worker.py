@@ -1,6 +1,6 @@
 """One of the processes that the durable cases run against a store: a job a line in, an answer a line out.
 
-Usage: ``python -m vtoken.testing.worker package.module:Suite STORE``
+Usage: ``python -m vtoken.testing.worker package.module:Suite``. It is told which store to open first.
 """
 
 from __future__ import annotations
@@ -166,9 +166,15 @@ JOBS: dict[str, Callable[[TokenManager, Job], Awaitable[object]]] = {
 }
 
 
-async def main(suite: Suite, store: str) -> None:
+async def main(suite: Suite) -> None:
+    """Serve one store after the other."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        await _serve(suite.backend(json.loads(line)["store"]))
+
+
+async def _serve(backend: TokenBackend) -> None:
     manager = TokenManager(
-        suite.backend(store),
+        backend,
         settings=Settings(secret=SECRET),
         policies=[CODE],
         clock=lambda: datetime.fromtimestamp(NOW / 1000, UTC),
@@ -177,9 +183,12 @@ async def main(suite: Suite, store: str) -> None:
         tell("ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             job = json.loads(line)
+            if job["do"] == "close":
+                break
             tell(await JOBS[job["do"]](manager, job))
+    tell("closed")
 
 
 if __name__ == "__main__":
     module, _, name = sys.argv[1].partition(":")
-    asyncio.run(main(attrgetter(name)(import_module(module))(), sys.argv[2]))
+    asyncio.run(main(attrgetter(name)(import_module(module))()))

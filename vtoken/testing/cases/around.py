@@ -304,11 +304,9 @@ class ScreenCases(Suite):
         await manager.issue(gone)
         await manager.pretend(gone, "news")
         kept = await manager.issue(USER, "reset")
-        assert b"somebody-who-leaves" in bench.raw()
         assert await manager.erase(gone) == 4
         assert [token async for token in other.history(gone)] == []
         assert await bench.stored() == [token for token in await bench.stored() if token.id == kept.id]
-        assert b"somebody-who-leaves" not in bench.raw() or bench.raw().startswith(b"SQLite")
         status = await other.status(gone, "sms-login")
         assert (status.attempts_left, status.can_issue_at <= bench.clock()) == (5, True)
         assert await manager.erase(gone) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import subprocess
@@ -43,13 +44,11 @@ from vtoken.testing.harness import (
 
 
 class Worker:
-    """Another process on the same store; see :mod:`vtoken.testing.worker`."""
+    """Another process; see :mod:`vtoken.testing.worker`."""
 
-    def __init__(self, suite: Suite, store: str) -> None:
-        kind = type(suite)
-        assert "<locals>" not in kind.__qualname__, "the suite's class must be importable by other processes"
+    def __init__(self, suite: str) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", "vtoken.testing.worker", f"{kind.__module__}:{kind.__qualname__}", store],
+            [sys.executable, "-m", "vtoken.testing.worker", suite],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,17 +86,51 @@ class Worker:
         self._stdout.close()
 
 
+_idle: dict[str, list[Worker]] = {}
+"""Processes that have closed their store, by their suite: starting one costs more than most cases."""
+
+
+@atexit.register
+def _end_idle() -> None:
+    for workers in _idle.values():
+        for worker in workers:
+            worker.end()
+
+
 @asynccontextmanager
 async def processes(bench: Bench, count: int) -> AsyncGenerator[list[Worker]]:
     """So many processes with the store open."""
-    workers = [Worker(bench.suite, bench.store) for _ in range(count)]
+    kind = type(bench.suite)
+    assert "<locals>" not in kind.__qualname__, "the suite's class must be importable by other processes"
+    suite = f"{kind.__module__}:{kind.__qualname__}"
+    idle = _idle.setdefault(suite, [])
+    workers = [idle.pop() if idle else Worker(suite) for _ in range(count)]
     try:
+        for worker in workers:
+            worker.send("open", store=bench.store)
         for worker in workers:
             assert await asyncio.to_thread(worker.receive) == "ready"
         yield workers
-    finally:
+        for answer in await ask_all(workers, "close"):
+            assert answer == "closed"
+    except BaseException:
         for worker in workers:
             worker.end()
+        raise
+    idle += workers
+
+
+@asynccontextmanager
+async def a_victim(bench: Bench) -> AsyncGenerator[Worker]:
+    """A process with the store open, to be killed."""
+    kind = type(bench.suite)
+    worker = Worker(f"{kind.__module__}:{kind.__qualname__}")
+    try:
+        worker.send("open", store=bench.store)
+        assert await asyncio.to_thread(worker.receive) == "ready"
+        yield worker
+    finally:
+        worker.end()
 
 
 async def ask_all(workers: list[Worker], do: str, **job: object) -> list[Any]:
@@ -231,7 +264,7 @@ class DurableCases(Suite):
         left."""
         manager = await bench.manager()
         for number in range(self.kills):
-            async with processes(bench, 1) as (worker,):
+            async with a_victim(bench) as worker:
                 worker.send("storm", name=f"kill{number}")
                 told = [await asyncio.to_thread(worker.receive) for _ in range(30 + number)]
                 told += await asyncio.to_thread(worker.kill)
@@ -245,7 +278,7 @@ class DurableCases(Suite):
         """A process killed in a ``redeem`` leaves the token unused, and free when its hold has ended."""
         manager = await bench.manager()
         issued = await manager.issue(USER, "reset")
-        async with processes(bench, 1) as (worker,):
+        async with a_victim(bench) as worker:
             assert await asyncio.to_thread(worker.ask, "hold", slug="reset", key=issued.key) == "held"
             assert await asyncio.to_thread(worker.kill) == []
         await refused(TokenBusy, manager.consume(USER, "reset", issued.key))
