@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, cast
 
 from vtoken.errors import ConfigurationError
 from vtoken.loading import import_object
@@ -33,6 +33,51 @@ class Finding(NamedTuple):
     name: str
     state: FindingState
     detail: str
+
+
+class Column(Protocol):
+    """A column of a table in an SQL database."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str:
+        """As the database writes it, with its collation."""
+        ...
+
+    @property
+    def is_nullable(self) -> bool: ...
+
+
+class Index(Protocol):
+    """An index beside the primary key."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """Names of columns, or SQL in brackets."""
+        ...
+
+    @property
+    def is_unique(self) -> bool: ...
+    @property
+    def where(self) -> str:
+        """Which rows are in it, or ``""`` for all."""
+        ...
+
+
+class Table(Protocol):
+    """A table in an SQL database."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def columns(self) -> Sequence[Column]: ...
+    @property
+    def primary_key(self) -> tuple[str, ...]: ...
+    @property
+    def indexes(self) -> Sequence[Index]: ...
 
 
 class NotObservable(Exception):
@@ -70,6 +115,30 @@ class Diagnostics:
     def after_closing(self) -> list[Finding]:
         """What can be said about a store that could be opened, such as how far its clock is from ours."""
         return []
+
+    # For migrations ----------------------------------------------------------------------------
+
+    @property
+    def schema(self) -> str | None:
+        """In which schema of the database the tables are, or None for none."""
+        return None
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The tables of the store, for :mod:`vtoken.migrate.tables`.
+
+        Raises:
+            ConfigurationError: it has none, or its author has not described them.
+        """
+        raise ConfigurationError("this backend does not describe its tables: opening makes them")
+
+    def ddl(self) -> list[str]:
+        """The statements that make an empty store, for ``vtoken init --sql``. They need no connection.
+
+        Raises:
+            ConfigurationError: as of :attr:`tables`.
+        """
+        raise ConfigurationError("this backend has no statements to show: opening makes what it needs")
 
     # For conformance ---------------------------------------------------------------------------
 

@@ -21,7 +21,11 @@ async def init(
     *,
     sql: Annotated[
         bool,
-        Parameter(negative=(), help="Print the statements that make the tables, and connect to nothing."),
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Print the statements that make the tables, and connect to nothing.",
+        ),
     ] = False,
     store: Store = _STORE,
 ) -> Result:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import psycopg
 
-from vtoken.diagnostics import Diagnostics, Finding, NotObservable
-from vtoken_backends.postgresql.tables import TABLES, VERSION, quoted
+from vtoken.diagnostics import Diagnostics, Finding, NotObservable, Table
+from vtoken_backends.postgresql.tables import TABLES, VERSION, ddl, quoted
 from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
 
 OLDEST: Final = 13
@@ -45,6 +46,17 @@ class PostgreSQLDiagnostics(Diagnostics):
         apart = theirs - (before + time.time()) / 2
         state = "ok" if abs(apart) < _CLOCK_TOLERANCE else "warning"
         return [Finding("clock", cast("Any", state), f"the server's is {apart:+.1f} s from ours")]
+
+    @property
+    def schema(self) -> str:
+        return _schema(self.url)
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        return TABLES
+
+    def ddl(self) -> list[str]:
+        return ddl(self.schema)
 
     def new_store(self, directory: Path) -> str:
         place = split(self.url)

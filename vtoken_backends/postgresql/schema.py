@@ -7,10 +7,13 @@ from typing import Final
 from vtoken.errors import BackendError, CorruptStore
 from vtoken_backends.postgresql.statements import Statement
 from vtoken_backends.postgresql.store import Connection
-from vtoken_backends.postgresql.tables import RELATIONS, SCHEMA, TABLES, VERSION, ddl, quoted
+from vtoken_backends.postgresql.tables import RELATIONS, SCHEMA, TABLES, VERSION, ddl, number, quoted
 
 MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
 """For each older number of the schema the statements that lead to the next; ``@`` is the quoted schema."""
+
+UNNUMBERED: Final = 0
+"""Tables of the present shape that the application's own migrations made, which fill none."""
 
 # Two processes that open a store for the first time make its tables one after the other.
 _LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('vtoken/' || $1::text, 0))"
@@ -41,9 +44,12 @@ async def prepare(connection: Connection, schema: str) -> None:
     version = await _version(connection, schema)
     if version is None:
         await _create(connection, schema)
+    elif version == UNNUMBERED:
+        await check(connection, schema)
+        await connection.fetch(Statement(number(schema)))
     else:
-        for number in range(version, SCHEMA):
-            for text in MIGRATIONS[number]:
+        for older in range(version, SCHEMA):
+            for text in MIGRATIONS[older]:
                 await connection.fetch(Statement(text.replace("@", quoted(schema))))
     await connection.fetch(connection.commit)
     await check(connection, schema)
@@ -76,9 +82,10 @@ async def _version(connection: Connection, schema: str) -> int | None:
             f" {', '.join(sorted(found))}"
         )
     text = f"SELECT max(version) FROM {quoted(schema)}.{VERSION.name}"  # noqa: S608
+    version: int | None
     [(version,)] = await connection.fetch(Statement(text))
-    if not isinstance(version, int):
-        raise CorruptStore(f"the PostgreSQL schema {schema!r} has an empty {VERSION.name}")
+    if version is None:
+        return UNNUMBERED
     if version > SCHEMA:
         raise BackendError(
             f"the store has schema {version}, and this vtoken knows {SCHEMA} at most: update vtoken"

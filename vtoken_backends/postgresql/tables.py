@@ -137,8 +137,12 @@ def ddl(schema: str) -> list[str]:
     """
     place = quoted(schema)
     statements = [statement for table in TABLES for statement in _create(place, table)]
-    statements.append(f"INSERT INTO {place}.{VERSION.name} (version) VALUES ({SCHEMA})")  # noqa: S608
-    return statements
+    return [*statements, number(schema)]
+
+
+def number(schema: str) -> str:
+    """The statement that writes down which shape the tables have."""
+    return f"INSERT INTO {quoted(schema)}.{VERSION.name} (version) VALUES ({SCHEMA})"  # noqa: S608
 
 
 def _create(place: str, table: Table) -> list[str]:
