@@ -74,6 +74,8 @@ class Watched:
         self.calls: list[str] = []
         self.spends: list[Spend] = []
         """Everything that was to be spent."""
+        self.charges: list[Charge] = []
+        """Everything that was charged, whether or not it was given back."""
         self.failing: dict[str, Exception] = {}
         """By method: what is raised instead of doing it."""
         self.before: dict[str, Callable[[], Awaitable[object]]] = {}
@@ -123,7 +125,7 @@ class Watched:
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
         self.spends += spends
-        return await self._do(
+        answer = await self._do(
             "insert",
             lambda: self.inner.insert(
                 token,
@@ -134,12 +136,16 @@ class Watched:
                 spends=spends,
             ),
         )
+        self.charges += answer.spending.charges
+        return answer
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
         self.spends += spends
-        return await self._do("present", lambda: self.inner.present(key, change, now, spends))
+        answer = await self._do("present", lambda: self.inner.present(key, change, now, spends))
+        self.charges += answer.spending.charges
+        return answer
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         return await self._do("update", lambda: self.inner.update(match, change))
@@ -161,7 +167,9 @@ class Watched:
 
     async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
         self.spends += spends
-        return await self._do("spend", lambda: self.inner.spend(spends, now))
+        answer = await self._do("spend", lambda: self.inner.spend(spends, now))
+        self.charges += answer.charges
+        return answer
 
     async def refund(self, charges: tuple[Charge, ...]) -> None:
         await self._do("refund", lambda: self.inner.refund(charges))
