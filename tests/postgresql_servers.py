@@ -7,6 +7,7 @@ runs already.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import itertools
 import os
@@ -18,13 +19,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, cast
+from urllib.parse import urlsplit
 
 import psycopg
 
@@ -224,6 +226,71 @@ class PostgreSQL:
 def shared_url() -> str:
     """The URL of the declared server, or of one that all tests of this process share."""
     return declared_url() or PostgreSQL().start().url
+
+
+class Proxy:
+    """Stands between a client and the shared server, as a pooler or a network does.
+
+    Args:
+        as_process: the process id with which it answers in place of the server's.
+    """
+
+    def __init__(self, as_process: int | None = None) -> None:
+        self._as_process = as_process
+        self.served: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.is_silent = False
+        """Whether what the server says is kept back."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.served.add(cast("asyncio.Task[None]", asyncio.current_task()))
+        server = urlsplit(shared_url())
+        from_server, to_server = await asyncio.open_connection(server.hostname, server.port)
+        self._writers |= {writer, to_server}
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(reader, to_server, is_answer=False))
+                group.create_task(self._pump(from_server, writer, is_answer=True))
+        except* OSError:
+            pass
+        finally:
+            self._writers -= {writer, to_server}
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_answer: bool
+    ) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                if is_answer and self.is_silent:
+                    continue
+                if is_answer and self._as_process is not None and _KEY_DATA in data:
+                    before, _, after = data.partition(_KEY_DATA)
+                    data = before + _KEY_DATA + self._as_process.to_bytes(4) + after[4:]
+                writer.write(data)
+        finally:
+            writer.close()
+
+    def cut(self) -> None:
+        """Drop all connections."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+_KEY_DATA: Final = b"K\0\0\0\x0c"
+"""How the message begins that names the server's process (BackendKeyData)."""
+
+
+@asynccontextmanager
+async def proxy(as_process: int | None = None) -> AsyncGenerator[tuple[Proxy, int]]:
+    """A proxy to the shared server, and its port."""
+    made = Proxy(as_process)
+    listening = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    try:
+        yield made, listening.sockets[0].getsockname()[1]
+    finally:
+        listening.close()
+        made.cut()
+        await asyncio.gather(*made.served, return_exceptions=True)
 
 
 def new_schema() -> str:

@@ -395,9 +395,12 @@ def _why_not_connected(message: str) -> str:
 
 def _parsed(url: str) -> dict[str, Any]:
     try:
-        return conninfo_to_dict(url)
+        parsed = conninfo_to_dict(url)
     except psycopg.Error:
-        pass  # the message may quote the password
+        parsed = {"port": "?"}  # the message may quote the password
+    ports = str(parsed.get("port", "")).split(",")  # libpq looks at them when it connects
+    if all(not port or (port.isascii() and port.isdigit() and int(port) < 65536) for port in ports):
+        return parsed
     raise ConfigurationError(
         "libpq does not understand the PostgreSQL URL; are user name and password percent-encoded?"
     )
