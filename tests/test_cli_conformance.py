@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
 import pytest
 from pymongo import MongoClient
 
@@ -16,7 +17,9 @@ from vtoken.cli import cases
 from vtoken.testing import BackendConformance, DurableBackendConformance
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.mongodb.diagnostics import with_database
+from vtoken_backends.postgresql.urls import split
 
+from . import postgresql_servers
 from .cli_tools import Terminal
 from .servers import fresh_database
 from .test_memory_conformance import TestMemory
@@ -134,6 +137,16 @@ def test_mongodb_databases_of_its_own_which_are_dropped(mongodb_replica_set: str
             names = client.list_database_names()
             assert client.get_default_database().list_collection_names() == []
     assert not [name for name in names if name.startswith("vtoken_conformance_")]
+
+
+def test_postgresql_schemas_of_its_own_which_are_dropped(tmp_path: Path) -> None:
+    with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+        suite, _ = cases.chosen(f"{url}&pool_size=3")
+        outcomes = cases_of(suite, tmp_path, *SOME)
+        assert [outcome.state for outcome in outcomes] == ["holds"] * len(SOME), outcomes
+        with psycopg.connect(split(url).url) as connection:
+            schemas = [str(name) for (name,) in connection.execute("SELECT nspname FROM pg_namespace")]
+    assert not [name for name in schemas if name.startswith("vtoken_conformance_")]
 
 
 @pytest.mark.parametrize(

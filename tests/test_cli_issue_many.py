@@ -126,8 +126,10 @@ def test_at_a_limit_what_was_issued_is_kept(vtoken: Terminal, tmp_path: Path) ->
     (tmp_path / "in.txt").write_text("auth.user:1\nauth.user:2\nauth.user:1\nauth.user:3\n")
     assert vtoken("issue-many", "in.txt", "--slug", "log-in", "--out", "keys.jsonl") == 1
     assert "The limit is 1 per 1h by object." in vtoken.err
-    rows = lines_of(tmp_path / "keys.jsonl")
+    assert "Note: what was issued before is in keys.jsonl.part." in vtoken.err
+    rows = lines_of(tmp_path / "keys.jsonl.part")
     assert [row["object_id"] for row in rows] == ["1", "2"]
+    assert not (tmp_path / "keys.jsonl").exists(), "an earlier output would still be whole"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pty
 import re
+import sqlite3
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -276,6 +278,19 @@ def test_what_only_reads_or_ends_never_makes_a_store(
     (tmp_path / "tokens.db").touch()
     assert vtoken(*arguments) == 3
     assert [(file.name, file.stat().st_size) for file in tmp_path.iterdir()] == [("tokens.db", 0)]
+
+
+def test_a_file_of_an_application_that_has_no_tables_of_ours_is_no_store(
+    vtoken: Terminal, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "app.db")) as database:
+        database.execute("CREATE TABLE users (id INTEGER)")
+    shared = ("--url", "sqlite:///app.db?shared=true")
+    assert vtoken("stats", *shared) == 3
+    assert f"{tmp_path}/app.db has no tables of vtoken" in vtoken.err
+    assert vtoken("stats", "--url", "sqlite:///app.db") == 3
+    assert vtoken("init", *shared) == 0
+    assert vtoken("stats", *shared) == 0
 
 
 def test_a_database_without_our_collections_is_no_store(vtoken: Terminal, mongodb_new_url: str) -> None:

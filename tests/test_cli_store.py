@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from . import postgresql_servers
 from .cli_tools import USER, Terminal
 from .servers import free_port, fresh_database
 
@@ -158,6 +159,16 @@ def test_doctor_compares_the_clock_of_a_server(vtoken: Terminal, mongodb_replica
         found = findings(vtoken, *store)
     assert found["server's clock"] == "ok"
     assert "file" not in found
+
+
+def test_doctor_compares_the_clock_of_a_postgresql_server(vtoken: Terminal) -> None:
+    with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+        store = ("--url", url)
+        assert vtoken("stats", *store) == 3
+        assert "has no table" in vtoken.err
+        assert findings(vtoken, *store, status=3)["reachable"] == "failed"
+        assert vtoken("init", *store) == 0
+        assert findings(vtoken, *store, "--deep")["server's clock"] == "ok"
 
 
 def test_doctor_on_a_mongodb_server_that_is_not_there(vtoken: Terminal) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -80,8 +81,10 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
 
 
 def _configuration(store: Store) -> Finding:
-    file = None if store.manager is not None else file_in(Path.cwd())
-    return Finding("configuration", "ok", f"{store.shown()}{f', {file.name}' if file else ''}")
+    if store.manager is not None:
+        return Finding("configuration", "ok", store.shown())
+    file = os.environ.get("VTOKEN_CONFIG") or file_in(Path.cwd())
+    return Finding("configuration", "ok", f"{store.shown()}{f', {file}' if file else ''}")
 
 
 async def _open_and_examine(backend: TokenBackend, about: Diagnostics, deep: bool) -> AsyncGenerator[Finding]:

@@ -72,9 +72,10 @@ def issue_many(
 ) -> Coroutine[Any, Any, Result]:
     """Issue a token for each object of a file, and write down their keys.
 
-    The whole file is checked before anything is issued. Interrupted, it is started again: with --batch it
-    goes on where it was, and its output is whole. A key is empty where an earlier run of the batch created a
-    token that is over.
+    The whole file is checked before anything is issued. Until the run has come to its end, the keys are in a
+    file beside --out whose name ends with .part. Interrupted, it is started again: with --batch it goes on
+    where it was, and its output is whole. A key is empty where an earlier run of the batch created a token that
+    is over.
     """
     slug, expires, extra_data = checked_slug(slug), lifetime(expires_in), extra_data_of(extra)
     options: dict[str, Any] = {
@@ -210,18 +211,21 @@ def _written(out: Path | None) -> Generator[Callable[[VerificationToken], None]]
         yield _writer(sys.stdout, as_csv=False)
         sys.stdout.flush()
         return
-    part = out.with_name(f"{out.name}.part")
     _check_replaceable(out)
+    part = out.with_name(f"{out.name}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
     if hasattr(os, "fchmod"):
-        os.fchmod(descriptor, 0o600)  # an earlier part may have been somebody's
+        os.fchmod(descriptor, 0o600)  # the file of an earlier run may be open to others
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         try:
             yield _writer(file, as_csv=out.suffix.lower() == ".csv")
+        except Exception as error:
+            error.add_note(f"what was issued before is in {part}")
+            raise
         finally:
             file.flush()
             os.fsync(file.fileno())
-            part.replace(out)
+    part.replace(out)
 
 
 def _writer(file: TextIO, *, as_csv: bool) -> Callable[[VerificationToken], None]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import psycopg
 
-from vtoken.diagnostics import Diagnostics, Finding, NotObservable, Table
+from vtoken.diagnostics import Diagnostics, Finding, NotObservable, Table, clock_finding
 from vtoken_backends.postgresql.tables import TABLES, VERSION, ddl, quoted
 from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
 
 OLDEST: Final = 13
 """The oldest major version of PostgreSQL that has what the backend needs."""
-_CLOCK_TOLERANCE: Final = 5.0
 
 
 class PostgreSQLDiagnostics(Diagnostics):
@@ -39,13 +39,14 @@ class PostgreSQLDiagnostics(Diagnostics):
         return [Finding("server", "ok", shown)]
 
     def after_closing(self) -> list[Finding]:
-        before = time.time()
-        theirs = self._asked("SELECT extract(epoch FROM clock_timestamp())::double precision")
-        if not isinstance(theirs, float):
-            return []
-        apart = theirs - (before + time.time()) / 2
-        state = "ok" if abs(apart) < _CLOCK_TOLERANCE else "warning"
-        return [Finding("clock", cast("Any", state), f"the server's is {apart:+.1f} s from ours")]
+        return [clock_finding(self._clock_skew)]
+
+    def _clock_skew(self) -> timedelta:
+        """By how much the server's clock is ahead of ours, give or take half of the way there and back."""
+        with psycopg.connect(split(self.url).url, connect_timeout=5) as connection:
+            before = time.time()
+            row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+            return timedelta(seconds=(row or (0.0,))[0] - (before + time.time()) / 2)
 
     @property
     def schema(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 from vtoken.diagnostics import Diagnostics, Finding
 from vtoken_backends.sqlite.file import has_wal_reset_bug
@@ -27,7 +28,15 @@ class SQLiteDiagnostics(Diagnostics):
         path = self.path.absolute()
         if not path.exists():
             return f"there is no SQLite file {path}"
-        return f"the file {path} is empty" if path.is_file() and not path.stat().st_size else None
+        try:
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+                names = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_schema")}
+        except (OSError, sqlite3.Error):
+            return None  # the backend will say more precisely what is wrong
+        is_shared = dict(parse_qsl(self.url.partition("?")[2])).get("shared") == "true"
+        if "vtoken_schema" in names or (names and not is_shared):
+            return None
+        return f"the SQLite file {path} has no tables of vtoken"
 
     def before_opening(self) -> list[Finding]:
         return [_examined(self.path), release(sqlite3.sqlite_version_info)]
