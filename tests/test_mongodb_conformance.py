@@ -17,12 +17,10 @@ from .servers import databases
 
 
 class _MongoDB(DurableBackendConformance):
-    """Each case on a database of its own."""
+    """Each case on a database of its own; each driver and each kind of server in one of the classes below."""
 
     driver: ClassVar[str]
     server: ClassVar[str]
-    # One class below races in earnest; the others have the same server, or the same code above the driver.
-    rounds, processes = 4, 2
 
     @pytest.fixture(autouse=True)
     def _server(self, request: pytest.FixtureRequest) -> Generator[None]:
@@ -43,18 +41,9 @@ class _MongoDB(DurableBackendConformance):
             return b"".join(encode(found) for name in names for found in database[name].find())
 
 
-class TestPyMongoOnStandalone(_MongoDB):
-    driver, server = "pymongo", "mongodb_standalone"
-
-
 class TestPyMongoOnReplicaSet(_MongoDB):
     driver, server = "pymongo", "mongodb_replica_set"
-    rounds, processes = DurableBackendConformance.rounds, DurableBackendConformance.processes
 
 
 class TestMotorOnStandalone(_MongoDB):
     driver, server = "motor", "mongodb_standalone"
-
-
-class TestMotorOnReplicaSet(_MongoDB):
-    driver, server = "motor", "mongodb_replica_set"
