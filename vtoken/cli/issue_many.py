@@ -74,8 +74,8 @@ def issue_many(
 
     The whole file is checked before anything is issued. Until the run has come to its end, the keys are in a
     file beside --out whose name ends with .part. Interrupted, it is started again: with --batch it goes on
-    where it was, and its output is whole. A key is empty where an earlier run of the batch created a token that
-    is over.
+    where it was, and its output is whole. A key is empty where an earlier run of the batch created a token
+    that is over.
     """
     slug, expires, extra_data = checked_slug(slug), lifetime(expires_in), extra_data_of(extra)
     options: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pymongo import MongoClient
@@ -17,8 +17,8 @@ from pymongo.errors import PyMongoError
 from vtoken.diagnostics import Diagnostics, Finding, clock_finding
 from vtoken_backends.mongodb.urls import split_url
 
-_PATIENCE: Final = 5_000
-"""Milliseconds to wait for a server."""
+_PATIENCE: Final = {"serverSelectionTimeoutMS": 5_000}
+"""How long to wait for a server."""
 _COLLECTION: Final = "vtoken"
 _DATABASE: Final = "vtoken"
 
@@ -78,7 +78,9 @@ def with_database(url: str, name: str) -> str:
 @contextmanager
 def _client(url: str) -> Generator[MongoClient[dict[str, Any]]]:
     parts = urlsplit(split_url(url)[0])
+    # The URL's own patience overrides ours, which only bounds how long a server that is gone is waited for.
+    patience = {} if "serverselectiontimeoutms" in parts.query.lower() else _PATIENCE
     with MongoClient[dict[str, Any]](
-        urlunsplit(parts._replace(path=parts.path or "/")), serverSelectionTimeoutMS=_PATIENCE
+        urlunsplit(parts._replace(path=parts.path or "/")), **cast("Any", patience)
     ) as client:
         yield client
