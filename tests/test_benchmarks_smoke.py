@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from .benchmarks import machine, memory, mongodb, pages, rounds, slow_disk, sqlite, targets
+from . import postgresql_servers
+from .benchmarks import (
+    machine,
+    memory,
+    mongodb,
+    mongodb_scale,
+    pages,
+    postgresql,
+    rounds,
+    scale,
+    slow_disk,
+    sqlite,
+    targets,
+)
 from .benchmarks.atomicity import NotAtomicError
 from .benchmarks.by_hand import CHECK, CONSUME, DEACTIVATE, HandWritten
 from .benchmarks.cells import Cell, Entry, Workload, measure, opened, plan
@@ -27,14 +40,16 @@ def _run_each(entries: dict[str, Entry], workload: Workload) -> None:
     for entry in entries.values():
         sample = measure(entry, Cell("any", workload, 4), 8)
         assert sample.rate > 0
-        assert sample.p99 > 0
+        assert 0 < sample.p50 <= sample.p99
+        assert sample.processor > 0
 
 
 @pytest.mark.parametrize("workload", _WORKLOADS)
 def test_each_sqlite_contender_runs_and_is_atomic(tmp_path: Path, workload: Workload) -> None:
     stores = sqlite.Stores(tmp_path)
     entries = _entries(stores.cells(full=True)) | _entries(stores.slow_cells(full=True))
-    assert len(entries) + len(stores.absent) == 6, "a contender that is missing is said to be so"
+    expected = 9 if stores.on_uvloop else 8  # what is missing takes one line of `absent`
+    assert len(entries) + len(stores.absent) == expected, "a contender that is missing is said to be so"
     _run_each(entries, workload)
     assert not list(tmp_path.iterdir()), "each has had a store of its own, which is gone"
 
@@ -42,6 +57,13 @@ def test_each_sqlite_contender_runs_and_is_atomic(tmp_path: Path, workload: Work
 @pytest.mark.parametrize("workload", _WORKLOADS)
 def test_each_mongodb_contender_runs_and_is_atomic(mongodb_replica_set: str, workload: Workload) -> None:
     entries = _entries(mongodb.Stores(mongodb_replica_set).cells(full=True))
+    assert len(entries) == 3
+    _run_each(entries, workload)
+
+
+@pytest.mark.parametrize("workload", _WORKLOADS)
+def test_each_postgresql_contender_runs_and_is_atomic(workload: Workload) -> None:
+    entries = _entries(postgresql.Stores(postgresql_servers.shared_url()).cells(full=True))
     assert len(entries) == 3
     _run_each(entries, workload)
 
@@ -142,28 +164,50 @@ def test_rounds_are_interleaved_and_told_as_json(tmp_path: Path) -> None:
     ratios = [a / b for a, b in zip(result.rates("vtoken"), result.rates(HandWritten.name), strict=True)]
     assert (verdict.least, verdict.most) == (min(ratios), max(ratios))
     assert verdict.ratio == sorted(ratios)[1]
-    assert verdict.reached is (verdict.ratio >= 1.5)
+    assert verdict.reached is (verdict.ratio >= 1.3)
 
 
-def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
+def test_the_pages_are_written_between_their_marks(tmp_path: Path) -> None:
     stores = sqlite.Stores(tmp_path)
     result = rounds.run(Cell("sqlite", "issue", 1), [stores.ours, stores.by_hand], rounds.Effort(1, 0.001))
-    figure = Figure("memory: exists_valid", "us", {"vtoken": [3.0, 4.0, 9.0]}, 5)
+    figure = Figure("memory: exists_valid", "us", {"vtoken": [3.0, 4.0, 9.0]}, 5, load=0.3)
     run = {"machine": machine.describe(tmp_path), "mode": "quick", "rounds": 1, "seconds": 0.001}
     before = f"# Ours\n\n{pages.BEGIN}\nold\n{pages.END}\n\nOurs too\n"
-    text = pages.page(
-        run | {"absent": ["a contender"]}, [result], [figure], ["performance-sqlite.svg"], before
-    )
+    images = ["performance-sqlite.svg", "performance-sqlite-tasks.svg"]
+    measured = pages.Measured(run | {"absent": ["a contender"]}, [result], [figure], images)
+    text = pages.performance(measured, before)
     assert text.startswith("# Ours\n")
     assert text.endswith("\nOurs too\n")
     assert "old" not in text
     assert "Not measured: a contender." in text
-    assert "| memory: exists_valid | at most 5 us | 4 us (3 to 9) | reached |" in text
+    assert "| memory: exists_valid | at most 5 us | 4 us (3 to 9) | 0.3 | reached |" in text
     assert "images/performance-sqlite.svg" in text
     assert str(tmp_path) not in text
-    assert pages.page(run | {"absent": []}, [], [], [], None).startswith("# Performance\n")
+    behind = pages.tables(measured, None)
+    assert behind.startswith("# Performance: the tables\n")
+    assert "| issue, 1 task (load " in behind
+    assert "images/performance-sqlite-tasks.svg" in behind
+    nothing = pages.Measured(run | {"absent": []}, [], [], [])
+    assert pages.performance(nothing, None).startswith("# Performance\n")
     with pytest.raises(ValueError, match="marks"):
-        pages.page(run, [], [], [], "no marks")
+        pages.performance(nothing, "no marks")
+
+
+def test_a_database_that_was_filled_past_us_is_one_of_ours(mongodb_replica_set: str) -> None:
+    figures = asyncio.run(mongodb_scale.measure_growth(mongodb_replica_set, 1100, 1))
+    assert all(value > 0 for figure in figures for values in figure.values.values() for value in values)
+
+
+def test_a_file_that_was_filled_past_us_is_one_of_ours(tmp_path: Path) -> None:
+    async def use() -> list[Figure]:
+        return [
+            *await scale.sqlite_written(tmp_path, stored=8, operations=4),
+            *await scale.sqlite_growth(tmp_path, 1100, 1),
+            *await scale.sqlite_purge(tmp_path, 60, 20, 1),
+        ]
+
+    figures = asyncio.run(use())
+    assert all(value > 0 for figure in figures for values in figure.values.values() for value in values)
 
 
 @pytest.mark.parametrize(

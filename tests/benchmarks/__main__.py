@@ -20,7 +20,7 @@ from .figures import Figure
 from .rounds import Effort, Result, run
 from .targets import verdicts
 
-_STORES = ("sqlite", "memory", "mongodb")
+_STORES = ("sqlite", "memory", "postgresql", "mongodb")
 
 
 def _arguments() -> argparse.Namespace:
@@ -147,6 +147,8 @@ def _run_all(session: _Session, folder: Path) -> None:
         _run_sqlite_scale(session, folder)
     if session.wants("memory"):
         _run_memory(session)
+    if session.wants("postgresql"):
+        _run_postgresql(session)
     if session.wants("mongodb"):
         _run_mongodb(session)
 
@@ -154,6 +156,8 @@ def _run_all(session: _Session, folder: Path) -> None:
 def _run_sqlite_scale(session: _Session, folder: Path) -> None:
     stored = 1_000_000 if session.options.full else 100_000
     rounds = session.effort.rounds
+    if session.options.match in "bytes written":
+        session.add(asyncio.run(scale.sqlite_written(folder)))
     if session.options.match in "growth":
         session.add(asyncio.run(scale.sqlite_growth(folder, stored, rounds)))
     if session.options.match in "purge":
@@ -164,9 +168,22 @@ def _run_memory(session: _Session) -> None:
     for why in memory.absent():
         session.skip(why)
     session.measure(memory.cells())
-    tokens = 1_000_000 if session.options.full else 100_000
+    tokens = 1_000_000 if session.options.full else 200_000
     if not session.options.match:
         session.add(memory.figures(tokens, session.effort.rounds))
+
+
+def _run_postgresql(session: _Session) -> None:
+    try:
+        from . import postgresql
+    except ImportError as error:
+        session.skip(f"PostgreSQL: {error.name} is not installed")
+        return
+    try:
+        with postgresql.server() as url:
+            session.measure(postgresql.Stores(url).cells(session.options.full))
+    except FileNotFoundError as error:
+        session.skip(str(error))
 
 
 def _run_mongodb(session: _Session) -> None:

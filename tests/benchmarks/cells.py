@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from time import process_time
 from typing import Final, Literal, NamedTuple, TypeVar
 
-from . import slow_disk
+from . import machine, slow_disk
 from .atomicity import verify
 from .beside import Beside, beside
 from .contender import Contender, Kind, Op, Run
@@ -28,7 +28,7 @@ class Cell:
     """What is measured.
 
     Args:
-        store: ``"sqlite"``, ``"mongodb"`` or ``"memory"``.
+        store: ``"sqlite"``, ``"postgresql"``, ``"mongodb"`` or ``"memory"``.
         workload: one kind of operation, or a mix of them.
         tasks: how many of the application's tasks ask at once.
         beside: what else goes on.
@@ -58,6 +58,8 @@ class Entry(NamedTuple):
 
     name: str
     fresh: Callable[[], AbstractAsyncContextManager[Contender]]
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+    """Makes the event loop it runs in; None for asyncio's own."""
 
 
 @asynccontextmanager
@@ -75,8 +77,15 @@ class Sample(NamedTuple):
 
     rate: float
     """Operations per second."""
+    p50: float
+    """Seconds that every second operation took longer than."""
     p99: float
     """Seconds that one operation in a hundred took longer than."""
+    processor: float
+    """Seconds of processor time for each operation, of all threads of the application's process."""
+    written: float | None
+    """Bytes that the process wrote to files for each operation, where the store is in the process and the
+    system counts them."""
     tick_p99: float | None
     """Seconds that one tick in a hundred was later than, where there was a ticker."""
     syncs: float | None
@@ -142,7 +151,8 @@ def measure(entry: Entry, cell: Cell, count: int) -> Sample:
     Raises:
         NotAtomicError: the contender is fast and wrong.
     """
-    return asyncio.run(_measure(entry, cell, count))
+    with asyncio.Runner(loop_factory=entry.new_loop) as runner:
+        return runner.run(_measure(entry, cell, count))
 
 
 async def _measure(entry: Entry, cell: Cell, count: int) -> Sample:
@@ -151,20 +161,26 @@ async def _measure(entry: Entry, cell: Cell, count: int) -> Sample:
         planned = plan(cell.workload, count)
         ops = planned.ops(await contender.fill(planned.filled))
         gc.collect()
-        syncs = slow_disk.syncs()
+        syncs, written, processor = slow_disk.syncs(), machine.bytes_written(), process_time()
         async with beside(cell.beside) as late:
             run = await contender.run(ops, cell.tasks)
+        processor, written_after = process_time() - processor, machine.bytes_written()
         synced = None if syncs is None else ((slow_disk.syncs() or 0) - syncs) / len(ops)
         both = Run([*warm_run.answers, *run.answers], warm_run.waits + run.waits, run.seconds)
         await verify(contender, [*warm.filled, *planned.filled], [*warm_ops, *ops], both)
-    return Sample(len(ops) / run.seconds, percentile(run.waits, 0.99), _late(late), synced)
+    counted = None if written is None or written_after is None else (written_after - written) / len(ops)
+    return Sample(
+        rate=len(ops) / run.seconds,
+        p50=percentile(run.waits, 0.5),
+        p99=percentile(run.waits, 0.99),
+        processor=processor / len(ops),
+        written=counted if cell.store == "sqlite" else None,
+        tick_p99=percentile(late, 0.99) if late else None,
+        syncs=synced,
+    )
 
 
 async def _warm_up(contender: Contender, cell: Cell) -> tuple[Plan, list[Op], Run]:
     warm = plan(cell.workload, min(_WARM_UP, 4 * cell.tasks), "warm-up-")
     ops = warm.ops(await contender.fill(warm.filled))
     return warm, ops, await contender.run(ops, cell.tasks)
-
-
-def _late(late: array[float]) -> float | None:
-    return percentile(late, 0.99) if late else None

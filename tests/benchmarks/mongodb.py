@@ -14,6 +14,7 @@ from pymongo.errors import DuplicateKeyError
 from pymongo.write_concern import WriteConcern
 
 from tests import servers
+from vtoken.backend import State
 
 from .cells import Cell, Entry, opened
 from .contender import (
@@ -83,7 +84,9 @@ class OneCallEach:
         return await by_tasks(self, ops, tasks)
 
     async def rows(self) -> list[Row]:
-        return rows_of(self._url, "tokens")
+        with MongoClient[dict[str, Any]](self._url) as client:
+            found = list(client.get_default_database()["tokens"].find())
+        return [Row(row["object_id"], bytes(row["digest"]), row["is_active"]) for row in found]
 
     async def issue(self, object_id: str) -> str:
         key = new_key()
@@ -128,20 +131,22 @@ def _fits(object_id: str, key: str) -> dict[str, Any]:
     }
 
 
-def rows_of(url: str, collection: str) -> list[Row]:
-    """What a collection of the URL's database holds."""
-    with MongoClient[dict[str, Any]](url) as client:
-        found = client.get_default_database()[collection].find(
-            {}, {"object_id": 1, "digest": 1, "is_active": 1}
-        )
-        return [Row(row["object_id"], bytes(row["digest"]), row["is_active"]) for row in found]
-
-
 def vtoken(url: str) -> VToken:
     """vtoken on a database of its own."""
 
     async def look() -> list[Row]:
-        return rows_of(url, "vtoken")
+        with MongoClient[dict[str, Any]](url) as client:
+            lines = list(client.get_default_database()["vtoken"].find())
+        tokens = {
+            token["id"]: (line["object_id"], token)
+            for line in lines
+            for token in (*([line["token"]] if "token" in line else []), *line.get("former", ()))
+        }
+        return [
+            Row(object_id, bytes(key["digest"]), token["state"] == State.ACTIVE.value)
+            for object_id, token in tokens.values()
+            for key in token["keys"]
+        ]
 
     return VToken(url, look)
 
@@ -176,7 +181,7 @@ class Stores:
         for tasks in (256, 1, 16) if full else (256, 1):
             for workload in WORKLOADS:
                 yield Cell("mongodb", workload, tasks), everybody
-        for tasks in (1, 16, 256) if full else ():
+        for tasks in (1, 16, 64, 256) if full else (16, 64):
             yield Cell("mongodb", "mix", tasks), everybody
         for workload in WORKLOADS if full else ():
             yield Cell("mongodb", workload, 256, "busy loop"), [self.ours, self.motor]

@@ -42,7 +42,7 @@ class VToken:
         return await self._look()
 
     async def issue(self, object_id: str) -> str:
-        return (await self.manager.deactivate_and_create(Subject(CONTENT_TYPE, object_id), SLUG)).key
+        return (await self.manager.issue(Subject(CONTENT_TYPE, object_id), SLUG)).key
 
     async def check(self, object_id: str, key: str) -> bool:
         return await self.manager.exists_valid(Subject(CONTENT_TYPE, object_id), SLUG, key)

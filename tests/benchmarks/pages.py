@@ -1,51 +1,61 @@
-"""The text of ``docs/performance.md``: tables of what was measured."""
+"""The text of ``docs/performance.md`` and of the page of tables behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from .cells import Sample
 from .figures import Figure
 from .rounds import Result
 from .targets import verdicts
 
 BEGIN: Final = "<!-- Written by `python -m tests.benchmarks plot FILE`; what stands outside is kept. -->"
 END: Final = "<!-- The end of what was written. -->"
-_FRAME: Final = f"# Performance\n\n{BEGIN}\n{END}\n"
-_STORES: Final = {"sqlite": "SQLite", "mongodb": "MongoDB", "memory": "Memory"}
+_STORES: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "mongodb": "MongoDB", "memory": "Memory"}
 
 
-def page(
-    data: dict[str, Any],
-    results: Sequence[Result],
-    figures: Sequence[Figure],
-    images: Sequence[str],
-    before: str | None,
-) -> str:
-    """The whole page: the part between the marks anew, the rest as it was.
+class Measured(NamedTuple):
+    """A run, and the pictures of it."""
+
+    data: dict[str, Any]
+    """What it says of itself: the machine, the mode."""
+    results: Sequence[Result]
+    figures: Sequence[Figure]
+    images: Sequence[str]
+    """Names of files in ``images/``."""
+
+
+def performance(measured: Measured, before: str | None) -> str:
+    """``docs/performance.md``: the part between the marks anew, the rest as it was.
 
     Args:
-        data: the run.
-        results: its cells.
-        figures: its other figures.
-        images: names of the pictures in ``images/``.
+        measured: what it shows.
         before: the page as it is, or None.
 
     Raises:
         ValueError: the page has no marks.
     """
-    head, begin, rest = (before or _FRAME).partition(BEGIN)
+    return _between_marks("Performance", _summary(measured), before)
+
+
+def tables(measured: Measured, before: str | None) -> str:
+    """``docs/performance-tables.md``, likewise."""
+    return _between_marks("Performance: the tables", _all_tables(measured), before)
+
+
+def _between_marks(title: str, parts: Iterable[str], before: str | None) -> str:
+    head, begin, rest = (before or f"# {title}\n\n{BEGIN}\n{END}\n").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError("docs/performance.md has lost the marks between which it is written")
-    written = "\n\n".join(_parts(data, results, figures, images))
+        raise ValueError(f"the page {title!r} has lost the marks between which it is written")
+    written = "\n\n".join(parts)
     return f"{head}{BEGIN}\n\n{written}\n\n{END}{tail}"
 
 
-def _parts(
-    data: dict[str, Any], results: Sequence[Result], figures: Sequence[Figure], images: Sequence[str]
-) -> Iterator[str]:
+def _summary(measured: Measured) -> Iterator[str]:
+    data, results, figures, images = measured
     yield "## Where and when"
     yield _machine(data, results)
     if data["absent"]:
@@ -53,9 +63,16 @@ def _parts(
     yield "## Targets"
     yield (
         "Ratios of one run, contenders in turn, at the median of the rounds (lowest to highest round);"
-        " of 99th percentiles, less is better."
+        " of 99th percentiles, less is better. The load average of the machine stands beside each: ratios"
+        " against hand-written code count on an idle machine only."
     )
     yield _targets(results, figures)
+    for store, title in _STORES.items():
+        yield from (f"![{title}](images/{name})" for name in images if name == f"performance-{store}.svg")
+
+
+def _all_tables(measured: Measured) -> Iterator[str]:
+    _, results, figures, images = measured
     for store, title in _STORES.items():
         its = [result for result in results if result.cell.store == store]
         beside = [figure for figure in figures if figure.title.startswith(f"{store}: ")]
@@ -63,7 +80,7 @@ def _parts(
             continue
         yield f"## {title}"
         yield from (
-            f"![{title}](images/{name})" for name in images if name.startswith(f"performance-{store}")
+            f"![{title}](images/{name})" for name in images if name == f"performance-{store}-tasks.svg"
         )
         if its:
             yield _cells(its)
@@ -85,53 +102,51 @@ def _machine(data: dict[str, Any], results: Sequence[Result]) -> str:
 def _targets(results: Sequence[Result], figures: Sequence[Figure]) -> str:
     rows: list[tuple[str, ...]] = []
     for verdict in verdicts(results):
-        target = verdict.target
-        what = f"{target.cell}, {'p99 ' * (target.what == 'p99')}against {target.baseline}"
-        bound = f"{'at most' if target.what == 'p99' else 'at least'} {target.bound:g}x"
-        measured = f"{verdict.ratio:.3g}x ({verdict.least:.3g} to {verdict.most:.3g})"
-        rows.append((what, bound, measured, _said(verdict.reached)))
+        target, unit = verdict.target, verdict.target.unit
+        measured = f"{verdict.ratio:.3g}{unit} ({verdict.least:.3g} to {verdict.most:.3g})"
+        rows.append((target.title, target.bound_text, measured, f"{verdict.load:g}", _said(verdict.reached)))
     for figure in figures:
         if figure.bound is None:
             continue
         bound = f"{'at least' if figure.at_least else 'at most'} {figure.bound:g} {figure.unit}"
         values = next(iter(figure.values.values()))
-        rows.append((figure.title, bound, _spread(values, figure.unit), _said(figure.reached)))
-    return _table(("what", "target", "measured", ""), rows)
+        measured = _spread(values, figure.unit)
+        rows.append((figure.title, bound, measured, f"{figure.load:g}", _said(figure.reached)))
+    return _table(("what", "target", "measured", "load", ""), rows)
 
 
 def _said(reached: bool | None) -> str:
     return "reached" if reached else "**not reached**"
 
 
+_Column = tuple[str, Callable[[Sample], float | None]]
+_COLUMNS: Final[tuple[_Column, ...]] = (
+    ("p50, ms", lambda sample: sample.p50 * 1e3),
+    ("p99, ms", lambda sample: sample.p99 * 1e3),
+    ("processor, us each", lambda sample: sample.processor * 1e6),
+    ("written, kB each", lambda sample: None if sample.written is None else sample.written / 1e3),
+    ("ticker late by, p99, ms", lambda sample: None if sample.tick_p99 is None else sample.tick_p99 * 1e3),
+)
+
+
 def _cells(results: Sequence[Result]) -> str:
     rows: list[tuple[str, ...]] = []
     for result in results:
-        for name, samples in result.samples.items():
+        for number, (name, samples) in enumerate(result.samples.items()):
             rates = result.rates(name)
             ours = "vtoken" in result.samples and name != "vtoken"
             ratio = f"{median(result.ratios('vtoken', name)):.3g}x" if ours else ""
-            ticks = [s.tick_p99 * 1e3 for s in samples if s.tick_p99 is not None]
-            rows.append(
-                (
-                    str(result.cell).partition(" ")[2] if name == next(iter(result.samples)) else "",
-                    name,
-                    f"{median(rates):,.0f}",
-                    f"{min(rates):,.0f} to {max(rates):,.0f}",
-                    f"{median(s.p99 for s in samples) * 1e3:.3g}",
-                    f"{median(ticks):.3g}" if ticks else "",
-                    ratio,
-                )
-            )
-    head = (
-        "cell",
-        "contender",
-        "per second",
-        "rounds",
-        "p99, ms",
-        "ticker late by, p99, ms",
-        "vtoken is faster by",
-    )
-    return _table(head, rows)
+            cell = str(result.cell).partition(" ")[2] + f" (load {result.load:g})"
+            spread = f"{median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            more = [_median_of(samples, value) for _, value in _COLUMNS]
+            rows.append((cell if number == 0 else "", name, spread, *more, ratio))
+    head = ("cell", "contender", "per second (rounds)", *(title for title, _ in _COLUMNS))
+    return _table((*head, "vtoken is faster by"), rows)
+
+
+def _median_of(samples: Sequence[Sample], value: Callable[[Sample], float | None]) -> str:
+    found = [measured for sample in samples if (measured := value(sample)) is not None]
+    return f"{median(found):.3g}" if found else ""
 
 
 def _figures(figures: Sequence[Figure]) -> str:
@@ -144,7 +159,7 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 
 def _spread(values: Sequence[float], unit: str) -> str:
-    return f"{median(values):,.3g} {unit} ({min(values):,.3g} to {max(values):,.3g})"
+    return f"{median(values):,.4g} {unit} ({min(values):,.4g} to {max(values):,.4g})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

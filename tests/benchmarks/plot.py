@@ -1,4 +1,4 @@
-"""From results to ``docs/performance.md`` and its pictures."""
+"""From results to the pages of the documentation and their pictures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, Final, NamedTuple
 
 from .cells import Sample, Workload
 from .figures import Figure
-from .pages import page
+from .pages import Measured, performance, tables
 from .rounds import Result
 
 _WORKLOADS: Final[tuple[Workload, ...]] = ("issue", "consume", "check")
+_STORES: Final = ("sqlite", "postgresql", "mongodb")
 _OURS: Final = "#1b6ca8"
 _OTHERS: Final = "#8a929c"
 _TEXT: Final = "#33383f"
@@ -43,7 +44,7 @@ _MEASURES: Final = (
 
 
 def render(source: Path, docs: Path) -> list[Path]:
-    """Write the page and the pictures.
+    """Write the pages and the pictures.
 
     Args:
         source: the JSON of a run.
@@ -60,12 +61,16 @@ def render(source: Path, docs: Path) -> list[Path]:
     figures = [Figure(**figure) for figure in data["figures"]]
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    drawn = [path for path in (_bars(results, store, images) for store in ("sqlite", "mongodb")) if path]
-    drawn += [path for path in (_scaling(results, store, images) for store in ("sqlite", "mongodb")) if path]
-    document = docs / "performance.md"
-    before = document.read_text() if document.exists() else None
-    document.write_text(page(data, results, figures, [path.name for path in drawn], before))
-    return [document, *drawn]
+    drawn = [path for path in (_bars(results, store, images) for store in _STORES) if path]
+    drawn += [path for path in (_scaling(results, store, images) for store in _STORES) if path]
+    measured = Measured(data, results, figures, [path.name for path in drawn])
+    written: list[Path] = []
+    for name, page in ("performance.md", performance), ("performance-tables.md", tables):
+        document = docs / name
+        before = document.read_text() if document.exists() else None
+        document.write_text(page(measured, before))
+        written.append(document)
+    return [*written, *drawn]
 
 
 def _pyplot() -> Any:
@@ -117,7 +122,7 @@ def _panel(axes: Any, result: Result, measure: _Measure) -> None:
             continue
         values = [measure.value(sample) for sample in samples]
         middle = median(values)
-        colour = _OURS if name == "vtoken" else _OTHERS
+        colour = _OURS if name.startswith("vtoken") else _OTHERS
         axes.plot([min(values), max(values)], [row, row], color=colour, linewidth=2.5, alpha=0.5)
         axes.plot(middle, row, color=colour, marker="o", markersize=8)
         axes.annotate(
@@ -150,7 +155,7 @@ def _scaling(results: Sequence[Result], store: str, images: Path) -> Path | None
         for name, points in lines[workload].items():
             if len(points) < 3:
                 continue
-            colour = _OURS if name == "vtoken" else _OTHERS
+            colour = _OURS if name.startswith("vtoken") else _OTHERS
             panel.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=2)
             panel.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", va="center")
         panel.set(xscale="log", yscale="log", xlabel="concurrent tasks", xlim=(0.8, 4000))

@@ -16,7 +16,12 @@ def cell_lines(result: Result) -> list[str]:
     for name, samples in result.samples.items():
         rates = result.rates(name)
         line = f"  {name:36} {median(rates):9,.0f}/s ({min(rates):,.0f} to {max(rates):,.0f})"
+        line += f"  p50 {median(s.p50 for s in samples) * 1e3:8.3f} ms"
         line += f"  p99 {median(s.p99 for s in samples) * 1e3:8.2f} ms"
+        line += f"  processor {median(s.processor for s in samples) * 1e6:6.1f} us"
+        written = [s.written for s in samples if s.written is not None]
+        if written:
+            line += f"  {median(written) / 1e3:5.1f} kB"
         ticks = [s.tick_p99 for s in samples if s.tick_p99 is not None]
         if ticks:
             line += f"  ticker late by {median(ticks) * 1e3:.1f} ms at p99"
@@ -34,12 +39,10 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
     """The table of targets."""
     lines: list[str] = []
     for verdict in verdicts:
-        target, ratio, least, most = verdict.target, verdict.ratio, verdict.least, verdict.most
-        what = f"{target.cell}, {'p99 ' * (target.what == 'p99')}against {target.baseline}"
-        bound = f"{'at most' if target.what == 'p99' else 'at least'} {target.bound:g}x"
+        target, least, most = verdict.target, verdict.least, verdict.most
         lines.append(
-            f"  {'reached    ' if verdict.reached else 'NOT reached'} {ratio:6.2f}x"
-            f" ({least:.2f} to {most:.2f}), {bound:14} {what}"
+            f"  {'reached    ' if verdict.reached else 'NOT reached'} {verdict.ratio:6.2f}{target.unit}"
+            f" ({least:.2f} to {most:.2f}), {target.bound_text:14} {target.title}"
         )
     return lines
 

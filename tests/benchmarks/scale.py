@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import json
 import random
 import shutil
 import sqlite3
@@ -22,15 +23,17 @@ from typing import Final, NamedTuple
 
 from vtoken import Subject, TokenManager
 from vtoken.keys import Keyring
+from vtoken_backends.sqlite.records import KEY_ENTRY
 
 from . import sqlite
 from .cells import opened
 from .contender import CONTENT_TYPE, SLUG, Op, now_ms
 from .figures import Figure, ratio
-from .machine import load_average
+from .machine import bytes_written, load_average
 from .ours import VToken
 
 SMALL: Final = 1000
+_FIRST: Final = "the first"
 _OPERATIONS: Final = 512
 _TASKS: Final = 256
 _keyring: Final = Keyring(None)
@@ -47,7 +50,7 @@ class Copy(NamedTuple):
 def copies(start: int, count: int) -> Iterator[Copy]:
     """The tokens of objects ``start`` and following; the key of object ``n`` is :func:`key_of` it."""
     for number in range(start, start + count):
-        yield Copy(f"{number:032x}", object_of(number), _keyring.link(key_of(number)).value)
+        yield Copy(f"{number + 1:016x}", object_of(number), _keyring.link(key_of(number)).value)
 
 
 def object_of(number: int) -> str:
@@ -69,22 +72,28 @@ class SQLiteFile:
     async def make(self, count: int) -> None:
         """A new file with so many valid tokens."""
         async with TokenManager.from_url(f"sqlite:///{self.path}") as manager:
-            await manager.deactivate_and_create(Subject(CONTENT_TYPE, "the first"), SLUG)
+            await manager.issue(Subject(CONTENT_TYPE, _FIRST), SLUG)
         self.add(0, count)
 
     def add(self, start: int, count: int, ends_at: int | None = None) -> None:
         """Add valid tokens, or ones that expired."""
         with contextlib.closing(sqlite3.connect(self.path)) as database:
             database.row_factory = sqlite3.Row
-            first = dict(database.execute("SELECT * FROM tokens ORDER BY created_at LIMIT 1").fetchone())
-            first.pop("seq")
+            sql = "SELECT * FROM vtoken_tokens WHERE object_id = ?"
+            first = dict(database.execute(sql, (_FIRST,)).fetchone())
+            sql = "SELECT * FROM vtoken_keys WHERE token = ?"
+            first_key = dict(database.execute(sql, (first["id"],)).fetchone())
+            [entry] = json.loads(first["keys"])
+            if ends_at is not None:
+                first |= {"expires_at": ends_at, "ends_at": ends_at}
+                first_key |= {"expires_at": ends_at}
+                entry[KEY_ENTRY.index("expires_at")] = ends_at
             # Plain inserts, which set off no trigger.
-            first |= {"mode": 0, "overlap": 0} if "mode" in first else {}
-            first |= {} if ends_at is None else {"expires_at": ends_at, "ends_at": ends_at, "is_active": 1}
-            names = list(first)
-            marks = ", ".join(f":{name}" for name in names)
-            sql = f"INSERT INTO tokens ({', '.join(names)}) VALUES ({marks})"  # noqa: S608  # the table's own
-            database.executemany(sql, (first | copy._asdict() for copy in copies(start, count)))
+            for table, row in ("vtoken_tokens", first), ("vtoken_keys", first_key):
+                marks = ", ".join(f":{name}" for name in row)
+                sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})"  # noqa: S608  # the tables' own
+                rows = (row | _values(copy, entry) for copy in copies(start, count))
+                database.executemany(sql, rows)
             database.commit()
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -99,6 +108,26 @@ class SQLiteFile:
                 yield contender
         finally:
             shutil.rmtree(folder)
+
+
+def _values(copy: Copy, entry: list[object]) -> dict[str, object]:
+    """What is different in the rows of a copy, of the token and of its key.
+
+    Args:
+        copy: which.
+        entry: the key of the first token, as its row has it.
+    """
+    number = int(copy.id, 16)
+    own = [number if name == "origin" else value for name, value in zip(KEY_ENTRY, entry, strict=True)]
+    return {
+        "id": number,
+        "object_id": copy.object_id,
+        "keys": json.dumps([own]),
+        "digests": copy.digest,
+        "digest": copy.digest,
+        "token": number,
+        "origin": number,
+    }
 
 
 Fresh = Callable[[], AbstractAsyncContextManager[VToken]]
@@ -155,6 +184,33 @@ async def _costs(contender: VToken, numbers: Sequence[int], number: int) -> dict
         if not all(run.answers):
             raise RuntimeError(f"an operation failed: {kind}")
         found[kind] = run.seconds / len(ops) * 1e6
+    return found
+
+
+async def sqlite_written(folder: Path, stored: int = 4_000, operations: int = 1_500) -> list[Figure]:
+    """Bytes that a lone operation writes on average, its share of the checkpoints included: there have to be
+    enough of them for several checkpoints."""
+    file = SQLiteFile(folder / "written.db")
+    await file.make(stored)
+    found: list[Figure] = []
+    for what, bound, first, kind in (
+        ("first issue", 16_000, stored, "issue"),
+        ("re-issue", 24_000, 0, "issue"),
+        ("consume", 8_000, 0, "consume"),
+    ):
+        numbers = random.Random(stored).sample(range(first, first + stored), operations)  # noqa: S311
+        async with file.copy() as contender:
+            before = bytes_written()
+            for number in numbers:
+                if kind == "issue":
+                    await contender.issue(object_of(number))
+                elif not await contender.consume(object_of(number), key_of(number)):
+                    raise RuntimeError("a valid token was refused")
+            after = bytes_written()
+        if before is not None and after is not None:
+            title = f"sqlite: bytes written by a lone {what}, {stored:,} stored"
+            values = {"vtoken": [(after - before) / operations]}
+            found.append(Figure(title, "bytes", values, bound, load=load_average()))
     return found
 
 

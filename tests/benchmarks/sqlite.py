@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from importlib import import_module
@@ -10,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from .by_hand import HandWritten, Plain, rows_of
+from vtoken.backend import State
+
+from .by_hand import HandWritten, OneStatement, Plain
 from .cells import Cell, Entry, Workload, opened
 from .contender import Contender, Row
 from .ours import VToken
@@ -31,7 +34,17 @@ class Stores:
         self.by_hand = self._entry(HandWritten.name, HandWritten)
         self.plain_1 = self._entry("plain sqlite3, 1 per transaction", lambda own: Plain(own, 1))
         self.plain_256 = self._entry("plain sqlite3, 256 per transaction", lambda own: Plain(own, 256))
+        self.one_statement = self._entry(OneStatement.name, OneStatement)
         self.absent: list[str] = []
+        self.on_uvloop: tuple[Entry, ...] = ()
+        if find_spec("uvloop") is None:
+            self.absent.append('uvloop: not installed (pip install "vtoken[bench]")')
+        else:
+            new_loop = import_module("uvloop").new_event_loop
+            self.on_uvloop = (
+                self.ours._replace(name="vtoken on uvloop", new_loop=new_loop),
+                self.by_hand._replace(name=f"{HandWritten.name} on uvloop", new_loop=new_loop),
+            )
         self.sqlalchemy = self._optional("SQLAlchemy async", "by_sqlalchemy", ("sqlalchemy", "greenlet"))
         self.django = self._optional("Django base app", "by_django", ("django", "verification_token"))
 
@@ -64,13 +77,15 @@ class Stores:
                     self.plain_256,
                     *self.django,
                     *self.sqlalchemy * full,
+                    *self.on_uvloop,
                 ],
             )
         for workload in WORKLOADS:
-            yield Cell("sqlite", workload, 1), [self.ours, self.by_hand, *self.sqlalchemy * full]
+            few = [self.ours, self.by_hand, self.one_statement, *self.sqlalchemy * full]
+            yield Cell("sqlite", workload, 1), few
         for workload in WORKLOADS if full else ():
             yield Cell("sqlite", workload, 16), [self.ours, self.by_hand, *self.sqlalchemy]
-        for tasks in (1, 16, 256) if full else (256,):
+        for tasks in (1, 16, 64, 256) if full else (16, 64):
             yield Cell("sqlite", "mix", tasks), [self.ours, self.by_hand, *self.sqlalchemy * full]
         for workload in WORKLOADS if full else WORKLOADS[:2]:
             yield Cell("sqlite", workload, 256, "busy loop"), [self.ours, self.by_hand]
@@ -90,6 +105,10 @@ def vtoken(folder: Path) -> VToken:
     path = folder / "tokens.db"
 
     async def look() -> list[Row]:
-        return rows_of(path)
+        # Each of these tokens has the one key that it was issued with.
+        sql = f"SELECT object_id, digests, state = {State.ACTIVE.value} FROM vtoken_tokens"  # noqa: S608
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            found = database.execute(sql).fetchall()
+        return [Row(object_id, digest, bool(active)) for object_id, digest, active in found]
 
     return VToken(f"sqlite:///{path}", look)
