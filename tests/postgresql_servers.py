@@ -241,9 +241,13 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self.is_silent = False
         """Whether what the server says is kept back."""
+        self.has_kept_back = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.served.add(cast("asyncio.Task[None]", asyncio.current_task()))
+        if self.is_silent:
+            writer.close()
+            return
         server = urlsplit(shared_url())
         from_server, to_server = await asyncio.open_connection(server.hostname, server.port)
         self._writers |= {writer, to_server}
@@ -262,6 +266,7 @@ class Proxy:
         try:
             while data := await reader.read(1 << 16):
                 if is_answer and self.is_silent:
+                    self.has_kept_back.set()
                     continue
                 if is_answer and self._as_process is not None and _KEY_DATA in data:
                     before, _, after = data.partition(_KEY_DATA)

@@ -116,8 +116,9 @@ class PostgreSQLBackend(Store):
         self._connections.check_place()
         answer = await self._writes.submit(operation)
         if answer is _ALONE:
-            play = partial(self.play, [operation], PATIENCE)
-            [answer] = await self._run(play)
+            [answer] = await self._run(
+                partial(self.play, [operation], PATIENCE), writes=False, may_block=True
+            )
         return answer
 
     async def _look(self, operation: Operation) -> object:
@@ -130,7 +131,7 @@ class PostgreSQLBackend(Store):
 
     async def _write(self, operations: Sequence[Operation]) -> Sequence[Any]:
         try:
-            return await self._connections.run(partial(self.play, operations, BATCH_PATIENCE))
+            return await self._connections.run(partial(self.play, operations, BATCH_PATIENCE), writes=False)
         except Blocked:
             return [_ALONE] * len(operations)
         except CorruptStore:
@@ -146,9 +147,15 @@ class PostgreSQLBackend(Store):
                 raise
             return [_ALONE] * len(operations)
 
-    async def _run(self, operation: Callable[[Connection], Awaitable[_T]], *, writes: bool = True) -> _T:
+    async def _run(
+        self,
+        operation: Callable[[Connection], Awaitable[_T]],
+        *,
+        writes: bool = True,
+        may_block: bool = False,
+    ) -> _T:
         try:
-            return await self._connections.run(operation, writes=writes, may_block=writes)
+            return await self._connections.run(operation, writes=writes, may_block=writes or may_block)
         except Blocked:
             pass
         raise BackendUnavailable(

@@ -59,6 +59,10 @@ class GaveWay(Exception):
     """Another transaction was quicker. Nothing was changed; the operation is to be tried again."""
 
 
+class _Lost(BackendUnavailable):
+    """The connection was lost before anything was written: the operation may be tried once more."""
+
+
 class OwnConnection:
     """A connection of ours. What it runs in one round trip outside of a transaction is one of its own."""
 
@@ -68,6 +72,8 @@ class OwnConnection:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self.may_have_written = False
+        """Whether a write was sent whose outcome is unknown once the connection is lost."""
 
     async def fetch(self, statement: Statement) -> Rows:
         cursor = psycopg.AsyncRawCursor(self._driver)
@@ -94,13 +100,16 @@ class OwnConnection:
         return await cursor.fetchall() if cursor.description is not None else []
 
     async def try_to(self, statements: Sequence[Statement]) -> bool:
+        self.may_have_written = True
         try:
             await self.fetch_all(statements)
         except psycopg.Error as error:
             if error.sqlstate not in GAVE_WAY:
                 raise
-            return False
-        return True
+        else:
+            return True
+        self.may_have_written = False
+        return False
 
 
 class Connections:
@@ -202,24 +211,31 @@ class Connections:
         return theirs == self._identity
 
     async def _carry_out(self, operation: Callable[[Connection], Awaitable[_T]], writes: bool) -> _T:
-        failure: Exception
-        has_begun = False
+        connection: OwnConnection | None = None
+        failure: Exception | None = None
+        attempts = 0
         try:
             async with asyncio.timeout(TIME_LIMIT):
                 while True:
+                    attempts += 1
                     try:
                         async with self._connection() as connection:
-                            has_begun = True
+                            connection.may_have_written = writes
                             return await operation(connection)
-                    except GaveWay:
+                    except asyncio.CancelledError as cancelled:
+                        # The driver's frames have variables with digests.
+                        raise cancelled.with_traceback(None)  # noqa: B904
+                    except Exception as error:
+                        failure = self._translated(error, connection)
+                    if isinstance(failure, GaveWay) or (isinstance(failure, _Lost) and attempts == 1):
                         continue
-                    except psycopg.Error as error:
-                        failure = self._translated(error, writes)
-                    if not isinstance(failure, GaveWay):
-                        raise failure  # outside of the block: the driver's error quotes keys
+                    if isinstance(failure, _Lost):
+                        failure = BackendUnavailable(*failure.args)
+                    raise failure  # outside of the block: the driver's error quotes keys
         except TimeoutError:
             pass
-        raise (OutcomeUnknown if writes and has_begun else BackendUnavailable)(
+        lost = connection is not None and connection.may_have_written
+        raise (OutcomeUnknown if lost else BackendUnavailable)(
             f"PostgreSQL at {self._place} did not answer within {TIME_LIMIT:.0f} seconds"
         )
 
@@ -305,7 +321,13 @@ class Connections:
                 "the PostgreSQL backend was opened in another event loop: open one in each loop"
             )
 
-    def _translated(self, error: psycopg.Error, writes: bool) -> Exception:
+    def _translated(self, error: Exception, connection: OwnConnection | None) -> Exception:
+        if isinstance(error, GaveWay | Blocked):
+            return error
+        if isinstance(error, BackendError):
+            return type(error)(*error.args)  # whose traceback shows no rows
+        if not isinstance(error, psycopg.Error):
+            return BackendError(f"PostgreSQL: {type(error).__name__} in the backend")
         state = error.sqlstate or ""
         if state in GAVE_WAY:
             return GaveWay()
@@ -317,16 +339,14 @@ class Connections:
             return Blocked()
         if state == "25006":
             self._drop_idle()  # after a fail-over, all of them may lead to the old primary
-            return BackendUnavailable(
-                f"PostgreSQL at {self._place} is read-only: it is no longer the primary"
-            )
+            return BackendUnavailable(f"PostgreSQL at {self._place} is not the primary any more: read-only")
         said = f"{type(error).__name__} {state}".rstrip()
         lost = isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))
         if not lost:
             return refused(state, said)
         self._drop_idle()
-        if not writes:
-            return BackendUnavailable(f"PostgreSQL at {self._place}: the connection was lost ({said})")
+        if connection is None or not connection.may_have_written:
+            return _Lost(f"PostgreSQL at {self._place}: the connection was lost ({said})")
         return OutcomeUnknown(
             f"PostgreSQL at {self._place}: the connection was lost, the write may have happened ({said})"
         )

@@ -158,8 +158,12 @@ class Store(ABC):
     async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
         if match.digests is not None:
             return cast("list[StoredToken]", await self._look(Find(match, limit, after)))
-        rows = await self._fetch(self._statements.find(match, limit, after), writes=False)
-        return [to_token(row) for _, row in rows]
+        statement = self._statements.find(match, limit, after)
+
+        async def find(connection: Connection) -> list[StoredToken]:
+            return [to_token(row) for _, row in await connection.fetch(statement)]
+
+        return await self._run(find, writes=False)
 
     async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:
         return await self._run(partial(self._deactivate, match, at, sparing))

@@ -228,7 +228,9 @@ class Transaction(Store):
                 await self._check()
                 return await operation(self._handle)
         except (BackendError, InvalidInput) as error:
-            failure = error
+            failure = type(error)(*error.args)  # whose traceback shows no rows
+        except asyncio.CancelledError as cancelled:
+            raise cancelled.with_traceback(None)  # noqa: B904  # the driver's frames show digests
         except TimeoutError:
             failure = BackendUnavailable(
                 f"PostgreSQL did not answer within {TIME_LIMIT:.0f} seconds: roll the transaction back"

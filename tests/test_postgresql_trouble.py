@@ -1,0 +1,288 @@
+"""PostgreSQL in trouble: connections that are cut, servers that hang or die, callers that are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+
+from tests import postgresql_servers as servers
+from tests.secrecy_tools import chain, frames
+from vtoken.backend import (
+    Hold,
+    InsertMode,
+    InsertResult,
+    Match,
+    Outcome,
+    Release,
+    StoredToken,
+    Use,
+    UseHeld,
+)
+from vtoken.errors import BackendError, BackendUnavailable, OutcomeUnknown
+from vtoken.testing.harness import MINUTE, NOW, a_token
+from vtoken_backends.postgresql import PostgreSQLBackend, connections
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[str]:
+    with servers.fresh_store(servers.shared_url()) as url:
+        yield url
+
+
+async def opened(url: str, **options: Any) -> PostgreSQLBackend:
+    backend = PostgreSQLBackend.from_url(url, **options)
+    await backend.open()
+    return backend
+
+
+async def through(proxy: tuple[servers.Proxy, int], store: str) -> PostgreSQLBackend:
+    """A backend whose connections go through a proxy."""
+    return await opened(urlsplit(store)._replace(netloc=f"vtoken@127.0.0.1:{proxy[1]}").geturl())
+
+
+def match_of(token: StoredToken) -> Match:
+    return Match(digests=(token.keys[0].digest,))
+
+
+async def use(backend: PostgreSQLBackend, token: StoredToken) -> bool:
+    presented = await backend.present(match_of(token), Use(at=NOW), NOW)
+    return presented.outcome is Outcome.RIGHT
+
+
+# Connections --------------------------------------------------------------------------------------
+
+
+async def test_a_connection_that_was_cut_while_idle_is_noticed(store: str) -> None:
+    async with servers.proxy() as proxy:
+        backend = await through(proxy, store)
+        token = a_token()
+        await backend.insert(token, InsertMode.REPLACE)
+        for _ in range(3):
+            proxy[0].cut()
+            assert await backend.find(match_of(token), 1) == [token]
+        await backend.close()
+
+
+async def test_what_was_under_way_when_the_connection_was_cut_is_unknown_or_did_not_happen(
+    store: str,
+) -> None:
+    async with servers.proxy() as proxy:
+        backend = await through(proxy, store)
+        tokens = [a_token(object_id=str(number)) for number in range(30)]
+        for token in tokens:
+            await backend.insert(token, InsertMode.REPLACE)
+        proxy[0].is_silent = True
+        using = [asyncio.create_task(use(backend, token)) for token in tokens]
+        looking = asyncio.create_task(backend.find(match_of(tokens[0]), 1))
+        await proxy[0].has_kept_back.wait()
+        proxy[0].is_silent = False
+        proxy[0].cut()
+        outcomes = await asyncio.gather(*using, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} <= {bool, OutcomeUnknown, BackendUnavailable}
+        [looked] = await asyncio.gather(looking, return_exceptions=True)
+        assert isinstance(looked, list | BackendUnavailable)
+        for token, outcome in zip(tokens, outcomes, strict=True):
+            stored = (await backend.find(Match(id=token.id), 1))[0]
+            assert stored.uses <= 1
+            assert outcome is not True or stored.uses == 1
+        await backend.close()
+
+
+async def test_a_server_that_hangs_is_an_error_in_a_bounded_time(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "TIME_LIMIT", 0.3)
+    async with servers.proxy() as proxy:
+        backend = await through(proxy, store)
+        token = a_token()
+        await backend.find(match_of(token), 1)
+        proxy[0].is_silent = True
+        answers = await asyncio.gather(
+            backend.find(match_of(token), 1),
+            backend.deactivate(match_of(token), NOW),
+            return_exceptions=True,
+        )
+        assert {type(answer) for answer in answers} <= {BackendUnavailable, OutcomeUnknown}
+        assert "did not answer" in str(answers[0])
+        proxy[0].is_silent = False
+        monkeypatch.setattr(connections, "TIME_LIMIT", 30)
+        assert (await backend.insert(a_token(), InsertMode.REPLACE)).result is InsertResult.INSERTED
+        await backend.close()
+
+
+async def test_a_row_that_stays_locked_is_an_error_that_says_so(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtoken_backends.postgresql.backend.PATIENCE", 200)
+    backend = await opened(store)
+    locked, other = a_token(object_id="1"), a_token(object_id="2")
+    for token in (locked, other):
+        await backend.insert(token, InsertMode.REPLACE)
+    schema = store.rpartition("=")[2]
+    with psycopg.connect(servers.shared_url()) as connection:
+        lock = "SELECT FROM @.vtoken_tokens WHERE object_id = '1' FOR UPDATE"
+        connection.execute(lock.replace("@", schema).encode())
+        answers = await asyncio.gather(
+            *(use(backend, token) for token in (locked, other)), return_exceptions=True
+        )
+        assert isinstance(answers[0], BackendUnavailable)
+        assert "locked by another transaction" in str(answers[0])
+        assert answers[1] is True
+    assert await use(backend, locked)
+    await backend.close()
+
+
+async def test_errors_show_no_digest(store: str) -> None:
+    """Neither in their messages nor in what a traceback shows of the backend's variables."""
+    backend = await opened(store)
+    token = a_token()
+    await backend.insert(token, InsertMode.REPLACE)
+    schema = store.rpartition("=")[2]
+    with psycopg.connect(servers.shared_url(), autocommit=True) as connection:
+        connection.execute("UPDATE @.vtoken_tokens SET state = 9".replace("@", schema).encode())
+        damaged = await asyncio.gather(
+            backend.find(match_of(token), 1),
+            use(backend, token),
+            backend.find(Match(), 9),
+            return_exceptions=True,
+        )
+        connection.execute(f"DROP SCHEMA {schema} CASCADE".encode())
+    gone = await asyncio.gather(
+        backend.find(match_of(token), 1),
+        use(backend, token),
+        backend.deactivate(match_of(token), NOW),
+        return_exceptions=True,
+    )
+    await backend.close()
+    for error in (*damaged, *gone):
+        assert isinstance(error, BackendError)
+        for link in chain(error):
+            assert isinstance(link, BackendError)
+            shown = f"{link!r} {link} {frames(link.__traceback__)}"
+            assert token.keys[0].digest.hex() not in shown
+            assert repr(token.keys[0].digest) not in shown
+
+
+# Cancellation -------------------------------------------------------------------------------------
+
+
+def sessions(name: str) -> list[Any]:
+    """What the server does for the connections with an application name, but for waiting for statements."""
+    with psycopg.connect(servers.shared_url()) as connection:
+        return connection.execute(
+            "SELECT state, query FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle'",
+            [name],
+        ).fetchall()
+
+
+async def test_a_cancelled_call_happened_or_did_not_and_leaves_nothing_behind(store: str) -> None:
+    dice = random.Random(7)  # noqa: S311
+    backend = await opened(f"{store}&application_name=cancelled", pool_size=3)
+    tokens: list[StoredToken] = []
+    for number in range(60):
+        token = a_token(object_id=str(number), max_uses=2)
+        await backend.insert(token, InsertMode.REPLACE)
+        tokens.append(token)
+        calls = [
+            asyncio.create_task(call)
+            for call in (
+                use(backend, token),
+                backend.present(match_of(token), Hold(hold_id="h", until=NOW + MINUTE), NOW),
+                backend.update(Match(id=token.id), UseHeld(hold_id="h", at=NOW)),
+                backend.update(Match(id=token.id), Release(hold_id="h")),
+                backend.insert(a_token(object_id=str(number), created_at=NOW), InsertMode.REPLACE),
+                backend.find(Match(object_id=str(number)), 5),
+                backend.deactivate(Match(object_id=str(number - 1)), NOW),
+            )
+        ]
+        for _ in range(dice.randrange(40)):
+            await asyncio.sleep(0)
+        for call in dice.sample(calls, dice.randrange(len(calls) + 1)):
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert {call.cancelled() or call.exception() is None for call in calls} == {True}
+    for token in tokens:
+        [stored] = await backend.find(Match(id=token.id), 1)
+        assert stored.uses <= 2
+    # Whatever was cancelled, all connections can be had again, and none is in a transaction.
+    await asyncio.gather(*(backend.insert(a_token(), InsertMode.ADD) for _ in range(50)))
+    assert sessions("cancelled") == []
+    await backend.close()
+
+
+async def test_a_cancelled_opening_leaves_the_backend_closed_or_open(store: str) -> None:
+    for turns in range(60):
+        backend = PostgreSQLBackend.from_url(store)
+        opening = asyncio.create_task(backend.open())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        await backend.open()
+        await backend.ping()
+        await backend.close()
+        if not opening.cancelled():
+            await backend.close()
+
+
+# The server ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[servers.PostgreSQL]:
+    with servers.PostgreSQL() as made:
+        yield made
+
+
+async def test_what_was_acknowledged_survives_a_kill_of_the_server(server: servers.PostgreSQL) -> None:
+    """Kills while tokens are issued and used; afterwards what returned is stored, and no use counts twice."""
+    backend = await opened(server.url)
+    issued: list[StoredToken] = []
+    used: list[str] = []
+    refused: list[BackendError] = []
+    progress = asyncio.Condition()
+
+    async def has_used(number: int) -> None:
+        async with progress:
+            await progress.wait_for(lambda: len(used) >= number)
+
+    async def work(name: str, stop: asyncio.Event) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            token = a_token(object_id=f"{name} {number}")
+            try:
+                await backend.insert(token, InsertMode.REPLACE)
+                issued.append(token)
+                if await use(backend, token):
+                    used.append(token.id)
+                async with progress:
+                    progress.notify_all()
+            except BackendError as error:
+                refused.append(error)
+                await asyncio.sleep(0.01)
+
+    for turn in range(3):
+        stop = asyncio.Event()
+        before = len(used)
+        async with asyncio.TaskGroup() as group:
+            for worker in range(20):
+                group.create_task(work(f"{turn} {worker}", stop))
+            await has_used(before + 100)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+            restarted = len(used)
+            await has_used(restarted + 20)
+            stop.set()
+    stored = {token.id: token for token in await backend.find(Match(), 100_000)}
+    assert all(stored[token.id].uses <= 1 for token in issued)
+    assert all(stored[token_id].uses == 1 for token_id in used)
+    assert len(used) == len(set(used))
+    assert {type(error) for error in refused} <= {BackendUnavailable, OutcomeUnknown}
+    await backend.close()
