@@ -7,53 +7,101 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
+import pytest
 from pymongo import MongoClient
 from pymongo.collection import Collection
+from pymongo.monitoring import CommandListener, CommandStartedEvent
 
-from vtoken.backend import InsertMode, Match, StoredToken
+from vtoken.backend import (
+    Hold,
+    Inserted,
+    InsertMode,
+    Match,
+    Presented,
+    State,
+    StoredKey,
+    StoredToken,
+    Use,
+)
 from vtoken_backends.mongodb import MongoDBBackend
+
+from . import servers
 
 NOW: Final = 1_700_000_000_000
 LATER: Final = NOW + 60_000
+END: Final = NOW + 3_600_000
 ADD, REPLACE, IF_NONE_VALID = InsertMode.ADD, InsertMode.REPLACE, InsertMode.IF_NONE_VALID
 Documents = Collection[dict[str, Any]]
 
 
+def id_of(number: int) -> str:
+    return f"{number:016x}"
+
+
+def digest_of(number: int) -> bytes:
+    return number.to_bytes(32, "big")
+
+
 def token(number: int, **fields: Any) -> StoredToken:
-    """A record of the id and the digest of that number."""
+    """A record of the id and the digest of that number; ``key`` has fields of its key."""
+    key = StoredKey(
+        digest=digest_of(number),
+        scheme="sha256",
+        secret_id="",
+        nonce="",
+        plain_key="",
+        kind="link",
+        expires_at=END,
+        origin=id_of(number),
+    )
+    key = key._replace(**fields.pop("key", {}))
     record = StoredToken(
-        id=f"{number:032x}",
+        id=id_of(number),
         content_type="auth.user",
         object_id="42",
         slug="reset",
-        digest=number.to_bytes(32, "big"),
-        scheme="sha256",
-        secret_id="",
-        plain_key="",
-        nonce="",
         context=b"",
+        is_beside=False,
         created_at=NOW + number,
-        expires_at=NOW + 3_600_000,
-        ends_at=NOW + 3_600_000,
-        is_active=True,
+        expires_at=END,
+        ends_at=END,
+        state=State.ACTIVE,
         extra_data=None,
         max_uses=1,
         uses=0,
         used_at=0,
-        use_ids=(),
-        lease_id="",
-        lease_until=0,
+        keys=(key,),
+        holds=(),
     )
     return record._replace(**fields)
 
 
-def valid(number: int) -> Match:
-    return Match(digests=(number.to_bytes(32, "big"),), valid_at=LATER)
+def of(number: int, **fields: Any) -> StoredToken:
+    """A token of that number, and of the object of that number."""
+    return token(number, **{"object_id": str(number), **fields})
+
+
+def key(number: int) -> Match:
+    return Match(digests=(digest_of(number),))
+
+
+async def insert(
+    backend: MongoDBBackend, record: StoredToken, mode: InsertMode = REPLACE, **options: Any
+) -> Inserted:
+    return await backend.insert(record._replace(is_beside=mode is ADD), mode, **options)
+
+
+async def use(backend: MongoDBBackend, number: int, use_id: str = "", at: int = LATER) -> Presented:
+    return await backend.present(key(number), Use(at, use_id), at)
+
+
+async def hold(backend: MongoDBBackend, number: int, hold_id: str) -> Presented:
+    return await backend.present(key(number), Hold(hold_id, LATER + 1000), LATER)
 
 
 async def active(backend: MongoDBBackend) -> list[int]:
     """The numbers of the active tokens, newest first."""
-    return [int(found.id, 16) for found in await backend.find(Match(active=True), 100)]
+    return [int(found.id, 16) for found in await backend.find(Match(active=True), 1000)]
 
 
 @asynccontextmanager
@@ -71,6 +119,40 @@ def documents(url: str) -> Generator[Documents]:
     """The stored documents, past the backend."""
     with MongoClient[dict[str, Any]](url) as client:
         yield client.get_default_database()["vtoken"]
+
+
+class Commands(CommandListener):
+    """The commands that a client sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.write_concerns: list[tuple[str, Any]] = []
+        self.limits: list[tuple[str, Any]] = []
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self.sent.append(event.command_name)
+        self.limits.append((event.command_name, event.command.get("maxTimeMS")))
+        if event.command_name in {"insert", "update", "delete", "findAndModify"}:
+            self.write_concerns.append((event.command_name, event.command.get("writeConcern")))
+
+    def succeeded(self, event: object) -> None: ...
+
+    def failed(self, event: object) -> None: ...
+
+
+@contextmanager
+def failing(url: str, times: int, *commands: str, **data: Any) -> Generator[None]:
+    """Let the server fail these commands so many times."""
+    if servers.declared_url():
+        pytest.skip(f"{servers.DECLARED_URL} names a server that may not have fail points")
+    with MongoClient[Any](url) as client:
+        point = {"configureFailPoint": "failCommand"}
+        data = {"failCommands": list(commands), **data}
+        client.admin.command({**point, "mode": {"times": times}, "data": data})
+        try:
+            yield
+        finally:
+            client.admin.command({**point, "mode": "off"})
 
 
 def locals_of(error: BaseException) -> str:

@@ -4,25 +4,79 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
+from bson import encode
+from pymongo import AsyncMongoClient
 
-from vtoken.backend import Budget, InsertResult, Lease, Match, SetExtraData, Use
+from vtoken.backend import (
+    Budget,
+    Hold,
+    InsertResult,
+    Match,
+    Outcome,
+    Purged,
+    SetExtraData,
+    Spend,
+    State,
+    StoredToken,
+    Use,
+    UseHeld,
+)
 from vtoken_backends.mongodb import MongoDBBackend
 
 from . import servers
 from .mongodb_tools import (
     ADD,
+    END,
     IF_NONE_VALID,
     LATER,
     NOW,
     REPLACE,
+    Commands,
     active,
     documents,
+    hold,
+    id_of,
+    insert,
+    key,
+    of,
     opened,
     token,
-    valid,
+    use,
 )
+
+INSERTED, KEY_TAKEN, HAS_VALID = InsertResult.INSERTED, InsertResult.KEY_TAKEN, InsertResult.HAS_VALID
+
+
+# Round trips.
+
+
+async def test_what_is_usual_is_one_command(mongodb_url: str) -> None:
+    commands = Commands()
+    async with AsyncMongoClient[Any](mongodb_url, event_listeners=[commands]) as client:
+        backend = MongoDBBackend(client)
+        await backend.open()
+
+        async def sent(call: Any) -> tuple[Any, list[str]]:
+            commands.sent.clear()
+            return await call, list(commands.sent)
+
+        for number in (1, 2, 3):  # the first of the line, and what replaces it
+            inserted, names = await sent(insert(backend, token(number, max_uses=2)))
+            assert (inserted.result, names) == (INSERTED, ["findAndModify"])
+        inserted, names = await sent(insert(backend, token(4), IF_NONE_VALID, wanted_until=LATER))
+        assert (inserted.result, names) == (HAS_VALID, ["findAndModify"])
+        assert inserted.token == token(3, max_uses=2)
+        for change in (None, Use(LATER, "mine"), Hold("h", LATER + 1)):
+            presented, names = await sent(backend.present(key(3), change, LATER))
+            assert presented.outcome is Outcome.RIGHT
+            assert names == ["find" if change is None else "findAndModify"]
+        found, names = await sent(backend.find(key(3), 1))
+        assert (len(found), names) == (1, ["find"])
+        await backend.close()
+
 
 # Races, each from two clients.
 
@@ -30,42 +84,39 @@ from .mongodb_tools import (
 async def test_of_twenty_replacing_one_stays_active(mongodb_url: str, mongodb_driver: str) -> None:
     async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
         for start in range(0, 60, 20):
-            calls = [(one, two)[n % 2].insert(token(start + n), REPLACE) for n in range(20)]
-            assert set(await asyncio.gather(*calls)) == {InsertResult.INSERTED}
+            calls = [insert((one, two)[n % 2], token(start + n)) for n in range(20)]
+            assert {answer.result for answer in await asyncio.gather(*calls)} == {INSERTED}
             assert len(await active(one)) == 1
-    with documents(mongodb_url) as stored:
-        assert stored.count_documents({}) == 60
-        assert stored.count_documents({"pending": {"$exists": True}}) == 0
+        assert len(await one.find(Match(), 100)) == 60
 
 
 async def test_of_twenty_inserting_if_none_is_valid_one_does(mongodb_url: str, mongodb_driver: str) -> None:
     async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        expired = token(1000, expires_at=NOW - 1, ends_at=NOW - 1)
         for start in range(0, 60, 20):
             await one.deactivate(Match(), NOW)
-            await one.insert(expired._replace(id=f"{start:x}old", digest=b"%032d" % start), ADD)
-            calls = [(one, two)[n % 2].insert(token(start + n), IF_NONE_VALID) for n in range(20)]
-            results = await asyncio.gather(*calls)
+            calls = [
+                insert((one, two)[n % 2], token(start + n), IF_NONE_VALID, wanted_until=NOW)
+                for n in range(20)
+            ]
+            results = [answer.result for answer in await asyncio.gather(*calls)]
             assert sorted(result.name for result in results) == ["HAS_VALID"] * 19 + ["INSERTED"]
-            assert await active(one) == [start + results.index(InsertResult.INSERTED)]
-    with documents(mongodb_url) as stored:
-        assert stored.count_documents({}) == 6
+            assert await active(one) == [start + results.index(INSERTED)]
 
 
-async def test_of_twenty_users_one_wins(mongodb_url: str, mongodb_driver: str) -> None:
+async def test_additions_beside_replacements_end_in_one_order(mongodb_url: str, mongodb_driver: str) -> None:
+    """When all have returned, one more ends them all, however they met."""
+    dice = random.Random(3)  # noqa: S311 - it guards nothing
     async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        for number in range(5):
-            await one.insert(token(number), REPLACE)
-            calls = [(one, two)[n % 2].update(valid(number), Use(LATER)) for n in range(20)]
-            assert sum(found is not None for found in await asyncio.gather(*calls)) == 1
-
-
-async def test_a_budget_holds_and_begins_once(mongodb_url: str, mongodb_driver: str) -> None:
-    async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        for number in range(3):
-            budget = Budget("auth.user", "$spent", f"{number}.$x", "attempts")
-            calls = [(one, two)[n % 2].spend(budget, NOW, 5, 1000, 8000) for n in range(20)]
-            assert sum(spent.allowed for spent in await asyncio.gather(*calls)) == 5
+        for start in range(0, 200, 10):
+            modes = dice.choices([ADD, REPLACE, IF_NONE_VALID], k=9)
+            calls = [insert(dice.choice([one, two]), token(start + n), mode) for n, mode in enumerate(modes)]
+            await asyncio.gather(*calls)
+            assert sum(not t.is_beside for t in await one.find(Match(active=True), 100)) <= 1
+            await insert(one, token(start + 9))
+            assert await active(two) == [start + 9]
+        assert (await one.purge(LATER, LATER, 1000, 0)).tokens > 100
+        with documents(mongodb_url) as stored:
+            assert stored.count_documents({}) == 1
 
 
 async def test_of_many_that_open_a_new_store_all_do(mongodb_replica_set: str, mongodb_driver: str) -> None:
@@ -73,157 +124,110 @@ async def test_of_many_that_open_a_new_store_all_do(mongodb_replica_set: str, mo
         backends = [MongoDBBackend.from_url(url, driver=mongodb_driver) for _ in range(6)]
         await asyncio.gather(*(backend.open() for backend in backends))
         for number, backend in enumerate(backends):
-            assert await backend.insert(token(number), ADD) is InsertResult.INSERTED
+            assert (await insert(backend, token(number), ADD)).result is INSERTED
         await asyncio.gather(*(backend.close() for backend in backends))
 
 
-# What is refused leaves the older token active.
+# Tombstones.
 
 
-async def test_a_taken_key_leaves_the_old_token_active(mongodb_url: str, mongodb_driver: str) -> None:
+async def test_tombstones_stay_few_in_a_line_and_all_are_found(mongodb_url: str, mongodb_driver: str) -> None:
     async with opened(mongodb_url, mongodb_driver) as backend:
-        await backend.insert(token(1), REPLACE)
-        await backend.insert(token(2, object_id="other"), REPLACE)
+        for number in range(50):
+            assert (await insert(backend, token(number))).result is INSERTED
+            with documents(mongodb_url) as stored:
+                line = stored.find_one({"line": {"$exists": True}})
+                assert line is not None
+                assert len(line.get("former", ())) <= 8
+        assert [int(t.id, 16) for t in await backend.find(Match(), 100)] == list(range(49, -1, -1))
+        for number in range(49):
+            presented = await use(backend, number)
+            assert presented.outcome is Outcome.REFUSED
+            assert presented.token is not None
+            assert (presented.token.id, presented.token.state) == (id_of(number), State.REPLACED)
+            assert (
+                await insert(backend, token(90, key={"digest": token(number).keys[0].digest}))
+            ).result is (KEY_TAKEN)
+        assert await backend.purge(LATER, LATER, 20, 0) == Purged(tokens=20, budgets=0)
+        assert [int(t.id, 16) for t in await backend.find(Match(), 100)] == list(range(49, 19, -1))
+        assert await backend.purge(LATER, LATER, 100, 0) == Purged(tokens=29, budgets=0)
+
+
+async def test_a_hold_on_a_tombstone_outlives_any_number_of_issues(mongodb_url: str) -> None:
+    async with opened(mongodb_url) as backend:
+        await insert(backend, token(0))
+        assert (await hold(backend, 0, "mine")).outcome is Outcome.RIGHT
+        for number in range(1, 40):
+            await insert(backend, token(number))
+        used = await backend.update(key(0), UseHeld("mine", LATER, "use"))
+        assert used is not None
+        assert (used.state, used.uses) == (State.USED, 1)
+        assert (await use(backend, 0, "use")).outcome is Outcome.REPLAYED
+
+
+async def test_whoever_comes_next_goes_on_with_a_move_of_tombstones(mongodb_url: str) -> None:
+    """A crash may come after each of its three writes."""
+    async with opened(mongodb_url) as backend:
+        for written in (1, 2):
+            numbers = range(100 * written, 100 * written + 12)
+            for number in numbers:
+                await insert(backend, token(number, object_id=str(written)))
+            with documents(mongodb_url) as stored:
+                line = stored.find_one({"line": {"$exists": True}, "object_id": str(written)})
+                moved = stored.find_one({"line": {"$exists": False}, "object_id": str(written)})
+                assert line is not None
+                assert moved is not None
+                names = list(moved["names"])
+                step: dict[str, Any] = {"spill": moved["former"], "spilling": names, "spill_id": moved["_id"]}
+                if written == 1:
+                    stored.delete_one({"_id": moved["_id"]})
+                stored.update_one({"_id": line["_id"]}, {"$set": step})
+            presented = await use(backend, 100 * written)
+            assert presented.token is not None
+            assert presented.token.id == id_of(100 * written)
+            of_object = Match(content_type="auth.user", object_id=str(written))
+            assert [int(t.id, 16) for t in await backend.find(of_object, 100)] == [*numbers][::-1]
+            assert await backend.update(Match(id=id_of(100 * written)), SetExtraData("1")) is not None
+            [found] = await backend.find(Match(id=id_of(100 * written)), 1)
+            assert found.extra_data == "1"
+            await insert(backend, token(100 * written + 50, object_id=str(written)))
+            assert len(await backend.find(of_object, 100)) == 13
+        assert await backend.purge(LATER, LATER, 100, 0) == Purged(tokens=24, budgets=0)
+
+
+async def test_the_cost_of_a_use_does_not_grow(mongodb_url: str) -> None:
+    async with opened(mongodb_url) as backend:
+        await insert(backend, token(1, max_uses=None))
+        with documents(mongodb_url) as stored:  # as 5,000 uses leave it
+            stored.update_one({}, {"$set": {"token.uses": 5_000, "token.receipts": "x" * 54 * 1_024}})
+        for number in range(30):
+            assert (await use(backend, 1, f"use {number}")).outcome is Outcome.RIGHT
         with documents(mongodb_url) as stored:
-            before = list(stored.find())
-            for mode in (ADD, REPLACE):
-                for taken in (1, 2):
-                    again = token(3, digest=token(taken).digest)
-                    assert await backend.insert(again, mode, LATER) is InsertResult.KEY_TAKEN
-            assert list(stored.find()) == before
+            document = stored.find_one({})
+            assert document is not None
+            assert len(encode(document)) < 60_000
+        for number in range(30):
+            assert (await use(backend, 1, f"use {number}")).outcome is Outcome.REPLAYED
 
 
-async def test_of_twenty_taking_one_key_the_losers_keep_their_old_token(
-    mongodb_url: str, mongodb_driver: str
-) -> None:
-    async with opened(mongodb_url, mongodb_driver) as backend:
-        for number in range(20):
-            await backend.insert(token(number, object_id=str(number)), REPLACE)
-        calls = [
-            backend.insert(token(100 + n, object_id=str(n), digest=b"k" * 32), REPLACE) for n in range(20)
-        ]
-        results = await asyncio.gather(*calls)
-        winner = results.index(InsertResult.INSERTED)
-        assert results.count(InsertResult.KEY_TAKEN) == 19
-        assert sorted(await active(backend)) == [n for n in range(20) if n != winner] + [100 + winner]
-
-
-async def test_a_pending_token_is_seen_by_nobody_and_purged_in_time(mongodb_url: str) -> None:
-    async with opened(mongodb_url) as backend:
-        await backend.insert(token(1), REPLACE)
-        with documents(mongodb_url) as stored:  # as a crash between the two steps of a replace leaves it
-            pending = {"pending": True, "is_active": False, "ends_at": NOW + 3_600_000}
-            stored.update_one({}, {"$set": pending})
-        assert await backend.find(Match(), 10) == []
-        assert await backend.count(NOW) == []
-        assert await backend.update(Match(id=token(1).id), Use(NOW)) is None
-        assert await backend.insert(token(2, digest=token(1).digest), REPLACE) is InsertResult.KEY_TAKEN
-        assert await backend.purge(NOW + 3_600_000, LATER, 10, 0) == 0
-        assert await backend.insert(token(3), REPLACE) is InsertResult.INSERTED
-        assert await backend.purge(NOW + 3_600_001, LATER, 10, 0) == 1 + 1
-
-
-# Overlaps.
-
-
-async def overlap(backend: MongoDBBackend, *numbers: int) -> None:
-    """Each of them overlaps those before it."""
-    for number in numbers:
-        assert await backend.insert(token(number), REPLACE, LATER + 1) is InsertResult.INSERTED
-
-
-@pytest.mark.parametrize("size", [2, 3])
-async def test_of_overlapping_tokens_used_at_once_one_wins(
-    mongodb_url: str, mongodb_driver: str, size: int
-) -> None:
-    dice = random.Random(size)  # noqa: S311 - it guards nothing
-    async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        for start in range(10, 10 + 12 * size, size):
-            numbers = list(range(start, start + size))
-            await overlap(one, *numbers)
-            dice.shuffle(numbers)
-            calls = [backend.update(valid(n), Use(LATER)) for n in numbers for backend in (one, two)]
-            used = [found for found in await asyncio.gather(*calls) if found is not None]
-            assert len(used) == 1
-            assert await active(one) == []
-
-
-async def test_each_of_an_overlap_takes_the_others_with_it(mongodb_url: str) -> None:
-    async with opened(mongodb_url) as backend:
-        for round_, winner in enumerate((0, 1, 2)):
-            numbers = [10 * round_ + 1, 10 * round_ + 2, 10 * round_ + 3]
-            await overlap(backend, *numbers)
-            assert await active(backend) == numbers[::-1]
-            assert await backend.update(valid(numbers[winner]), Use(LATER)) is not None
-            assert await active(backend) == []
-
-
-async def test_a_refused_use_ends_no_overlap(mongodb_url: str) -> None:
-    async with opened(mongodb_url) as backend:
-        await overlap(backend, 1, 2)
-        assert await backend.update(valid(1)._replace(object_id="other"), Use(LATER)) is None
-        assert await backend.update(valid(1)._replace(valid_at=LATER + 2), Use(LATER + 2)) is None
-        assert await active(backend) == [2, 1]
-        assert await backend.update(valid(1), Use(LATER)) is not None
-
-
-@pytest.mark.parametrize("purged", [False, True])
-async def test_a_crash_between_a_use_and_the_end_of_its_overlap_allows_no_second_use(
-    mongodb_url: str, purged: bool
-) -> None:
-    async with opened(mongodb_url) as backend:
-        await overlap(backend, 1, 2)
-        with documents(mongodb_url) as stored:  # the newer one was used, the older one is still active
-            used = {"uses": 1, "is_active": False, "ends_at": NOW}
-            stored.update_one({"_id": token(2).id}, {"$set": used})
-        if purged:
-            assert await backend.purge(NOW + 1, LATER, 10, 0) == 1
-        assert await backend.update(valid(1), Use(LATER)) is None
-        assert await active(backend) == []
-
-
-@pytest.mark.parametrize("purged", [False, True])
-async def test_a_crash_after_sealing_for_one_of_three_leaves_only_that_one(
-    mongodb_url: str, purged: bool
-) -> None:
-    async with opened(mongodb_url) as backend:
-        await backend.insert(token(1), ADD)
-        await backend.insert(token(2), ADD)
-        await overlap(backend, 3)
-        with documents(mongodb_url) as stored:
-            sealed = {"sealed_for": token(2).id, "is_active": False, "ends_at": NOW}
-            stored.update_one({"_id": token(3).id}, {"$set": sealed})
-        if purged:
-            assert await backend.purge(NOW + 1, LATER, 10, 0) == 1
-        assert await backend.update(valid(1), Use(LATER)) is None
-        assert await backend.update(valid(2), Use(LATER)) is not None
-
-
-async def test_an_unused_newer_token_that_was_purged_frees_the_older_one(mongodb_url: str) -> None:
-    async with opened(mongodb_url) as backend:
-        await overlap(backend, 1, 2)
-        assert await backend.deactivate(Match(id=token(2).id), NOW) == 1
-        assert await backend.purge(NOW, LATER, 10, 0) == 1
-        assert await backend.update(valid(1), Use(LATER)) is not None
+# The rest.
 
 
 async def test_values_are_compared_and_stored_to_the_letter(mongodb_url: str, mongodb_driver: str) -> None:
     names = ["$slug", "$$ROOT", "a.b", "$", '{"$ne": ""}', "İ", "i", "I", "\u0001", "1"]
     async with opened(mongodb_url, mongodb_driver) as backend:
         for number, name in enumerate(names):
-            await backend.insert(token(number, object_id=name, slug=name, max_uses=3), REPLACE)
+            await insert(backend, token(number, object_id=name, slug=name, max_uses=3, extra_data=name))
         for number, name in enumerate(names):
+            record = token(number, object_id=name, slug=name, max_uses=3, extra_data=name)
             (found,) = await backend.find(Match(content_type="auth.user", object_id=name, slug=name), 5)
-            assert found == token(number, object_id=name, slug=name, max_uses=3)
-            used = await backend.update(Match(id=found.id), Use(LATER, use_id=name))
-            assert used is not None
-            assert used.use_ids == (name,)
-            assert await backend.update(Match(id=found.id), Use(LATER, use_id=name)) is None
-            changed = used._replace(extra_data=name)
-            assert await backend.update(Match(id=found.id), SetExtraData(name)) == changed
-            leased = changed._replace(lease_id=name, lease_until=LATER)
-            assert await backend.update(Match(id=found.id), Lease(name, LATER)) == leased
-            assert (await backend.spend(Budget(name, name, name, name), NOW, 1, 1, 1)).allowed
+            assert found == record
+            assert (await use(backend, number, name)).outcome is Outcome.RIGHT
+            assert (await use(backend, number, name)).outcome is Outcome.REPLAYED
+            held = (await hold(backend, number, name)).token
+            assert held is not None
+            assert [one.hold_id for one in held.holds] == [name]
+            assert await backend.note(name, name) == name
 
 
 async def test_a_storm_of_cancellations_leaves_one_state(mongodb_url: str, mongodb_driver: str) -> None:
@@ -231,10 +235,9 @@ async def test_a_storm_of_cancellations_leaves_one_state(mongodb_url: str, mongo
     async with opened(mongodb_url, mongodb_driver) as backend:
 
         async def issue_and_use(number: int) -> None:
-            await backend.insert(
-                token(number), dice.choice([REPLACE, IF_NONE_VALID]), dice.choice([0, LATER])
-            )
-            await backend.update(valid(number), Use(LATER))
+            options = {"keep_until": dice.choice([0, END])}
+            await insert(backend, token(number), dice.choice([ADD, REPLACE, IF_NONE_VALID]), **options)
+            await use(backend, number)
             await backend.find(Match(active=True), 5)
 
         tasks: list[asyncio.Task[None]] = []
@@ -245,17 +248,77 @@ async def test_a_storm_of_cancellations_leaves_one_state(mongodb_url: str, mongo
             dice.choice(tasks).cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(result) for result in results} <= {type(None), asyncio.CancelledError}
-        with documents(mongodb_url) as stored:
-            assert stored.count_documents({"pending": True}) == 0
-            assert stored.count_documents({"is_active": True, "slot": ""}) <= 1
-        assert await backend.insert(token(1000), REPLACE) is InsertResult.INSERTED
+        assert (await insert(backend, token(1000))).result is INSERTED
         assert await active(backend) == [1000]
+
+
+async def test_a_migration_is_taken_step_by_step(
+    mongodb_new_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a schema that had a field of another name, by two processes at once."""
+    from vtoken_backends.mongodb import schema
+
+    steps: list[int] = []
+
+    async def rename(client: Any) -> None:
+        steps.append(1)
+        await client.run(lambda: client.tokens.update_many({}, {"$rename": {"called": "names"}}))
+
+    async def number_anew(client: Any) -> None:
+        steps.append(2)
+        old = {"revision": {"$exists": False}}
+        await client.run(lambda: client.tokens.update_many(old, {"$set": {"revision": 0, "claims": []}}))
+
+    async with opened(mongodb_new_url) as backend:
+        await insert(backend, token(1))
+    with documents(mongodb_new_url) as stored:  # as the older version left it
+        stored.drop_indexes()
+        older = {"$rename": {"names": "called"}, "$unset": {"revision": "", "claims": ""}}
+        stored.update_many({}, older)
+        stored.database["vtoken.meta"].update_one({"_id": "schema"}, {"$set": {"version": 1}})
+        changed = {1: rename, 2: number_anew}
+        monkeypatch.setattr(schema, "SCHEMA", 3)
+        monkeypatch.setattr(schema, "MIGRATIONS", changed)
+        backends = [MongoDBBackend.from_url(mongodb_new_url) for _ in range(2)]
+        await asyncio.gather(*(backend.open() for backend in backends))
+        assert (await use(backends[0], 1)).outcome is Outcome.RIGHT
+        await asyncio.gather(*(backend.close() for backend in backends))
+        assert set(steps) == {1, 2}
+        marker = stored.database["vtoken.meta"].find_one({"_id": "schema"})
+        assert marker == {"_id": "schema", "version": 3}
+
+
+async def test_reservations_of_a_full_budget_are_waited_for(mongodb_url: str, mongodb_driver: str) -> None:
+    """The right key, eight times at once on the last two attempts: each is compared, and none is charged."""
+    spend = Spend(Budget(b"o" * 16, b"n" * 16), 2, 60_000, 60_000)
+    async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
+        await insert(one, token(1, max_uses=8))
+        calls = [(one, two)[n % 2].present(key(1), Use(LATER), LATER, (spend,)) for n in range(4)]
+        outcomes = [answer.outcome for answer in await asyncio.gather(*calls)]
+        assert outcomes == [Outcome.RIGHT] * 4
+        assert await one.budgets((spend.budget,)) == [None]
+
+
+async def test_a_reservation_that_nobody_settles_stays_charged(mongodb_url: str) -> None:
+    spend = Spend(Budget(b"o" * 16, b"n" * 16), 2, 60_000, 60_000)
+    async with opened(mongodb_url) as backend:
+        with documents(mongodb_url) as stored:  # as two crashes leave it
+            left = {"spent": 2, "strikes": 0, "until": LATER + 1, "reserved": 2, "before": None}
+            stored.database["vtoken.budgets"].insert_one(
+                {"_id": b"o" * 16, "budgets": {(b"n" * 16).hex(): left}, "due": LATER + 1}
+            )
+        await insert(backend, token(1))
+        async with asyncio.timeout(20):
+            presented = await backend.present(key(1), Use(LATER), LATER, (spend,))
+        assert presented.outcome is Outcome.LIMITED
 
 
 async def test_purges_at_once_leave_nothing(mongodb_url: str, mongodb_driver: str) -> None:
     async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        for number in range(60):
-            await one.insert(token(number, ends_at=NOW), ADD)
+        tokens: list[StoredToken] = [of(n, ends_at=NOW) for n in range(60)]
+        await asyncio.gather(*(insert(one, record, ADD) for record in tokens))
         calls = [backend.purge(NOW + 1, LATER, 15, 0) for backend in (one, two, one, two)]
-        assert await asyncio.gather(*calls) == [15] * 4
+        assert sum(purged.tokens for purged in await asyncio.gather(*calls)) == 60
         assert await one.find(Match(), 1) == []
+        with documents(mongodb_url) as stored:
+            assert stored.count_documents({}) == 0

@@ -170,6 +170,12 @@ class Documents:
             self.lines[stored.line] = stored
         self.index(stored)
 
+    def add_new(self, stored: Stored) -> Stored:
+        """Add a document unless it is there, and return the one that is there."""
+        if stored.oid not in self.all:
+            self.add(stored)
+        return self.all[stored.oid]
+
     def index(self, stored: Stored) -> None:
         """Let a document be found by what it holds now."""
         for name in names_of(kept.token for kept in stored.tokens()):

@@ -15,8 +15,8 @@ from vtoken_backends.mongodb.patience import Patience
 
 Migration = Callable[[Client], Awaitable[None]]
 
-SCHEMA: Final = 1
-MIGRATIONS: Final[dict[int, Migration]] = {}
+SCHEMA = 1
+MIGRATIONS: dict[int, Migration] = {}
 """The step from each schema to the next. Several processes may run a step at once, and one that was killed
 half-way runs it again: each part of a step has to do no harm when it is repeated."""
 _NAMES: Final = TOKEN_INDEXES[0]
@@ -28,16 +28,10 @@ class Schema:
 
     Args:
         client: of the store.
-        schema: the number that this version of vtoken writes.
-        migrations: the steps that lead there.
     """
 
-    def __init__(
-        self, client: Client, schema: int = SCHEMA, migrations: dict[int, Migration] = MIGRATIONS
-    ) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._schema = schema
-        self._migrations = migrations
 
     async def prepare(self) -> None:
         """Refuse what is not ours before the first write; then migrate, and make and check the indexes.
@@ -142,21 +136,21 @@ class Schema:
         marker = await self._client.run(lambda: self._client.meta.find_one({"_id": "schema"}), writes=False)
         if marker is None and found is not None:  # the marker is written before the first token
             raise CorruptStore(f"the collection {self._client.collection!r} was not made by vtoken")
-        version = self._schema if marker is None else marker.get("version")
+        version = SCHEMA if marker is None else marker.get("version")
         if not isinstance(version, int) or isinstance(version, bool):
             raise CorruptStore("the schema marker is damaged")
-        if version > self._schema:
-            raise BackendError(f"the store has schema {version}, newer than {self._schema}: upgrade vtoken")
+        if version > SCHEMA:
+            raise BackendError(f"the store has schema {version}, newer than {SCHEMA}: upgrade vtoken")
         # Even where it changes nothing: a server that cannot write durably refuses it here and now.
-        stamp = {"$setOnInsert": {"version": self._schema}}
+        stamp = {"$setOnInsert": {"version": SCHEMA}}
         await self._upsert(lambda: self._client.meta.update_one({"_id": "schema"}, stamp, upsert=True))
-        for number in range(version, self._schema):
+        for number in range(version, SCHEMA):
             await self._migrate(number)
 
     async def _migrate(self, number: int) -> None:
-        if number not in self._migrations:
+        if number not in MIGRATIONS:
             raise BackendError(f"there is no step from schema {number} to {number + 1}: use an older vtoken")
-        await self._migrations[number](self._client)
+        await MIGRATIONS[number](self._client)
         same, next_ = {"_id": "schema", "version": number}, {"$set": {"version": number + 1}}
         await self._client.run(lambda: self._client.meta.update_one(same, next_))
 

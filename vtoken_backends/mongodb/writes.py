@@ -205,14 +205,11 @@ class Writes:
             op = ops[number]
             if giver is not None and giver.oid not in written.lost and isinstance(op, Insert):
                 ops[number] = op._replace(given=keys)
-        spilling |= {
-            oid: stored
-            for oid, stored in documents.all.items()
-            if stored.edits and stored.spill and oid not in written.lost
-        }
-        for stored in spilling.values():
-            with suppress(BackendError):  # whoever comes upon it next goes on with it
-                await self.spill(stored)
+        spilling |= {oid: stored for oid, stored in documents.all.items() if stored.edits and stored.spill}
+        for oid, stored in spilling.items():
+            if oid not in written.lost and oid not in written.unknown and oid not in written.refused:
+                with suppress(BackendError):  # whoever comes upon it next goes on with it
+                    await self.spill(stored)
         for number, oids in rests_on.items():
             if not written.lost.isdisjoint(oids):
                 again.append(number)
@@ -247,7 +244,8 @@ class Writes:
             found = await self._client.find_all(query, PAGE, fields, hint=dict(NAMES))
             if is_whole:
                 found += await self._client.find_all({"spilling": {"$in": names}}, PAGE)
-            return [stored_of(one, is_whole=is_whole) for one in found]
+            latest = {one["_id"]: one for one in found}  # one that was found twice may have changed meanwhile
+            return [stored_of(one, is_whole=is_whole) for one in latest.values()]
 
         return await self._client.run(find, writes=False)
 
@@ -263,7 +261,7 @@ class Writes:
         }
         if origins:
             for stored in await self.named(list(origins), is_whole=True):
-                documents.add(stored)
+                documents.add_new(stored)
 
     async def _read_beside(self, ops: Sequence[Operation], documents: Documents) -> None:
         """Read what stands beside the lines that are to be replaced, after the lines themselves."""
@@ -278,7 +276,7 @@ class Writes:
         objects = [object_of(s.shared["content_type"], s.shared["object_id"]) for s in crowded.values()]
         active: Document = {"beside_line": {"$in": list(crowded)}, "token.state": 0}
         for stored in await self.whole({"object": {"$in": objects}, **active}):
-            documents.add(stored)
+            stored = documents.add_new(stored)
             if stored.beside_line is not None:
                 documents.beside.setdefault(stored.beside_line, []).append(stored)
 
