@@ -207,10 +207,12 @@ def test_a_dimension_has_a_name_and_a_value(vtoken: Terminal, given: str) -> Non
 
 APPLICATION = """
 from vtoken import TokenManager, TokenPolicy
+from vtoken.sync import SyncTokenManager
 heard = []
 manager = TokenManager.from_url(
     "sqlite:///app.db", policies=[TokenPolicy("reset", expiration=5)], hooks=[heard.append]
 )
+blocking = SyncTokenManager(manager)
 no_manager = 5
 """
 
@@ -233,6 +235,7 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
     assert (tmp_path / "app.db").exists()
     assert not (tmp_path / "tokens.db").exists()
     assert "the store of shop:manager" in run("init", *options).stdout
+    assert "reset" in run("list", "--manager", "shop:blocking").stdout
     for arguments, message in (
         (["stats", "--manager", "shop:no_manager"], "must be a TokenManager, not int"),
         (["stats", "--manager", "shop:missing"], "has no 'missing'"),

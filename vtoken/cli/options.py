@@ -25,6 +25,7 @@ from vtoken.inputs import ANY, DEFAULT, MAX_KEY_BYTES, Lifetime, Unset, Wildcard
 from vtoken.loading import import_object
 from vtoken.manager import TokenManager
 from vtoken.subject import ContentTypes, Subject
+from vtoken.sync import SyncTokenManager
 
 DEFAULT_URL: Final = "sqlite:///tokens.db"
 
@@ -53,8 +54,8 @@ class Store(Output):
     manager: Annotated[
         str | None,
         Parameter(
-            help="The application's own manager, package.module:attribute, with its store, settings and"
-            " policies."
+            help="The application's own manager, package.module:attribute, a TokenManager or SyncTokenManager,"
+            " with its store, settings and policies."
         ),
     ] = None
 
@@ -85,6 +86,8 @@ class Store(Output):
             raise ConfigurationError("--manager has a store of its own: leave out --url")
         with silenced():
             named = import_object(self.manager)
+        if isinstance(named, SyncTokenManager):
+            named = named.manager
         if not isinstance(named, TokenManager):
             raise ConfigurationError(
                 f"--manager: {self.manager!r} must be a TokenManager, not {type(named).__name__}"
@@ -126,7 +129,7 @@ async def require_store(url: str) -> None:
     Raises:
         BackendUnavailable: there is none; the message names its path.
     """
-    missing = await anyio.to_thread.run_sync(diagnostics_of(url).missing)
+    missing = await anyio.to_thread.run_sync(diagnostics_of(url).missing, abandon_on_cancel=True)
     if missing is not None:
         raise BackendUnavailable(f"{missing}; vtoken init makes a store")
 
