@@ -15,7 +15,17 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import TypeVar
 
-from vtoken.backend import InsertMode, Match, State, StoredKey, StoredToken, TokenBackend
+from vtoken.backend import (
+    InsertMode,
+    InsertResult,
+    Match,
+    Outcome,
+    State,
+    StoredKey,
+    StoredToken,
+    TokenBackend,
+    Use,
+)
 from vtoken_backends.sqlite import SQLiteBackend
 from vtoken_backends.sqlite.steps import Rows
 
@@ -62,6 +72,24 @@ def token(number: int, object_id: str = "1", created_at: int = NOW) -> StoredTok
     )
 
 
+async def insert(
+    backend: TokenBackend, new: StoredToken, mode: InsertMode = InsertMode.ADD, keep_until: int = 0
+) -> InsertResult:
+    """How an insert ends."""
+    return (await backend.insert(new, mode, keep_until=keep_until)).result
+
+
+async def use(backend: TokenBackend, key: Match, at: int = NOW, use_id: str = "") -> StoredToken | None:
+    """The token that a key was used for, as it is then, or None where it was refused."""
+    presented = await backend.present(key, Use(at=at, use_id=use_id), at)
+    return presented.token if presented.outcome is Outcome.RIGHT else None
+
+
+def present(number: int, object_id: str | None = "1") -> Match:
+    """What a request that presents the key of a token asks for."""
+    return Match(digests=(digest(number),), content_type="auth.user", object_id=object_id, slug="reset")
+
+
 def subject(object_id: str = "1") -> Match:
     return Match(content_type="auth.user", object_id=object_id, slug="reset", active=True)
 
@@ -85,7 +113,7 @@ def plain(path: Path) -> Generator[sqlite3.Connection]:
 async def make_store(path: Path, tokens: int = 0) -> None:
     async with opened(SQLiteBackend(path, synchronous="normal")) as backend:
         for number in range(tokens):
-            await backend.insert(token(number, str(number)), InsertMode.ADD)
+            await insert(backend, token(number, str(number)))
 
 
 def beside(path: Path) -> dict[str, bytes]:

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from vtoken.backend import (
-    InsertMode,
     InsertResult,
     Match,
 )
@@ -31,13 +30,14 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
-from vtoken_backends._sqlite_file import as_backend_error
 from vtoken_backends.sqlite import SQLiteBackend
+from vtoken_backends.sqlite.errors import as_backend_error
 
 from .sqlite_tools import (
     ask,
     beside,
     digest,
+    insert,
     make_store,
     opened,
     plain,
@@ -62,6 +62,7 @@ def path(tmp_path: Path) -> Path:
         ("sqlite:///with%20space%3F.db", os.path.abspath("with space?.db")),
         ("sqlite:////tmp/caf%C3%A9%2523.db", "/tmp/café%23.db"),  # noqa: S108  # a name, no file
         ("sqlite:////tmp/x.db?check=never&busy_timeout=10", "/tmp/x.db"),  # noqa: S108  # a name, no file
+        ("sqlite:////tmp/x.db?reads=worker&shared=true", "/tmp/x.db"),  # noqa: S108  # a name, no file
         ("own-scheme+1:////x.db", "/x.db"),
     ],
 )
@@ -80,13 +81,15 @@ def test_a_url_names_a_file(url: str, expected: str) -> None:
         ("sqlite:///a#b.db", "%23"),
         ("sqlite:///a%FFb.db", "UTF-8"),
         ("sqlite:///a%00b.db", "NUL"),
-        ("sqlite:///a.db?sychronous=full", "did you mean 'synchronous'"),
+        ("sqlite:///a.db?sychronous=full", "did you mean synchronous"),
         ("sqlite:///a.db?path=b.db", "option 'path'"),
-        ("sqlite:///a.db?synchronous=ful", "did you mean 'full'"),
+        ("sqlite:///a.db?synchronous=ful", "did you mean full"),
         ("sqlite:///a.db?synchronous=1", "synchronous 1"),
         ("sqlite:///a.db?busy_timeout=5s", "busy_timeout"),
         ("sqlite:///a.db?busy_timeout=2147483648", "busy_timeout"),
         ("sqlite:///a.db?check=sometimes", "check"),
+        ("sqlite:///a.db?reads=workers", "did you mean worker"),
+        ("sqlite:///a.db?shared=yes", "shared must be true or false"),
     ],
 )
 def test_a_bad_url_says_what_to_write_instead(url: str, hint: str) -> None:
@@ -105,7 +108,7 @@ def test_options_may_be_keywords() -> None:
     SQLiteBackend.from_url("sqlite:///a.db", busy_timeout=1, synchronous="normal", check="always")
     with pytest.raises(ConfigurationError, match="busy_timeout"):
         SQLiteBackend.from_url("sqlite:///a.db", busy_timeout=True)
-    with pytest.raises(ConfigurationError, match="did you mean 'busy_timeout'"):
+    with pytest.raises(ConfigurationError, match="did you mean busy_timeout"):
         SQLiteBackend.from_url("sqlite:///a.db", bussy_timeout=1)
 
 
@@ -116,7 +119,7 @@ async def test_the_file_and_its_companions_are_the_owners_alone(path: Path) -> N
     before = os.umask(0)
     try:
         async with opened(SQLiteBackend(path)) as backend:
-            await backend.insert(token(1), InsertMode.ADD)
+            await insert(backend, token(1))
             modes = {entry.name: entry.stat().st_mode & 0o777 for entry in path.parent.iterdir()}
     finally:
         os.umask(before)
@@ -169,7 +172,7 @@ async def test_a_foreign_database_is_left_as_it_is(path: Path, tmp_path: Path, j
 async def test_a_newer_schema_is_refused_untouched(path: Path) -> None:
     await make_store(path, tokens=1)
     with plain(path) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("UPDATE vtoken_schema SET version = 2")
     before = beside(path)
     with pytest.raises(BackendError, match=r"newer vtoken .* upgrade") as caught:
         await SQLiteBackend(path).open()
@@ -191,7 +194,7 @@ async def test_a_file_that_is_no_database_is_refused_untouched(path: Path, conte
 async def test_damaged_pages_are_found_at_open(path: Path) -> None:
     await make_store(path, tokens=300)
     content = bytearray(path.read_bytes())
-    content[5 * 4096 : 6 * 4096] = hashlib.shake_128(b"damage").digest(4096)
+    content[20 * 2048 : 22 * 2048] = hashlib.shake_128(b"damage").digest(4096)
     path.write_bytes(content)
     with pytest.raises(CorruptStore):
         await SQLiteBackend(path).open()
@@ -200,9 +203,14 @@ async def test_damaged_pages_are_found_at_open(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ddl", ["DROP TRIGGER tokens_replace", "DROP INDEX tokens_subject", "DROP TABLE budgets"]
+    "ddl",
+    [
+        "DROP INDEX vtoken_tokens_line",
+        "DROP TABLE vtoken_budgets",
+        "ALTER TABLE vtoken_keys ADD COLUMN x TEXT",
+    ],
 )
-async def test_a_store_without_its_triggers_and_indexes_is_refused(path: Path, ddl: str) -> None:
+async def test_a_store_whose_tables_and_indexes_are_others_is_refused(path: Path, ddl: str) -> None:
     await make_store(path)
     with plain(path) as database:
         database.execute(ddl)
@@ -213,26 +221,34 @@ async def test_a_store_without_its_triggers_and_indexes_is_refused(path: Path, d
 @pytest.mark.parametrize(
     "change",
     [
-        "digest = x'00'",
+        "digests = x'00'",
+        "keys = '[]'",
+        "keys = '[[1]]'",
+        "keys = replace(keys, '\"link\"', '\"?\"')",
+        "keys = replace(keys, '\"link\"', '1')",
+        "keys = replace(keys, '17000', '\"17000\"')",
+        "holds = '[[1]]'",
+        'holds = \'[["h","1",1]]\'',
+        "holds = 'h'",
+        "id = -1",
         "expires_at = -1",
         "expires_at = expires_at + 1",  # still active, but it ends earlier
-        "is_active = 2",
+        "state = 4",
+        "is_beside = 2",
         "uses = 1",  # of one, and still active
         "uses = -1",
         "max_uses = 0",
-        "use_ids = '[\"a\"]'",  # of no use
-        "use_ids = '[1]', uses = 1, is_active = 0",
-        "use_ids = 'a'",
-        "use_ids = '{}'",
-        "use_ids = printf('%.*c', 100000, '[')",
+        "keys = 'a'",
+        "keys = '{}'",
+        "keys = printf('%.*c', 100000, '[')",
     ],
 )
 async def test_a_row_that_makes_no_sense_is_no_token(path: Path, change: str) -> None:
     async with opened(SQLiteBackend(path)) as backend:
-        await backend.insert(token(1), InsertMode.ADD)
-        await backend.insert(token(2), InsertMode.ADD)
+        await insert(backend, token(1))
+        await insert(backend, token(2))
         with plain(path) as database:
-            database.execute(f"UPDATE tokens SET {change} WHERE id = ?", (token(1).id,))  # noqa: S608  # above
+            database.execute(f"UPDATE vtoken_tokens SET {change} WHERE id = 1")  # noqa: S608  # above
         with pytest.raises(CorruptStore) as caught:
             await backend.find(Match(), 10)
         assert repr(digest(1)) not in repr(caught.value)
@@ -290,20 +306,21 @@ async def test_a_full_store_still_reads_and_works_again_when_there_is_room(path:
         async def fill() -> None:
             nonlocal stored
             for stored in range(1000):
-                await backend.insert(token(stored), InsertMode.ADD)
+                await insert(backend, token(stored))
 
         with pytest.raises(BackendUnavailable, match="full"):
             await fill()
         assert len(await backend.find(Match(), 1000)) == stored
         await ask(backend, "PRAGMA max_page_count = 100000")
-        assert await backend.insert(token(stored), InsertMode.ADD) is InsertResult.INSERTED
+        assert await insert(backend, token(stored)) is InsertResult.INSERTED
 
 
 def test_a_failed_sync_leaves_the_outcome_unknown() -> None:
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
-    assert type(as_backend_error(error)) is OutcomeUnknown
+    assert type(as_backend_error(error, "a.db")) is OutcomeUnknown
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
-    assert type(as_backend_error(error)) is BackendUnavailable
+    assert type(as_backend_error(error, "a.db")) is BackendUnavailable
     error.sqlite_errorcode = sqlite3.SQLITE_MISMATCH
-    assert type(as_backend_error(error)) is BackendError
+    assert type(as_backend_error(error, "a.db")) is BackendError
+    assert str(as_backend_error(error, "a.db")) == "a.db: SQLite says: disk I/O error"

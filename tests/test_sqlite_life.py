@@ -21,7 +21,7 @@ from vtoken.backend import (
     InsertMode,
     InsertResult,
     Match,
-    Use,
+    Spend,
 )
 from vtoken.errors import (
     BackendClosed,
@@ -33,14 +33,16 @@ from vtoken_backends.sqlite import SQLiteBackend
 from .sqlite_tools import (
     NOW,
     beside,
-    digest,
+    insert,
     make_store,
     no_more_than,
     opened,
     plain,
+    present,
     python,
     subject,
     token,
+    use,
 )
 
 
@@ -50,6 +52,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "tokens.db"
 
 
+SPEND = Spend(budget=Budget(object=b"o" * 16, name=b"n" * 16), limit=9, window=9, max_window=9)
+
 # Several at once
 
 
@@ -58,13 +62,13 @@ import asyncio, sys
 sys.path[:0] = {path!r}
 from vtoken.backend import InsertMode
 from vtoken_backends.sqlite import SQLiteBackend
-from tests.sqlite_tools import token
+from tests.sqlite_tools import insert, token
 
 async def main(file, number):
     backend = SQLiteBackend(file)
     await backend.open()
     sys.stdin.read(1)
-    await backend.insert(token(int(number)), InsertMode.REPLACE)
+    await insert(backend, token(int(number)), InsertMode.REPLACE)
     await backend.close()
 
 asyncio.run(main(*sys.argv[1:]))
@@ -83,25 +87,25 @@ async def test_processes_that_make_the_store_at_once_make_one(path: Path) -> Non
 
 async def test_two_backends_on_one_file_see_each_others_writes(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as one, opened(SQLiteBackend(path)) as other:
-        await one.insert(token(1), InsertMode.ADD)
+        await insert(one, token(1))
         assert await other.find(subject(), 9) == [token(1)]
-        assert await other.update(Match(id=token(1).id, valid_at=NOW), Use(NOW)) is not None
-        assert await one.update(Match(id=token(1).id, valid_at=NOW), Use(NOW)) is None
+        assert await use(other, present(1)) is not None
+        assert await use(one, present(1)) is None
 
 
 async def test_another_writer_is_waited_for(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as backend:
         with plain(path) as database:
             database.execute("BEGIN IMMEDIATE")
-            database.execute("UPDATE tokens SET slug = slug")
-            insert = asyncio.ensure_future(backend.insert(token(1), InsertMode.ADD))
+            database.execute("UPDATE vtoken_tokens SET slug = slug")
+            inserting = asyncio.ensure_future(insert(backend, token(1)))
             other = SQLiteBackend(path)
             await other.open()  # opening an existing store needs no lock
             assert await other.find(Match(), 1) == []  # nor does reading
             await other.close()
-            assert not insert.done()
+            assert not inserting.done()
             database.execute("COMMIT")
-        assert await insert is InsertResult.INSERTED
+        assert await inserting is InsertResult.INSERTED
 
 
 async def test_a_writer_that_holds_on_makes_the_store_unavailable(path: Path) -> None:
@@ -109,10 +113,10 @@ async def test_a_writer_that_holds_on_makes_the_store_unavailable(path: Path) ->
         with plain(path) as database:
             database.execute("BEGIN IMMEDIATE")
             with pytest.raises(BackendUnavailable, match="locked") as caught:
-                await backend.insert(token(1), InsertMode.ADD)
+                await insert(backend, token(1))
         assert caught.value.__cause__ is None
         assert caught.value.__context__ is None
-        assert await backend.insert(token(1), InsertMode.ADD) is InsertResult.INSERTED
+        assert await insert(backend, token(1)) is InsertResult.INSERTED
 
 
 async def test_making_a_store_beside_a_writer_waits_or_gives_up_whole(path: Path) -> None:
@@ -132,17 +136,15 @@ async def test_making_a_store_beside_a_writer_waits_or_gives_up_whole(path: Path
 async def test_cancelled_at_any_moment_a_write_happened_wholly_or_not_at_all(path: Path, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311  # moments, no secrets
     async with opened(SQLiteBackend(path, synchronous="normal")) as backend:
-        await backend.insert(token(0, "use", NOW), InsertMode.ADD)
+        await insert(backend, token(0, "use", NOW))
         for number in range(1, 151):
             tasks: list[asyncio.Task[object]] = [
                 asyncio.ensure_future(
-                    backend.insert(token(number, created_at=NOW + number), InsertMode.REPLACE)
+                    insert(backend, token(number, created_at=NOW + number), InsertMode.REPLACE)
                 ),
-                asyncio.ensure_future(
-                    backend.update(Match(digests=(digest(number - 1),), valid_at=NOW), Use(NOW))
-                ),
+                asyncio.ensure_future(use(backend, present(number - 1, None))),
                 asyncio.ensure_future(backend.deactivate(subject(), NOW)),
-                asyncio.ensure_future(backend.spend(Budget("a", "1", "r", "issues"), NOW, 9, 9, 9)),
+                asyncio.ensure_future(backend.spend((SPEND,), NOW)),
             ]
             for _ in range(chance.randrange(30)):
                 await asyncio.sleep(0)
@@ -155,7 +157,7 @@ async def test_cancelled_at_any_moment_a_write_happened_wholly_or_not_at_all(pat
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
         assert (
-            await backend.insert(token(999, created_at=NOW + 999), InsertMode.REPLACE)
+            await insert(backend, token(999, created_at=NOW + 999), InsertMode.REPLACE)
             is InsertResult.INSERTED
         )
         assert [found.id for found in await backend.find(subject(), 10)] == [token(999).id]
@@ -188,7 +190,7 @@ async def test_many_opens_and_closes_leave_no_thread_and_no_file(path: Path) -> 
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(200):
         async with opened(backend), opened(backend):
-            await backend.reset(Budget("a", "1", "r", "issues"))
+            await backend.reset(SPEND.budget.object, None)
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files
 
@@ -198,14 +200,14 @@ async def test_a_close_cancelled_at_any_moment_closes(path: Path) -> None:
     for pause in range(12):
         backend = SQLiteBackend(path)
         await backend.open()
-        insert = asyncio.ensure_future(backend.insert(token(pause), InsertMode.ADD))
+        inserting = asyncio.ensure_future(insert(backend, token(pause)))
         await asyncio.sleep(0)
         closing = asyncio.ensure_future(backend.close())
         for _ in range(pause):
             await asyncio.sleep(0)
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
-        assert await insert is InsertResult.INSERTED
+        assert await inserting is InsertResult.INSERTED
         if not closing.cancelled() or pause > 0:
             with pytest.raises(BackendClosed):
                 await backend.find(Match(), 1)
@@ -221,12 +223,12 @@ import asyncio, sys
 sys.path[:0] = {path!r}
 from vtoken.backend import InsertMode
 from vtoken_backends.sqlite import SQLiteBackend
-from tests.sqlite_tools import token
+from tests.sqlite_tools import insert, token
 
 async def main():
     backend = SQLiteBackend(sys.argv[1])
     await backend.open()
-    await backend.insert(token(1), InsertMode.ADD)
+    await insert(backend, token(1))
     if sys.argv[2] == "global":
         globals()["backend"] = backend
 
@@ -249,7 +251,7 @@ async def test_a_dropped_backend_gives_back_its_thread_and_file(path: Path) -> N
     threads = threading.active_count()
     backend = SQLiteBackend(path)
     await backend.open()
-    await backend.insert(token(1), InsertMode.ADD)
+    await insert(backend, token(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         del backend
@@ -269,13 +271,13 @@ def test_a_forked_child_is_told_and_can_open_for_itself(path: Path) -> None:
             await backend.find(Match(), 1)
         await backend.close()  # not its own: nothing happens
         async with opened(backend):
-            await backend.insert(token(2), InsertMode.ADD)
+            await insert(backend, token(2))
         with pytest.raises(BackendClosed):
             await backend.find(Match(), 1)
 
     with asyncio.Runner() as runner:
         runner.run(backend.open())
-        runner.run(backend.insert(token(1), InsertMode.ADD))
+        runner.run(insert(backend, token(1)))
         with warnings.catch_warnings():
             # Forking beside a thread is what this is about; Python 3.12 warns of it.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -291,18 +293,14 @@ def test_a_forked_child_is_told_and_can_open_for_itself(path: Path) -> None:
         runner.run(backend.close())
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # aiosqlite's, of its thread
 def test_a_loop_closed_in_mid_operation_does_not_stop_the_backend(path: Path) -> None:
     backend = SQLiteBackend(path)
     before = set(threading.enumerate())
     loop = asyncio.new_event_loop()
     loop.run_until_complete(backend.open())
-    [worker] = set(threading.enumerate()) - before
 
     async def start() -> None:
-        loop.create_task(backend.insert(token(1), InsertMode.ADD))  # noqa: RUF006  # it is to be lost
+        loop.create_task(insert(backend, token(1)))  # noqa: RUF006  # it is to be lost
         await asyncio.sleep(0)
 
     with plain(path) as database:
@@ -313,17 +311,15 @@ def test_a_loop_closed_in_mid_operation_does_not_stop_the_backend(path: Path) ->
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
         database.execute("ROLLBACK")
-    worker.join(60)
-    assert not worker.is_alive()
 
     async def afterwards() -> None:
         async with asyncio.timeout(60):
             assert await backend.find(subject(), 9) == [token(1)]
-            assert await backend.insert(token(2), InsertMode.REPLACE) is InsertResult.INSERTED
+            assert await insert(backend, token(2), InsertMode.REPLACE) is InsertResult.INSERTED
             await backend.close()
 
     asyncio.run(afterwards())
-    assert set(threading.enumerate()) <= before | {worker}
+    assert set(threading.enumerate()) <= before
 
 
 async def test_an_operation_in_several_event_loops(path: Path) -> None:
@@ -332,7 +328,7 @@ async def test_an_operation_in_several_event_loops(path: Path) -> None:
         async def some(first: int) -> None:
             async with opened(backend):
                 await asyncio.gather(
-                    *(backend.insert(token(first + n), InsertMode.REPLACE) for n in range(10))
+                    *(insert(backend, token(first + n), InsertMode.REPLACE) for n in range(10))
                 )
 
         await asyncio.gather(*(asyncio.to_thread(asyncio.run, some(100 * n)) for n in range(4)))

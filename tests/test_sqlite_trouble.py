@@ -24,14 +24,12 @@ from typing import Any
 
 import pytest
 
-from vtoken.backend import InsertMode, InsertResult, Match
-from vtoken.cli.doctor import sqlite_release
+from vtoken.backend import InsertResult, Match
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
-from vtoken_backends import _sqlite_file
-from vtoken_backends._sqlite_batch import Connection
-from vtoken_backends.sqlite import SQLiteBackend
+from vtoken_backends.sqlite import SQLiteBackend, file
+from vtoken_backends.sqlite.diagnostics import release
 
-from .sqlite_tools import NOW, ask, beside, make_store, opened, plain, python, token
+from .sqlite_tools import NOW, ask, beside, insert, make_store, opened, plain, python, token
 
 
 @pytest.fixture
@@ -86,7 +84,7 @@ async def test_without_room_it_reads_on_and_with_room_it_works_again(
 
     async def fill(backend: SQLiteBackend) -> None:
         for number in range(10_000):
-            await backend.insert(token(number, str(number)), InsertMode.ADD)
+            await insert(backend, token(number, str(number)))
             acknowledged.add(token(number).id)
 
     with limited(tmp_path / "disk") as make_room:
@@ -98,9 +96,9 @@ async def test_without_room_it_reads_on_and_with_room_it_works_again(
                 await backend.purge(NOW + 10**6, NOW + 10**6, 1000, 0)
             assert await stored(backend) == acknowledged
             make_room()
-            assert await backend.insert(token(10_000), InsertMode.ADD) is InsertResult.INSERTED
+            assert await insert(backend, token(10_000)) is InsertResult.INSERTED
             assert await stored(backend) == {*acknowledged, token(10_000).id}
-            assert await backend.purge(NOW + 10**6, NOW + 10**6, 100_000, 0) == len(acknowledged) + 1
+            assert (await backend.purge(NOW + 10**6, NOW + 10**6, 100_000, 0)).tokens == len(acknowledged) + 1
             assert await stored(backend) == set()
 
 
@@ -111,7 +109,7 @@ async def test_a_store_that_was_closed_without_room_opens_when_there_is_some(tmp
         async with opened(backend):
             with contextlib.suppress(BackendUnavailable):
                 for count in range(10_000):
-                    await backend.insert(token(count, str(count)), InsertMode.ADD)
+                    await insert(backend, token(count, str(count)))
         make_room()
         async with opened(backend):
             assert len(await stored(backend)) == count
@@ -146,9 +144,9 @@ async def test_whichever_page_is_damaged_no_token_is_missing_unnoticed(
     await make_store(path, tokens=100)
     sound, ids = path.read_bytes(), [token(number).id for number in range(100)]
     outcomes: list[str] = []
-    for start in range(0, len(sound), 4096):
-        page = damage(sound[start : start + 4096], start)
-        path.write_bytes(sound[:start] + page + sound[start + 4096 :])
+    for start in range(0, len(sound), 2048):
+        page = damage(sound[start : start + 2048], start)
+        path.write_bytes(sound[:start] + page + sound[start + 2048 :])
         outcomes.append(await found_or_told(path, ids))
     # A sector that was empty may be lost without loss.
     assert outcomes.count("told") > len(outcomes) / 2
@@ -173,19 +171,19 @@ async def test_whichever_bit_flips_no_token_is_missing_unnoticed(path: Path) -> 
 async def test_a_store_cut_short_is_damaged(path: Path) -> None:
     await make_store(path, tokens=100)
     sound = path.read_bytes()
-    for size in (2, 99, 100, 512, 4096, len(sound) // 2, len(sound) - 4096, len(sound) - 100):
+    for size in (2, 99, 100, 512, 2048, len(sound) // 2, len(sound) - 2048, len(sound) - 100):
         path.write_bytes(sound[:size])
         with pytest.raises(CorruptStore):
             await SQLiteBackend(path).open()
         assert path.read_bytes() == sound[:size]
 
 
-@pytest.mark.parametrize("column", ["plain_key", "use_ids", "extra_data"])
+@pytest.mark.parametrize("column", ["slug", "keys", "extra_data"])
 async def test_a_text_that_is_none_is_damage_and_is_not_quoted(path: Path, column: str) -> None:
     async with opened(SQLiteBackend(path)) as backend:
-        await backend.insert(token(1), InsertMode.ADD)
+        await insert(backend, token(1))
         with plain(path) as database:
-            sql = f"UPDATE tokens SET {column} = CAST(x'73656372657473ff' AS TEXT)"  # noqa: S608  # from above
+            sql = f"UPDATE vtoken_tokens SET {column} = CAST(x'73656372657473ff' AS TEXT)"  # noqa: S608  # from above
             database.execute(sql)
         with pytest.raises(CorruptStore) as caught:
             await backend.find(Match(), 1)
@@ -196,7 +194,7 @@ async def test_a_text_that_is_none_is_damage_and_is_not_quoted(path: Path, colum
 async def test_a_table_that_vanished_is_damage(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as backend:
         with plain(path) as database:
-            database.execute("DROP TABLE tokens")
+            database.execute("DROP TABLE vtoken_tokens")
         with pytest.raises(CorruptStore):
             await backend.find(Match(), 1)
 
@@ -204,24 +202,24 @@ async def test_a_table_that_vanished_is_damage(path: Path) -> None:
 # Schemas of other releases
 
 SECOND = (
-    "ALTER TABLE tokens ADD COLUMN note TEXT NOT NULL DEFAULT ''",
-    "UPDATE tokens SET note = slug",
-    "CREATE INDEX tokens_note ON tokens (note)",
+    "ALTER TABLE vtoken_tokens ADD COLUMN note TEXT NOT NULL DEFAULT ''",
+    "UPDATE vtoken_tokens SET note = slug",
+    "CREATE INDEX vtoken_tokens_note ON vtoken_tokens (note)",
 )
 """A made-up schema 2."""
 
 
 @pytest.fixture
 def second_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sqlite_file, "_MIGRATIONS", (*_sqlite_file._MIGRATIONS, SECOND))
+    monkeypatch.setattr(file, "MIGRATIONS", (*file.MIGRATIONS, SECOND))
 
 
 def schema_of(path: Path) -> tuple[int, bool, int]:
     """The version, whether it has the new index, and how many tokens."""
     with plain(path) as database:
-        [(version,)] = database.execute("PRAGMA user_version").fetchall()
-        index = database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'tokens_note'").fetchall()
-        [(count,)] = database.execute("SELECT count(*) FROM tokens").fetchall()
+        [(version,)] = database.execute("SELECT version FROM vtoken_schema").fetchall()
+        index = database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'vtoken_tokens_note'").fetchall()
+        [(count,)] = database.execute("SELECT count(*) FROM vtoken_tokens").fetchall()
         return version, bool(index), count
 
 
@@ -234,7 +232,7 @@ async def test_a_store_of_an_older_release_is_brought_up_to_date(
     backends = [SQLiteBackend(path) for _ in range(4)]
     await asyncio.gather(*(backend.open() for backend in backends))  # only one of them does it
     assert schema_of(path) == (2, True, 3)
-    assert await ask(backends[0], "SELECT DISTINCT note FROM tokens") == [("reset",)]
+    assert await ask(backends[0], "SELECT DISTINCT note FROM vtoken_tokens") == [("reset",)]
     assert await backends[0].find(Match(id=token(1).id), 1) == [token(1, "1")]
     for backend in backends:
         await backend.close()
@@ -251,7 +249,7 @@ async def test_a_damaged_store_of_an_older_release_is_left_as_it_is(
 ) -> None:
     await make_store(path, tokens=100)
     content = bytearray(path.read_bytes())
-    content[5 * 4096 : 6 * 4096] = bytes(4096)
+    content[20 * 2048 : 21 * 2048] = bytes(2048)
     path.write_bytes(content)
     request.getfixturevalue("second_release")
     with pytest.raises(CorruptStore):
@@ -259,7 +257,23 @@ async def test_a_damaged_store_of_an_older_release_is_left_as_it_is(
     assert beside(path) == {path.name: bytes(content)}
 
 
-class _Interrupted(Connection):
+def connecting(kind: type[sqlite3.Connection]) -> Callable[[str, str, int], sqlite3.Connection]:
+    """Opens a file as the backend does, by another class."""
+
+    def connect(path: str, mode: str, busy_timeout: int) -> sqlite3.Connection:
+        url = f"file:{path}?mode={mode}"
+        timeout = busy_timeout / 1000
+        return sqlite3.connect(
+            url, timeout, uri=True, isolation_level=None, check_same_thread=False, factory=kind
+        )
+
+    return connect
+
+
+OPTIONS = file.Options(synchronous="full", busy_timeout=1000, check="auto", reads="worker", shared=False)
+
+
+class _Interrupted(sqlite3.Connection):
     """Comes to an end at one of its statements."""
 
     left = 0
@@ -291,7 +305,7 @@ def _open_in_child(path: Path) -> int:
         child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            _sqlite_file._open_file(str(path), _sqlite_file.Options("full", 1000, "auto")).close()
+            file.open_file(str(path), OPTIONS).close()
             os._exit(0)
         os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -310,7 +324,7 @@ async def test_a_migration_killed_at_any_statement_is_resumed(
         path.write_bytes(older)
         with monkeypatch.context() as planted:
             planted.setattr(_Interrupted, "left", number)
-            planted.setattr(_sqlite_file, "Connection", _Interrupted)
+            planted.setattr(file, "_connect", connecting(_Interrupted))
             status = _open_in_child(path)
         if status == 0:
             break
@@ -332,7 +346,7 @@ async def test_a_migration_that_fails_at_any_statement_changes_nothing(
     request.getfixturevalue("second_release")
     failures = 0
     with monkeypatch.context() as planted:
-        planted.setattr(_sqlite_file, "Connection", _Refused)
+        planted.setattr(file, "_connect", connecting(_Refused))
         while schema_of(path)[0] == 1:
             planted.setattr(_Refused, "left", failures + 1)
             with pytest.raises(BackendUnavailable, match="full"):
@@ -348,7 +362,7 @@ async def test_nothing_about_an_open_that_fails_is_unknown(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it has done, the next one does it again."""
-    monkeypatch.setattr(_sqlite_file, "Connection", _Refused)
+    monkeypatch.setattr(file, "_connect", connecting(_Refused))
     monkeypatch.setattr(_Refused, "code", sqlite3.SQLITE_IOERR_FSYNC)
     monkeypatch.setattr(_Refused, "left", 12)
     with pytest.raises(BackendUnavailable) as caught:
@@ -360,7 +374,7 @@ async def test_nothing_about_an_open_that_fails_is_unknown(
 
 async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(_sqlite_file, "_MIGRATIONS", (*_sqlite_file._MIGRATIONS, SECOND))
+        newer.setattr(file, "MIGRATIONS", (*file.MIGRATIONS, SECOND))
         await make_store(path, tokens=1)
     before = beside(path)
     with pytest.raises(BackendError, match=r"newer vtoken \(schema 2, known up to 1\): upgrade vtoken"):
@@ -389,12 +403,12 @@ def test_an_sqlite_with_the_wal_reset_bug_is_named(
     caplog: pytest.LogCaptureFixture, version: tuple[int, int, int], warned: bool
 ) -> None:
     caplog.set_level(logging.WARNING, "vtoken_backends.sqlite")  # an example of the documentation silences it
-    _sqlite_file._warn_of_wal_reset.cache_clear()
+    file._warn_of_wal_reset.cache_clear()
     for _ in range(2):
-        _sqlite_file._warn_of_wal_reset(version)
-    _sqlite_file._warn_of_wal_reset.cache_clear()
+        file._warn_of_wal_reset(version)
+    file._warn_of_wal_reset.cache_clear()
     assert len(caplog.records) == warned
-    assert sqlite_release(version).state == ("warning" if warned else "ok"), "the doctor says the same"
+    assert release(version).state == ("warning" if warned else "ok"), "the doctor says the same"
     assert all(".".join(map(str, version)) in record.getMessage() for record in caplog.records)
 
 
@@ -403,20 +417,20 @@ async def test_only_a_second_connection_is_warned_of_the_wal_reset_bug(
 ) -> None:
     caplog.set_level(logging.WARNING, "vtoken_backends.sqlite")
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 45, 0))
-    _sqlite_file._warn_of_wal_reset.cache_clear()
+    file._warn_of_wal_reset.cache_clear()
     async with opened(SQLiteBackend(path)):
         assert caplog.records == []
         async with opened(SQLiteBackend(path)):
             assert [(r.name, r.levelno) for r in caplog.records] == [
                 ("vtoken_backends.sqlite", logging.WARNING)
             ]
-    _sqlite_file._warn_of_wal_reset.cache_clear()
+    file._warn_of_wal_reset.cache_clear()
 
 
 def test_an_application_that_does_not_log_does_not_hear_of_it() -> None:
     script = (
         "import sys; sys.path[:0] = {path!r}\n"
-        "from vtoken_backends._sqlite_file import _warn_of_wal_reset\n"
+        "from vtoken_backends.sqlite.file import _warn_of_wal_reset\n"
         "_warn_of_wal_reset((3, 45, 0))"
     )
     assert python(script).communicate(timeout=60) == ("", "")
@@ -425,6 +439,8 @@ def test_an_application_that_does_not_log_does_not_hear_of_it() -> None:
 async def test_a_trigger_of_somebody_else_is_refused(path: Path) -> None:
     await make_store(path)
     with plain(path) as database:
-        database.execute("CREATE TRIGGER quiet BEFORE INSERT ON tokens BEGIN SELECT RAISE(IGNORE); END")
+        database.execute(
+            "CREATE TRIGGER quiet BEFORE INSERT ON vtoken_tokens BEGIN SELECT RAISE(IGNORE); END"
+        )
     with pytest.raises(CorruptStore, match="triggers"):
         await SQLiteBackend(path).open()

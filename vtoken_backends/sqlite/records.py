@@ -142,6 +142,8 @@ _fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
 
 
 def _token(row: dict[str, Any]) -> StoredToken:
+    if row["id"] < 0:
+        raise ValueError
     row["id"] = token_id(row["id"])
     row["is_beside"] = (False, True)[row["is_beside"]]
     row["state"] = _STATES[row["state"]]
