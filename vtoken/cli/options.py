@@ -54,7 +54,7 @@ class Store(Output):
     manager: Annotated[
         str | None,
         Parameter(
-            help="The application's own manager, package.module:attribute, a TokenManager or SyncTokenManager,"
+            help="The application's own manager (TokenManager or SyncTokenManager), package.module:attribute,"
             " with its store, settings and policies."
         ),
     ] = None
