@@ -326,7 +326,7 @@ class TestDigests:
     def test_equal_digests_mean_equal_scopes(self, one: tuple[str, ...], other: tuple[str, ...]) -> None:
         keyring = Keyring(SECRET)
         assert (keyring.code(*one) == keyring.code(*other)) is (one == other)
-        messages = [keys._prefixed(*scope) for scope in (one, other)]  # pyright: ignore[reportPrivateUsage]  # what is digested is looked at itself
+        messages = [keys.prefixed(*scope) for scope in (one, other)]
         assert (messages[0] == messages[1]) is (one == other)
 
     @unhurried

@@ -80,7 +80,7 @@ class Candidates(tuple[Digest, ...]):
     @property
     def digests(self) -> tuple[bytes, ...]:
         """The digests alone, which the store is asked for."""
-        return tuple(digest.value for digest in self)
+        return tuple([digest.value for digest in self])
 
     def fit(self, key: StoredKey) -> bool:
         """Whether a stored key is one of these in its scheme and secret, too.
@@ -202,7 +202,7 @@ def code_shape_ok(code: str, length: int | None, chars: str | None) -> bool:
     """
     if length is None or chars is None:
         return bool(code)
-    return len(code) == length and all(char in chars for char in code)
+    return len(code) == length and not code.strip(chars)
 
 
 def alphabet_problem(chars: str, *, of_code: bool) -> str | None:
@@ -315,7 +315,7 @@ class Keyring:
 
     def codes(self, content_type: str, object_id: str, slug: str, code: str) -> Candidates:
         """What may be stored of a code: made with any secret."""
-        message = _prefixed("vtoken:code:v1", content_type, object_id, slug, code)
+        message = prefixed("vtoken:code:v1", content_type, object_id, slug, code)
         return Candidates(self._macs("code-hmac-sha256", message))
 
     def derive_link(
@@ -336,7 +336,7 @@ class Keyring:
         secret = self._secret(secret_id)
         if secret is None:
             return None
-        message = _prefixed("vtoken:derived:v1", nonce, content_type, object_id, slug)
+        message = prefixed("vtoken:derived:v1", nonce, content_type, object_id, slug)
         return base64.urlsafe_b64encode(_mac(secret, message)).decode("ascii").rstrip("=")
 
     def derive_code(
@@ -360,7 +360,7 @@ class Keyring:
         limit = 2**32 - 2**32 % len(chars)
         code, block = "", 0
         while len(code) < length:
-            message = _prefixed("vtoken:derived-code:v1", nonce, content_type, object_id, slug, str(block))
+            message = prefixed("vtoken:derived-code:v1", nonce, content_type, object_id, slug, str(block))
             numbers = struct.unpack(">8I", _mac(secret, message))
             code += "".join(chars[number % len(chars)] for number in numbers if number < limit)
             block += 1
@@ -373,16 +373,14 @@ class Keyring:
         return None
 
     def _macs(self, scheme: str, message: bytes) -> tuple[Digest, ...]:
-        return tuple(
-            Digest(value=_mac(secret, message), scheme=scheme, secret_id=secret_id)
-            for secret, secret_id in zip(self._secrets, self._ids, strict=True)
-        )
+        known = zip(self._secrets, self._ids, strict=True)
+        return tuple([Digest(_mac(secret, message), scheme, secret_id) for secret, secret_id in known])
 
 
 def batch_nonce(batch: str, content_type: str, object_id: str, slug: str) -> str:
     """The nonce of an object's token in a batch of ``issue_many``: the same for the same arguments, so that
     the same batch makes the same keys again. 32 hexadecimal digits."""
-    message = _prefixed("vtoken:batch:v1", batch, content_type, object_id, slug)
+    message = prefixed("vtoken:batch:v1", batch, content_type, object_id, slug)
     return hashlib.sha256(message).hexdigest()[:32]
 
 
@@ -396,7 +394,7 @@ def context_digest(context: str | Mapping[str, str]) -> bytes:
     if isinstance(context, str):
         return hashlib.sha256(b"vtoken:context:v1" + context.encode()).digest()
     parts = (part for name in sorted(context) for part in (name, context[name]))
-    return hashlib.sha256(_prefixed("vtoken:context-names:v1", *parts)).digest()
+    return hashlib.sha256(prefixed("vtoken:context-names:v1", *parts)).digest()
 
 
 def use_id(consume_id: str) -> str:
@@ -404,10 +402,13 @@ def use_id(consume_id: str) -> str:
     return hashlib.sha256(b"vtoken:consume-id:v1" + consume_id.encode()).hexdigest()[:32]
 
 
-def _prefixed(*parts: str) -> bytes:
+def prefixed(*parts: str) -> bytes:
     """Join parts so that no two lists of parts give the same bytes."""
-    encoded = [part.encode() for part in parts]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+    joined = b""
+    for part in parts:
+        encoded = part.encode()
+        joined += len(encoded).to_bytes(4, "big") + encoded
+    return joined
 
 
 def _mac(secret: bytes, message: bytes) -> bytes:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from vtoken import inputs
 from vtoken.backend import Budget, BudgetState, Spend, Spending, budget_step, left_of
 from vtoken.errors import ConfigurationError, InvalidInput
+from vtoken.keys import prefixed
 
 if TYPE_CHECKING:
     from vtoken.policy import ResolvedPolicy
@@ -98,7 +99,7 @@ class Spends(NamedTuple):
     @property
     def of_the_object(self) -> tuple[Budget, ...]:
         """The budgets that belong to the object, which a success clears."""
-        return tuple(spend.budget for spend in self.spends if spend.budget.object != NO_OBJECT)
+        return tuple([spend.budget for spend in self.spends if spend.budget.object != NO_OBJECT])
 
 
 NOTHING_TO_SPEND: Final = Spends()
@@ -227,9 +228,7 @@ class Limiter:
         return Spends(tuple(limit for _, limit in plan), tuple(spends))
 
     def _digest(self, *parts: str) -> bytes:
-        encoded = [part.encode() for part in parts]
-        joined = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
-        return hashlib.blake2b(joined, key=self._seed, digest_size=16).digest()
+        return hashlib.blake2b(prefixed(*parts), key=self._seed, digest_size=16).digest()
 
 
 @lru_cache(1024)
