@@ -26,6 +26,9 @@ BACKENDS: Final = "vtoken.backends"
 DIAGNOSTICS: Final = "vtoken.diagnostics"
 """The entry-point group of their :class:`~vtoken.diagnostics.Diagnostics`, which may be left out."""
 
+BUILT_IN_LOGGER: Final = "vtoken_backends"
+"""The logger above those of the built-in backends."""
+
 _BUILT_IN: Final = {
     "memory": "vtoken_backends.memory:MemoryBackend",
     "mongodb": "vtoken_backends.mongodb:MongoDBBackend",

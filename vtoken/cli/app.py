@@ -53,6 +53,7 @@ from vtoken.errors import (
     TooManyAttempts,
     VTokenError,
 )
+from vtoken.registry import BUILT_IN_LOGGER
 
 NOT_VALID: Final = 1
 USAGE: Final = 2
@@ -108,7 +109,7 @@ def main() -> int:
     handler.setFormatter(_OneLine())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # What is doubtful about a store is said by doctor, and not again by every command.
-    logging.getLogger("vtoken_backends").setLevel(logging.ERROR)
+    logging.getLogger(BUILT_IN_LOGGER).setLevel(logging.ERROR)
     folder = str(Path.cwd())
     if not sys.flags.safe_path and folder not in sys.path:  # as under `python -m`
         sys.path.insert(0, folder)
