@@ -128,10 +128,11 @@ def _content(file: str) -> TextIO:
     problem = "it is read twice, so it must be a file, or - for standard input"
     try:
         if file == "-":
-            spooled = tempfile.SpooledTemporaryFile(1 << 20, "w+", encoding="utf-8", newline="")  # noqa: SIM115
+            made = tempfile.TemporaryFile  # the caller closes it
+            spooled = cast("TextIO", made("w+", encoding="utf-8", newline=""))
             for line in codecs.getreader("utf-8-sig")(sys.stdin.buffer):
                 spooled.write(line)
-            return cast("TextIO", spooled)
+            return spooled
         if Path(file).is_file() or not Path(file).exists():
             return Path(file).open(encoding="utf-8-sig", newline="")  # as long as the command
     except OSError as error:

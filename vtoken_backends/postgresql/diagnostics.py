@@ -70,7 +70,7 @@ class PostgreSQLDiagnostics(Diagnostics):
         try:
             with psycopg.connect(split(store).url) as connection:
                 for table in TABLES:
-                    text = f"SELECT t::text, * FROM {schema}.{table.name} AS t"  # noqa: S608
+                    text = f"SELECT t::text, * FROM {schema}.{table.name} AS t"  # noqa: S608  # our own names
                     for row in connection.execute(text.encode()).fetchall():
                         parts += [value if isinstance(value, bytes) else str(value).encode() for value in row]
         except psycopg.Error as error:
