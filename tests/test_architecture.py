@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import re
 import subprocess
@@ -20,6 +21,8 @@ import pytest
 import vtoken
 import vtoken.testing
 import vtoken_backends
+
+from .calls import measured
 
 ROOT = Path(__file__).parent.parent
 CORE = Path(vtoken.__file__).parent
@@ -196,6 +199,25 @@ def test_every_module_says_what_it_is_for(package: Path) -> None:
         if not ast.get_docstring(ast.parse(m.read_text()))
     ]
     assert not silent
+
+
+def test_a_field_may_be_inserted_anywhere_into_a_record() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.inserted_field"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"[0-9]{2} places, each with the same life", done.stdout)
+
+
+def test_the_way_of_a_lone_consume_is_counted() -> None:
+    passed = asyncio.run(measured())
+    assert passed["consume"].files <= 12
+    assert passed["issue"].files <= 12
 
 
 def public_objects() -> list[tuple[str, Any]]:

@@ -44,9 +44,9 @@ class Limit:
     Example::
 
         TokenPolicy.code("sms-login", issue_limits=[
-            Limit(1, "60s"),                          # one code a minute for a number
-            Limit(20, "1d", across="sms"),            # twenty a day, together with other purposes
-            Limit(100, "1h", by="ip"),                # consume(..., by={"ip": request.client.host})
+            Limit(1, "60s"),                # one code a minute for a number
+            Limit(20, "1d", across="sms"),  # twenty a day, together with other purposes
+            Limit(100, "1h", by="ip"),      # issue(..., by={"ip": request.client.host})
         ])
 
     Args:

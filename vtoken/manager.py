@@ -108,7 +108,8 @@ class TokenManager:
 
     Example::
 
-        manager = TokenManager.from_url("sqlite:///tokens.db", policies=[TokenPolicy.link("password-reset")])
+        policies = [TokenPolicy.link("password-reset")]
+        manager = TokenManager.from_url("sqlite:///tokens.db", policies=policies)
         async with manager:
             token = await manager.issue(Subject("auth.user", "ada"), "password-reset")
 
@@ -163,7 +164,11 @@ class TokenManager:
     @classmethod
     @without_locals(Exception)
     def from_url(cls, url: str, **keywords: Any) -> Self:
-        """A manager on the backend that a URL names, e.g. ``"sqlite:///tokens.db"``.
+        """A manager on the backend that a URL names.
+
+        Example::
+
+            manager = TokenManager.from_url("sqlite:///tokens.db")
 
         Args:
             url: see :func:`create_backend`.
@@ -177,6 +182,10 @@ class TokenManager:
     @classmethod
     def from_env(cls, default_url: str | None = None, **keywords: Any) -> Self:
         """A manager as ``VTOKEN_URL`` and the other ``VTOKEN_*`` variables say; see :class:`Configuration`.
+
+        Example::
+
+            manager = TokenManager.from_env(default_url="sqlite:///tokens.db")
 
         Args:
             default_url: the store where ``VTOKEN_URL`` is not set.
@@ -301,6 +310,10 @@ class TokenManager:
         using: object = None,
     ) -> IssuedToken:
         """:meth:`issue` under the name and with the arguments of the Django app that vtoken grew out of.
+
+        Example::
+
+            token = await manager.deactivate_and_create(ada, "password-reset")
 
         Args:
             obj: as in :meth:`issue`.
@@ -651,6 +664,10 @@ class TokenManager:
     ) -> str:
         """Draw a link key that no stored token has.
 
+        Example::
+
+            key = await manager.generate_key(length=64)
+
         Args:
             generator: a callable or its import path; left out, the settings' default.
             *args: for the generator.
@@ -794,6 +811,11 @@ class TokenManager:
     ) -> bool:
         """Say whether there is such a valid token. Consumes nothing.
 
+        Example::
+
+            if await manager.exists_valid(ada, "password-reset"):
+                page = "We have sent you a link already."
+
         Args:
             obj: the object, or its class or ``Subject(content_type)`` for any object.
             slug: left out, any; None, tokens without one.
@@ -886,7 +908,8 @@ class TokenManager:
         Example::
 
             status = await manager.status(phone, "sms-login")
-            page = f"{status.attempts_left} attempts left; new code at {status.can_issue_at:%H:%M:%S}"
+            left, at = status.attempts_left, status.can_issue_at
+            page = f"{left} attempts left; you may ask for a new code at {at:%H:%M:%S}"
 
         Args:
             obj: the object, not its class.
@@ -948,6 +971,11 @@ class TokenManager:
     ) -> AsyncGenerator[VerificationToken]:
         """Iterate over active tokens, expired ones included, newest first, in batches of 100.
 
+        Example::
+
+            async for token in manager.filter_active_tokens(ada):
+                print(token.slug, token.expires_at)
+
         Args: as in :meth:`exists_valid`.
 
         Raises:
@@ -1004,6 +1032,10 @@ class TokenManager:
     async def get(self, id: str) -> VerificationToken | None:  # noqa: A002  # the contract's name
         """One token as it is stored now, whatever its state, or None.
 
+        Example::
+
+            token = await manager.get(job.token_id)
+
         Args:
             id: its public id.
         """
@@ -1014,6 +1046,11 @@ class TokenManager:
 
     async def content_object(self, token: VerificationToken) -> object | None:
         """The application's object that a token belongs to, by the registered loader; None where it is gone.
+
+        Example::
+
+            token = await manager.consume(User, "password-reset", key)
+            user = await manager.content_object(token)
 
         Raises:
             ConfigurationError: no loader is registered for its content type.
@@ -1280,6 +1317,13 @@ class TokenManager:
     async def save(self, token: VerificationToken, *, using: object = None) -> None:
         """Store a token's ``extra_data`` and nothing else: a stale copy can never revive a used token.
 
+        Example::
+
+            token = await manager.get(job.token_id)
+            if token is not None:
+                token.set_extra_data({"sent": True})
+                await manager.save(token)
+
         Args:
             token: the token, changed by :meth:`VerificationToken.set_extra_data`.
             using: as in :meth:`issue`.
@@ -1297,6 +1341,10 @@ class TokenManager:
 
     async def erase(self, obj: object, *, using: object = None) -> int:
         """Delete every stored token of an object, whatever its state, and its budgets (data protection).
+
+        Example::
+
+            await manager.erase(ada)
 
         Args:
             obj: the object, not its class.
@@ -1329,6 +1377,10 @@ class TokenManager:
     async def reset_limits(self, obj: object, slug: str | Wildcard | None = ANY) -> int:
         """Start an object's budgets afresh: support unlocks an account. Budgets that it shares with others,
         by address say, stay as they are.
+
+        Example::
+
+            await manager.reset_limits(phone, "sms-login")
 
         Args:
             obj: the object, not its class.
@@ -1379,6 +1431,10 @@ class TokenManager:
         """Delete the tokens that were inactive or expired when it began, and budgets that are over. Held
         tokens stay.
 
+        Example::
+
+            deleted = await manager.purge(keep="1d")
+
         Used tokens that are kept for a while (``keep``) let a second use be told from a guess.
 
         Args:
@@ -1406,7 +1462,12 @@ class TokenManager:
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
     ) -> Sweeper:
-        """Purge in the background while a block runs: ``async with manager.sweeper():``.
+        """Purge in the background while a block runs.
+
+        Example::
+
+            async with manager, manager.sweeper(every="10m"):
+                await serve()
 
         The first purge is a random part of ``every`` after entry. One that fails is logged and tried again.
 
@@ -1416,7 +1477,13 @@ class TokenManager:
         return Sweeper(self.purge, every, keep, batch_size, sleep)
 
     async def stats(self) -> Stats:
-        """Count the tokens, in all and by slug."""
+        """Count the tokens, in all and by slug.
+
+        Example::
+
+            stats = await manager.stats()
+            print(stats.active, stats.by_slug["password-reset"].used)
+        """
         with self._opening.calls() as store:
             rows = await store.count(self._now())
         return Stats(
@@ -1434,6 +1501,10 @@ class TokenManager:
 
     async def ping(self) -> float:
         """Ask the store for an answer: for health probes.
+
+        Example::
+
+            healthy = await manager.ping() < 1.0
 
         Returns:
             The seconds that it took.
