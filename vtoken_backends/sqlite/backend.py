@@ -325,7 +325,7 @@ class SQLiteBackend:
     async def _translated(self, awaitable: Awaitable[_T]) -> _T:
         try:
             return await awaitable
-        except (sqlite3.Error, OSError, ValueError, MemoryError, Unreadable) as error:
+        except Exception as error:
             failure = as_backend_error(error, self._path)
         raise failure  # after the except block, so that the driver's own error is not chained to it
 

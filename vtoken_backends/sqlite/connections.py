@@ -129,15 +129,14 @@ class Connections:
         """
         _open.discard(self)
 
-        def close_readers() -> None:
-            self._close(self._reader, self._on_the_spot)
-            self._write_thread.end(close_writer)
-
-        def close_writer() -> None:  # last, because only a connection that writes can tidy up the log
-            self._close(self._writer)
+        def close() -> None:
+            # The one that writes comes last, because only it can tidy up the log.
+            for connection in (self._reader, self._on_the_spot, self._writer):
+                if connection is not None:
+                    connection.close()
             tell()
 
-        self._read_thread.end(close_readers)
+        self._read_thread.end(lambda: self._write_thread.end(close))
 
     def write(self, work: Callable[[sqlite3.Connection], _T]) -> asyncio.Future[_T]:
         """Do something on the connection that writes, if the file is still in its place."""
@@ -194,12 +193,6 @@ class Connections:
         self._reader = open_reader(self._path, self._options.busy_timeout)
         if self._options.reads == "auto":
             self._on_the_spot = open_reader(self._path, 0)
-
-    @staticmethod
-    def _close(*connections: sqlite3.Connection | None) -> None:
-        for connection in connections:
-            if connection is not None:
-                connection.close()
 
 
 _open: set[Connections] = set()

@@ -148,7 +148,7 @@ def check_schema(database: sqlite3.Connection, path: str) -> int:
             f"{path} was made by a newer vtoken (schema {version}, known up to {len(MIGRATIONS)}):"
             " upgrade vtoken"
         )
-    ours = _expected_objects(version)
+    ours = _expected_objects(version) if version >= 0 else frozenset({("vtoken_schema", "")})
     names = {name for name, _ in ours}
     if not ours <= found or any(name not in names for (name,) in triggers):
         raise CorruptStore(f"{path}: its tables, indexes or triggers are not those of vtoken")
@@ -210,11 +210,11 @@ def _has_schema(database: sqlite3.Connection) -> bool:
 
 
 def _schema_version(database: sqlite3.Connection) -> int:
-    """0 where there is none yet."""
+    """0 where there is none yet, -1 where it cannot be read."""
     if not _has_schema(database):
         return 0
-    [(version,)] = database.execute("SELECT version FROM vtoken_schema").fetchall()
-    return int(version)
+    rows = database.execute("SELECT version FROM vtoken_schema").fetchall()
+    return next((version for (version,) in rows if type(version) is int), -1)
 
 
 def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
