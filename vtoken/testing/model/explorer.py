@@ -146,7 +146,9 @@ class Stage:
         self._actors = actors
         self._choices = choices
         self._told: dict[str, list[str]] = {}
-        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._running = ""
+        """Whose step it is. A manager may make a call in a task of its own, which does not know."""
+        self._waiting: list[_Ticket] = []
         self._activity = 0
         self._backend = _Stepping(self)
         self.manager = TokenManager(
@@ -170,8 +172,11 @@ class Stage:
         for number, actor in enumerate(self._actors):
             name = f"{actor.name}/{number}"
             self._told[name] = []
+            self._running = name
             self.tasks.append(asyncio.create_task(self._act(name, actor.script)))
+            await self._settle()
         await self._schedule()
+        self._running = ""
         end = await self._end()
         await self.manager.aclose()
         await self._backend.close()
@@ -179,15 +184,16 @@ class Stage:
 
     async def turn(self) -> None:
         """A step begins: wait until it is the running actor's turn."""
-        name = _actor.get()
+        name = _actor.get() or self._running
         if not name:
             return
         self._activity += 1
-        self._waiting[name] = asyncio.get_running_loop().create_future()
+        ticket = _Ticket(name, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
         try:
-            await self._waiting[name]
+            await ticket.called
         finally:
-            self._waiting.pop(name, None)
+            self._waiting = [other for other in self._waiting if other is not ticket]
 
     async def call(self, make: Callable[[], Awaitable[Any]]) -> Any:
         """Make a call of the manager, and note what it gave. An error of the library is returned."""
@@ -210,7 +216,7 @@ class Stage:
 
     def issues(self, token_id: str) -> None:
         """The running actor is about to insert a token."""
-        self.labels[token_id] = _actor.get()
+        self.labels[token_id] = self._running
 
     async def block(
         self,
@@ -236,7 +242,7 @@ class Stage:
 
     async def _act(self, name: str, script: Script) -> None:
         _actor.set(name)
-        has_ends = not self.in_steps or any(actor.reaches_others for actor in self._actors)
+        has_ends = any(actor.reaches_others for actor in self._actors)
         try:
             if has_ends:
                 await self.turn()
@@ -260,8 +266,10 @@ class Stage:
             place = len(self.taken)
             choice = self._choices[place] if place < len(self._choices) else 0
             self.taken.append((choice, len(ready)))
-            self.schedule.append(ready[choice])
-            self._waiting.pop(ready[choice]).set_result(None)
+            self._running = ready[choice].name
+            self.schedule.append(self._running)
+            self._waiting.remove(ready[choice])
+            ready[choice].called.set_result(None)
 
     async def _settle(self) -> None:
         quiet, seen = 0, -1
@@ -301,8 +309,15 @@ class Stage:
         return str(answer)
 
 
-def _number(name: str) -> int:
-    return int(name.rpartition("/")[2])
+class _Ticket(NamedTuple):
+    """An actor that waits for its turn."""
+
+    name: str
+    called: asyncio.Future[None]
+
+
+def _number(ticket: _Ticket) -> int:
+    return int(ticket.name.rpartition("/")[2])
 
 
 class _Failed(Exception):
@@ -505,3 +520,25 @@ def pairs() -> Iterator[tuple[Actor, ...]]:
         yield actor, cancelling(0, late=False)
         if actor is not SENDER:  # whose token stays where it was stored, but the caller was not told of it
             yield actor, cancelling(0, late=True)
+
+
+def triples() -> Iterator[tuple[Actor, ...]]:
+    """Chosen three."""
+    by_name = {actor.name: actor for actor in ACTORS}
+    for names in (
+        ("issue", "get or create", "consume"),
+        ("issue", "add", "get or create"),
+        ("consume", "redeem and fail", "deactivate"),
+        ("consume as me", "redeem as me", "issue"),
+        ("consume as me", "consume as me", "deactivate"),
+        ("present a wrong key", "consume", "consume"),
+        ("present a wrong key", "redeem and fail", "consume"),
+        ("redeem", "redeem", "redeem and deactivate"),
+        ("redeem and issue", "redeem and issue", "consume"),
+        ("redeem and fail", "redeem and fail", "issue"),
+        ("send and fail", "issue", "consume"),
+        ("send and fail", "send and fail", "get or create"),
+        ("reset the limits", "present a wrong key", "issue"),
+        ("erase", "redeem", "get or create"),
+    ):
+        yield tuple(by_name[name] for name in names)
