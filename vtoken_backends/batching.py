@@ -13,7 +13,7 @@ import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -200,7 +200,7 @@ def _deliver(entries: Sequence[_Entry[Op, Answer]], answers: Sequence[Answer | B
             entry.answer.set_result(answer)
 
 
-async def outlast(future: asyncio.Future[None]) -> None:
+async def outlast(future: asyncio.Future[Any]) -> None:
     """Wait until a future is done, whatever cancellation comes meanwhile.
 
     To be called where a cancellation is being raised already, and is raised on afterwards.

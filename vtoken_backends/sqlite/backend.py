@@ -47,7 +47,7 @@ from vtoken.errors import (
     OutcomeUnknown,
 )
 from vtoken.inputs import nearest
-from vtoken_backends.batching import Batcher
+from vtoken_backends.batching import Batcher, outlast
 from vtoken_backends.sqlite import operations
 from vtoken_backends.sqlite.batch import Answers, Batch, Operation, SharedOperation
 from vtoken_backends.sqlite.connections import Connections, execute_on
@@ -118,7 +118,10 @@ class SQLiteBackend:
         self._options = Options(
             synchronous=synchronous, busy_timeout=busy_timeout, check=check, reads=reads, shared=shared
         )
-        self._writes = Batcher[Operation | SharedOperation, Any](self._flush_writes, by_caller=True)
+        # A cancelled caller waits for the write that was begun: nothing changes once it was told.
+        self._writes = Batcher[Operation | SharedOperation, Any](
+            self._flush_writes, by_caller=True, outlast=True
+        )
         self._look_ups = Batcher[Match, list[StoredToken]](self._flush_look_ups, by_caller=True)
 
     @classmethod
@@ -301,7 +304,12 @@ class SQLiteBackend:
         def write(database: sqlite3.Connection) -> Answers:
             return Batch(database, batch).carry_out()
 
-        answers = await self._translated(self._opened().write(write))
+        writing = self._opened().write(write)
+        try:
+            answers = await self._translated(asyncio.shield(writing))
+        except asyncio.CancelledError:  # of a caller that flushes its own
+            await outlast(writing)
+            raise
         return [
             as_backend_error(answer, self._path) if isinstance(answer, Exception) else answer
             for answer in answers.answers
