@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cancellation import MEMORY, run
+from tests.faults.cancellation import MEMORY, POSTGRESQL, run
 from tests.faults.histories import MONGODB, SQLITE
 
+from . import postgresql_servers
 from .servers import fresh_database
 
-PLANTED = "tests.faults.planted"
+PLANTED = "tests.faults.cancelled_planted"
 
 
 def test_a_storm_on_memory() -> None:
@@ -27,12 +28,17 @@ def test_a_storm_on_mongodb(mongodb_replica_set: str) -> None:
         assert "cancelled after they had begun" in run(MONGODB, url, 150, seed=1)
 
 
+def test_a_storm_on_postgresql() -> None:
+    with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+        assert "cancelled after they had begun" in run(POSTGRESQL, url, 150, seed=1)
+
+
 @pytest.mark.parametrize(
     ("planted", "url", "word"),
     [
         ("LosesOnCancel", "sqlite:///{}/tokens.db", "0 tokens are active after an issue"),
         ("HoldsTheLock", "sqlite:///{}/tokens.db", "database is locked"),
-        ("NeverGivesBack", "memory://", "a lease was not given back"),
+        ("NeverGivesBack", "memory://", "a hold was not given back"),
         ("LeavesATask", "memory://", "a task was left"),
     ],
 )
