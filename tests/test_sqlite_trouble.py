@@ -13,12 +13,13 @@ import hashlib
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sqlite3
 import subprocess
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ import pytest
 
 from vtoken.backend import InsertResult, Match
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
-from vtoken_backends.sqlite import SQLiteBackend, file
+from vtoken_backends.sqlite import SQLiteBackend, file, schema
 from vtoken_backends.sqlite.diagnostics import release
 
-from .sqlite_tools import NOW, ask, beside, insert, make_store, opened, plain, python, token
+from .sqlite_tools import NOW, ask, beside, insert, make_store, opened, plain, present, python, token, use
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ SECOND = (
 
 @pytest.fixture
 def second_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "MIGRATIONS", (*file.MIGRATIONS, SECOND))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, SECOND))
 
 
 def schema_of(path: Path) -> tuple[int, bool, int]:
@@ -374,7 +375,7 @@ async def test_nothing_about_an_open_that_fails_is_unknown(
 
 async def test_an_older_release_refuses_the_newer_schema(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(file, "MIGRATIONS", (*file.MIGRATIONS, SECOND))
+        newer.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, SECOND))
         await make_store(path, tokens=1)
     before = beside(path)
     with pytest.raises(BackendError, match=r"newer vtoken \(schema 2, known up to 1\): upgrade vtoken"):
@@ -444,3 +445,93 @@ async def test_a_trigger_of_somebody_else_is_refused(path: Path) -> None:
         )
     with pytest.raises(CorruptStore, match="triggers"):
         await SQLiteBackend(path).open()
+
+
+# A file that is taken away
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("elsewhere.db"))
+
+
+def replaced(path: Path) -> None:
+    asyncio.run(make_store(path.with_name("other.db"), tokens=1))
+    path.with_name("other.db").rename(path)
+
+
+def log_removed(path: Path) -> None:
+    Path(f"{path}-wal").unlink()
+
+
+@pytest.mark.parametrize("take_away", [removed, moved, replaced, log_removed])
+async def test_a_file_that_was_taken_away_is_not_written_to(
+    path: Path, take_away: Callable[[Path], None]
+) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        await insert(backend, token(1))
+        await asyncio.to_thread(take_away, path)
+        files = {file for file in beside(path) if not file.endswith("-shm")}
+        writes: list[Coroutine[Any, Any, object]] = [
+            insert(backend, token(2)),
+            use(backend, present(1)),
+            backend.deactivate(Match(), NOW),
+            backend.ping(),
+        ]
+        for write in writes:
+            with pytest.raises(BackendUnavailable, match=re.escape(str(path))):
+                await write
+        connections = backend._opened()
+        connections._checked_at -= 1.5  # a second later
+        for read in (backend.find(present(1), 1), backend.find(Match(), 1), backend.count(NOW)):
+            with pytest.raises(BackendUnavailable, match="removed, moved or replaced"):
+                await read
+        assert {file for file in beside(path) if not file.endswith("-shm")} == files  # no new file was made
+
+
+async def test_a_file_that_came_back_is_written_to_again(path: Path) -> None:
+    async with opened(SQLiteBackend(path)) as backend:
+        moved(path)
+        with pytest.raises(BackendUnavailable):
+            await insert(backend, token(1))
+        path.with_name("elsewhere.db").rename(path)
+        assert await insert(backend, token(1)) is InsertResult.INSERTED
+
+
+async def test_a_store_restored_from_a_dump_is_recognised(path: Path, tmp_path: Path) -> None:
+    await make_store(path, tokens=3)
+    restored = tmp_path / "restored.db"
+    with plain(path) as database, plain(restored) as other:
+        other.executescript("\n".join(database.iterdump()))
+    async with opened(SQLiteBackend(restored)) as backend:
+        assert len(await stored(backend)) == 3
+        assert await use(backend, present(1, "1")) is not None
+
+
+async def test_a_store_beside_the_tables_of_an_application(path: Path) -> None:
+    with plain(path) as database:
+        database.execute("CREATE TABLE users (name)")
+        database.execute("PRAGMA user_version = 7")
+    with pytest.raises(CorruptStore, match="shared=true"):
+        await SQLiteBackend(path).open()
+    async with opened(SQLiteBackend(path, shared=True)) as backend:
+        await insert(backend, token(1))
+        await backend.ping()
+    with plain(path) as database:
+        tables = database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+        assert {name for (name,) in tables if not name.startswith("vtoken_")} == {"users"}
+        assert database.execute("PRAGMA user_version").fetchone() == (7,)
+        assert database.execute("PRAGMA application_id").fetchone() == (0,)
+
+
+async def test_a_shared_file_of_another_encoding_is_refused(path: Path) -> None:
+    with plain(path) as database:
+        database.execute("PRAGMA encoding = 'UTF-16'")
+        database.execute("CREATE TABLE users (name)")
+    before = path.read_bytes()
+    with pytest.raises(CorruptStore, match="UTF-8"):
+        await SQLiteBackend(path, shared=True).open()
+    assert path.read_bytes() == before

@@ -293,7 +293,7 @@ class SQLiteBackend:
         """The tokens with the id or one of the digests of a match."""
         connections = self._opened()
         connections.check()
-        rows = connections.look_up(*operations.look_up(match))
+        rows = await connections.look_up(*operations.look_up(match))
         if rows is None:
             return await self._look_ups.submit(match)
         with contextlib.suppress(Unreadable):
@@ -321,7 +321,8 @@ class SQLiteBackend:
         def read(database: sqlite3.Connection) -> Answers:
             started = time.perf_counter()
             answers = operations.look_up_many(batch, execute_on(database))
-            connections.pace.took_on_the_thread(time.perf_counter() - started, len(batch))
+            if connections.on_the_spot is not None:
+                connections.on_the_spot.took_elsewhere(time.perf_counter() - started, len(batch))
             return Answers(answers)
 
         answers = await self._translated(connections.read(read))

@@ -3,9 +3,7 @@
 1. One connection writes, on a thread of its own.
 2. One reads on another thread (listings, counts, look-ups that may be slow), so that no reader waits for a
    writer.
-3. One looks tokens up *on the spot*: on the event loop's own thread. A look-up touches three or four pages
-   and takes about 10 microseconds; a hop to a thread and back costs 15 times that. :class:`Pace` decides
-   when.
+3. One looks tokens up on the event loop's own thread (see ``on_the_spot``).
 """
 
 from __future__ import annotations
@@ -15,62 +13,19 @@ import contextlib
 import os
 import sqlite3
 import time
-import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from vtoken_backends.sqlite.file import Options, check_identity, identity, open_file, open_reader
+from vtoken_backends.sqlite.on_the_spot import OnTheSpot
 from vtoken_backends.sqlite.steps import Private, Rows
 from vtoken_backends.sqlite.worker import Worker
 
 _T = TypeVar("_T")
 
-_TURN: Final = 0.001
-"""Seconds that look-ups on the spot may take of one turn of the event loop."""
-_SLOW: Final = 0.001
-"""A look-up on the spot that takes longer sends those that follow to the reader's thread."""
-_QUICK: Final = 0.000_25
-"""Look-ups on the reader's thread that take less on average are done on the spot from then on."""
-_AGAIN: Final = 0.1
-"""Seconds for which a slow look-up keeps those that follow on the reader's thread, at least."""
 _CHECKED_FOR: Final = 1.0
 """Seconds for which a look-up relies on the file being in its place. Every write makes sure of it."""
-
-
-class Pace:
-    """Whether the next look-up is done on the spot.
-
-    Look-ups begin on the reader's thread, and go over to the spot once they are quick there. What they take
-    is bounded per turn of the event loop, and not only each: many tasks may look up in one turn. A page that
-    is in no cache has to come from the disk, and a slow disk would hold the event loop up: after one slow
-    look-up those that follow go to the reader's thread until they are quick again.
-    """
-
-    def __init__(self) -> None:
-        self._is_quick = False
-        self._not_before = 0.0
-        self._spent = 0.0
-
-    def allows(self) -> bool:
-        """Whether a look-up may be done on the spot now."""
-        return self._is_quick and self._spent < _TURN
-
-    def took_on_the_spot(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
-        """Count a look-up that was done on the spot."""
-        if not self._spent:
-            loop.call_soon(self._begin_turn)
-        self._spent += seconds
-        if seconds > _SLOW:
-            self._is_quick = False
-            self._not_before = time.perf_counter() + _AGAIN
-
-    def took_on_the_thread(self, seconds: float, count: int) -> None:
-        """Count look-ups that the reader's thread did together."""
-        if not self._is_quick and seconds / count < _QUICK and time.perf_counter() >= self._not_before:
-            self._is_quick = True
-
-    def _begin_turn(self) -> None:
-        self._spent = 0.0
 
 
 class Connections:
@@ -84,10 +39,8 @@ class Connections:
         self._read_thread = Worker("vtoken-sqlite-read")
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
-        self._on_the_spot: sqlite3.Connection | None = None
-        self._loop = weakref.ref(asyncio.get_running_loop())
         self._checked_at = 0.0
-        self.pace = Pace()
+        self.on_the_spot: OnTheSpot | None = None
 
     def is_inherited(self) -> bool:
         """A forked child has the connections but neither their threads nor the right to touch their file."""
@@ -95,7 +48,7 @@ class Connections:
 
     async def open(self) -> None:
         """Open the file. What a failed or cancelled one has opened is closed."""
-        opening = self._write_thread.run(self._open)
+        opening = self._write_thread.run(partial(self._open, asyncio.get_running_loop()))
         try:
             await opening
         except BaseException:
@@ -131,7 +84,7 @@ class Connections:
 
         def close() -> None:
             # The one that writes comes last, because only it can tidy up the log.
-            for connection in (self._reader, self._on_the_spot, self._writer):
+            for connection in (self._reader, self.on_the_spot, self._writer):
                 if connection is not None:
                     connection.close()
             tell()
@@ -157,20 +110,9 @@ class Connections:
 
         return self._read_thread.run(do)
 
-    def look_up(self, sql: str, values: Private) -> Rows | None:
-        """The rows of a quick look-up on the spot; None where the reader's thread has to do it."""
-        if not self.pace.allows() or self._on_the_spot is None:
-            return None
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop():  # a connection is used in one thread at a time
-            return None
-        started = time.perf_counter()
-        try:
-            rows = Rows(self._on_the_spot.execute(sql, values).fetchall())
-        except sqlite3.Error:  # the reader's thread waits, tries again, and says what is wrong
-            return None
-        self.pace.took_on_the_spot(time.perf_counter() - started, loop)
-        return rows
+    async def look_up(self, sql: str, values: Private) -> Rows | None:
+        """The rows of a quick look-up, or None where :meth:`read` has to do it."""
+        return None if self.on_the_spot is None else await self.on_the_spot.look_up(sql, values)
 
     def check(self) -> None:
         """Make sure, now and then, that the file is still in its place.
@@ -187,12 +129,12 @@ class Connections:
         """The same without relying on the last time."""
         check_identity(self._path, self._identity)
 
-    def _open(self) -> None:
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
         self._writer = open_file(self._path, self._options)
         self._identity = identity(self._path)
         self._reader = open_reader(self._path, self._options.busy_timeout)
         if self._options.reads == "auto":
-            self._on_the_spot = open_reader(self._path, 0)
+            self.on_the_spot = OnTheSpot(open_reader(self._path, 0), loop)
 
 
 _open: set[Connections] = set()

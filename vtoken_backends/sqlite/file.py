@@ -17,7 +17,7 @@ import time
 from typing import Final, Literal, NamedTuple
 
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, CorruptStore
-from vtoken_backends.sqlite.schema import MIGRATIONS, TRIGGERS
+from vtoken_backends.sqlite import schema
 from vtoken_backends.sqlite.shared import ANSWERS
 
 logger = logging.getLogger("vtoken_backends.sqlite")
@@ -143,9 +143,9 @@ def check_schema(database: sqlite3.Connection, path: str) -> int:
         "SELECT name FROM main.sqlite_schema WHERE type = 'trigger' AND tbl_name GLOB 'vtoken_*'"
     ).fetchall()
     database.execute("RELEASE vtoken")
-    if version > len(MIGRATIONS):
+    if version > len(schema.MIGRATIONS):
         raise BackendError(
-            f"{path} was made by a newer vtoken (schema {version}, known up to {len(MIGRATIONS)}):"
+            f"{path} was made by a newer vtoken (schema {version}, known up to {len(schema.MIGRATIONS)}):"
             " upgrade vtoken"
         )
     ours = _expected_objects(version) if version >= 0 else frozenset({("vtoken_schema", "")})
@@ -237,19 +237,22 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
     ):
         database.execute(f"PRAGMA {setting}").fetchall()
     version = check_schema(database, path)
+    [(encoding,)] = database.execute("PRAGMA encoding").fetchall()
+    if encoding != "UTF-8":
+        raise CorruptStore(f"{path} keeps its texts as {encoding}; vtoken needs a file with UTF-8")
     _check_pages(database, path, options.check)
-    if version < len(MIGRATIONS):
+    if version < len(schema.MIGRATIONS):
         _migrate(database)
         check_schema(database, path)
     _use_wal(database, path, options.busy_timeout)
-    for statement in (*ANSWERS, *TRIGGERS):
+    for statement in (*ANSWERS, *schema.TRIGGERS):
         database.execute(statement)
 
 
 def _migrate(database: sqlite3.Connection, newest: int | None = None) -> None:
     """Make the schema, or bring it up to date: in one transaction, so that a store has the old one
     or the new one at every time. A new store gets its schema before it has a write-ahead log."""
-    steps = MIGRATIONS[:newest]
+    steps = schema.MIGRATIONS[:newest]
     database.execute("BEGIN IMMEDIATE")
     version = _schema_version(database)  # again, because somebody else may have been faster
     if version < len(steps):
