@@ -16,7 +16,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from vtoken.backend import (
     PRETENDED,
@@ -24,6 +25,7 @@ from vtoken.backend import (
     InsertResult,
     Match,
     State,
+    StoredKey,
     StoredToken,
     TokenBackend,
     Use,
@@ -161,19 +163,24 @@ class _Run:
     async def _insert(self, found: Sequence[StoredToken], floor: str) -> int:
         """Insert those of a page that are new, and return how many of its tokens are real ones."""
         tokens = _real(found)
-        there = await found_by_key(self._destination, tokens)
-        new = [token for token in tokens if token.id not in there]
-        before = [token for token in new if token.id <= floor]
-        there |= await found_by_id(self._destination, before)
+        before = [token for token in tokens if token.id <= floor]
+        there = await self._held(before)
         self.skipped += len(there)
-        self.taken_before += sum(token.id not in there for token in before)
-        wanted = [token for token in new if token.id > floor]
+        self.taken_before += len(before) - len(there)
+        # All others are inserted without a look before: the destination says which ones it has already.
+        wanted = [token for token in tokens if token.id > floor]
         for beside in (False, True):  # in this order: what replaces older tokens must not end those beside it
             await at_once(
                 [token for token in wanted if token.is_beside is beside],
                 partial(self._insert_one, is_first=not floor),
             )
         return len(tokens)
+
+    async def _held(self, tokens: Sequence[StoredToken]) -> dict[str, StoredToken]:
+        """Those of some tokens that the destination holds, by their ids."""
+        there = await found_by_key(self._destination, tokens)
+        without_key = [token for token in tokens if token.id not in there]
+        return there | await found_by_id(self._destination, without_key)
 
     async def _insert_one(self, token: StoredToken, *, is_first: bool) -> None:
         """Insert a token beside those that are there.
@@ -215,19 +222,18 @@ class _Run:
         """End in the destination what has ended in the source since, and count what differs."""
         async for found in pages(self._source, self._page):
             tokens = _real(found)
-            there = await found_by_key(self._destination, tokens)
-            there |= await found_by_id(
-                self._destination, [token for token in tokens if token.id not in there]
-            )
+            there = await self._held(tokens)
             for token in tokens:
-                self.ours.update(_bytes(token))
+                ours = _bytes(token)
+                self.ours.update(ours)
                 copied = there.get(token.id)
                 if copied is None:
                     self.missing += 1
                     continue
                 copied = await self._ended_like(token, copied)
-                self.theirs.update(_bytes(copied))
-                self.different += _bytes(copied) != _bytes(token)
+                theirs = ours if copied == token else _bytes(copied)
+                self.theirs.update(theirs)
+                self.different += theirs != ours
             self.tokens += len(tokens)
             progress(self.tokens)
 
@@ -261,17 +267,18 @@ def _real(tokens: Sequence[StoredToken]) -> list[StoredToken]:
     return [token for token in tokens if token.content_type != PRETENDED]
 
 
+_COMPARED: Final = sorted({*StoredToken._fields} - {"state", "keys", "holds"})
+_compared_of_token: Final = attrgetter(*_COMPARED)
+_compared_of_key: Final = attrgetter(*sorted(StoredKey._fields))
+
+
 def _bytes(token: StoredToken) -> bytes:
-    """What is compared of a token, field by field.
+    """What is compared of a token: its fields in the order of their names.
 
     Holds are left out, because they come and go. Of a token that is over, its keys are left out, because a
     newer token may have taken them over, and being replaced counts as being ended, because that is all that
     can be done to a copy afterwards.
     """
-    fields = token._replace(
-        holds=(),
-        state=State.ENDED if token.state is State.REPLACED else token.state,
-        keys=(),
-    )._asdict()
-    keys = [sorted(key._asdict().items()) for key in token.keys] if token.is_active else []
-    return f"{sorted(fields.items())!r} {keys!r}\n".encode()
+    state = State.ENDED if token.state is State.REPLACED else token.state
+    keys = [_compared_of_key(key) for key in token.keys] if token.is_active else []
+    return f"{_compared_of_token(token)!r} {state.name} {keys!r}\n".encode()
