@@ -29,7 +29,7 @@ CORE = Path(vtoken.__file__).parent
 BACKENDS = Path(vtoken_backends.__file__).parent
 
 LAYERS = [
-    {"errors", "ids", "redact", "stats", "_version"},
+    {"errors", "ids", "process", "redact", "stats", "_version"},
     {"backend"},
     {"inputs"},
     {"loading", "token", "subject", "opening"},
@@ -62,8 +62,8 @@ DRIVERS = {
 """What a backend may import beside the standard library and the protocol; ``batching`` is for all of them."""
 
 FROM_THE_CORE = {"backend", "errors", "inputs", "redact", "token"}
-"""What a backend may know of the core: the protocol, how to suggest the right spelling of an option, and how to
-keep a password out of a traceback."""
+"""What a backend may know of the core: the protocol, how to suggest the right spelling of an option, and how
+to keep a password out of a traceback."""
 
 OF_DIAGNOSTICS = {"diagnostics", "loading", "registry"}
 """What its diagnostics, which the command line asks, may know beside that."""

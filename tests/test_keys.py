@@ -344,7 +344,7 @@ class TestDigests:
         digests = {Keyring(s).code("u", "1", "s", "123456").value for s in (SECRET, OLD_SECRET)}
         assert len(digests) == 2
         assert not Keyring(None).has_secret
-        assert Keyring(None).codes("u", "1", "s", "123456") == ()
+        assert Keyring(None).codes("u", "1", "s", "123456").all() == ()
         with pytest.raises(ConfigurationError, match="secret"):
             Keyring(None).code("u", "1", "s", "123456")
 
@@ -362,11 +362,11 @@ class TestRotation:
 
     def test_old_ones_are_looked_for_too(self) -> None:
         keyring, rings = Keyring(SECRET, [OLD_SECRET]), [Keyring(SECRET), Keyring(OLD_SECRET)]
-        assert keyring.links("key") == tuple(k.link("key") for k in (*rings, Keyring(None)))
+        assert keyring.links("key").all() == tuple(k.link("key") for k in (*rings, Keyring(None)))
         codes = keyring.codes("u", "1", "s", "1")
-        assert codes == tuple(k.code("u", "1", "s", "1") for k in rings)
-        assert codes.digests == tuple(digest.value for digest in codes)
-        assert keyring.secret_ids == tuple(digest.secret_id for digest in codes)
+        assert codes.all() == tuple(k.code("u", "1", "s", "1") for k in rings)
+        assert codes.digests == tuple(digest.value for digest in codes.all())
+        assert keyring.secret_ids == tuple(digest.secret_id for digest in codes.all())
 
     def test_a_digest_that_was_made_without_the_secret_does_not_pass_for_one_that_was(self) -> None:
         """Fault 22 of issue 11: a row's digest was replaced by a plain SHA-256."""

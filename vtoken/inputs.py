@@ -135,6 +135,8 @@ def check_object_id(value: object) -> str:
         InvalidInput: not a ``str``, ``int`` or ``UUID``, or not 1 to 512 bytes of UTF-8.
     """
     if type(value) is str:
+        if value.isascii() and 0 < len(value) <= MAX_OBJECT_ID_BYTES and "\0" not in value:
+            return value
         return check_text("object_id", value, MAX_OBJECT_ID_BYTES)
     if value is None:
         raise InvalidInput("the object has no id yet: save it before you issue a token for it")

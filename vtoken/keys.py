@@ -61,6 +61,10 @@ class Hidden:
         return "<hidden>"
 
 
+NOTHING: Final = Hidden(None)
+"""What stands for an argument that was left out."""
+
+
 class Digest(NamedTuple):
     """What is stored of a key."""
 
@@ -72,22 +76,32 @@ class Digest(NamedTuple):
         return f"<{self.scheme} digest>"
 
 
-class Candidates(tuple[Digest, ...]):
-    """What may be stored of a presented key, the current secret's digest first."""
+class Candidates:
+    """What may be stored of a presented key, the current secret's digest first.
 
-    __slots__ = ()
+    Args:
+        digests: the digests alone, which the store is asked for.
+        made: the scheme and the secret's id of each.
+    """
 
-    @property
-    def digests(self) -> tuple[bytes, ...]:
-        """The digests alone, which the store is asked for."""
-        return tuple([digest.value for digest in self])
+    # Not a tuple of Digest, because every request needs one of these (tests/benchmarks, memory).
+    __slots__ = ("_made", "digests")
+
+    def __init__(self, digests: tuple[bytes, ...], made: tuple[tuple[str, str], ...]) -> None:
+        self.digests = digests
+        self._made = made
+
+    def all(self) -> tuple[Digest, ...]:
+        """Each with how it was made."""
+        return tuple([Digest(value, *made) for value, made in zip(self.digests, self._made, strict=True)])
 
     def fit(self, key: StoredKey) -> bool:
         """Whether a stored key is one of these in its scheme and secret, too.
 
         A digest that was made without the secret does not pass for one that was made with it.
         """
-        return (key.digest, key.scheme, key.secret_id) in self
+        own = key.digest
+        return own in self.digests and self._made[self.digests.index(own)] == (key.scheme, key.secret_id)
 
     def __repr__(self) -> str:
         return "<candidate digests>"
@@ -159,6 +173,8 @@ def normalise_link(text: str) -> str:
     Args:
         text: what was pasted.
     """
+    if text and "!" <= text[0] <= "~" and "!" <= text[-1] <= "~":  # the usual key, on every request
+        return text
     start, end = 0, len(text)
     while start < end and _is_invisible(text[start]):
         start += 1
@@ -269,12 +285,14 @@ class Keyring:
         previous_secrets: older ones, with which keys are still accepted and no new ones made.
     """
 
-    __slots__ = ("_ids", "_secrets")
+    __slots__ = ("_codes_made", "_ids", "_links_made", "_secrets")
 
     def __init__(self, secret: str | None, previous_secrets: Sequence[str] = ()) -> None:
         all_secrets = [secret, *previous_secrets] if secret else previous_secrets
         self._secrets = tuple(each.encode() for each in all_secrets)
         self._ids = tuple(_mac(s, b"vtoken:secret-id:v1")[:4].hex() for s in self._secrets)
+        self._codes_made = tuple(("code-hmac-sha256", secret_id) for secret_id in self._ids)
+        self._links_made = (*(("hmac-sha256", secret_id) for secret_id in self._ids), ("sha256", ""))
 
     def __repr__(self) -> str:
         return f"<Keyring of {len(self._secrets)} secrets>"
@@ -291,15 +309,15 @@ class Keyring:
 
     def link(self, key: str) -> Digest:
         """The digest of a new link key."""
-        return self.links(key)[0]
+        return Digest(self.links(key).digests[0], *self._links_made[0])
 
     def links(self, key: str) -> Candidates:
         """What may be stored of a link key: made with any secret, or from before there was one."""
         data = key.encode()
-        plain = Digest(hashlib.sha256(data).digest(), "sha256", "")
-        if not self._secrets:
-            return Candidates((plain,))
-        return Candidates((*self._macs("hmac-sha256", b"vtoken:link:v1" + data), plain))
+        digests: tuple[bytes, ...] = (hashlib.sha256(data).digest(),)
+        if self._secrets:
+            digests = (*self._macs(b"vtoken:link:v1" + data), *digests)
+        return Candidates(digests, self._links_made)
 
     def code(self, content_type: str, object_id: str, slug: str, code: str) -> Digest:
         """The digest of a new code of this object and slug.
@@ -309,14 +327,14 @@ class Keyring:
         """
         found = self.codes(content_type, object_id, slug, code)
         del code
-        if not found:
+        if not found.digests:
             raise ConfigurationError("codes need Settings(secret=...)")
-        return found[0]
+        return Digest(found.digests[0], *self._codes_made[0])
 
     def codes(self, content_type: str, object_id: str, slug: str, code: str) -> Candidates:
         """What may be stored of a code: made with any secret."""
         message = prefixed("vtoken:code:v1", content_type, object_id, slug, code)
-        return Candidates(self._macs("code-hmac-sha256", message))
+        return Candidates(self._macs(message), self._codes_made)
 
     def derive_link(
         self, nonce: str, content_type: str, object_id: str, slug: str, secret_id: str = ""
@@ -372,9 +390,8 @@ class Keyring:
                 return secret
         return None
 
-    def _macs(self, scheme: str, message: bytes) -> tuple[Digest, ...]:
-        known = zip(self._secrets, self._ids, strict=True)
-        return tuple([Digest(_mac(secret, message), scheme, secret_id) for secret, secret_id in known])
+    def _macs(self, message: bytes) -> tuple[bytes, ...]:
+        return tuple([_mac(secret, message) for secret in self._secrets])
 
 
 def batch_nonce(batch: str, content_type: str, object_id: str, slug: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Final, Self
 
@@ -54,7 +54,7 @@ from vtoken.errors import (
 from vtoken.hooks import EventName, Hook, Hooks, LazyHook, logger
 from vtoken.inputs import ANY, DEFAULT, Duration, Lifetime, Unset, Wildcard
 from vtoken.issuing import Issued, Issuer, IssueRequest, drawn_key, reveal
-from vtoken.keys import Hidden, KeyGenerator, Keyring, context_digest, use_id
+from vtoken.keys import NOTHING, Hidden, KeyGenerator, Keyring, context_digest, use_id
 from vtoken.limits import (
     NOTHING_TO_SPEND,
     By,
@@ -290,7 +290,7 @@ class TokenManager:
 
         .. versionadded:: 0.1
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
         mode = InsertMode.REPLACE if replace else InsertMode.ADD
@@ -328,7 +328,7 @@ class TokenManager:
 
         Raises: as in :meth:`issue`.
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         request = await self._request(
             obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, hidden, by
@@ -366,7 +366,7 @@ class TokenManager:
 
         .. versionadded:: 0.1
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
         made = await self._issue(request, InsertMode.REPLACE if replace else InsertMode.ADD, None)
@@ -444,7 +444,7 @@ class TokenManager:
 
         .. versionadded:: 0.1
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         policy = self.policies.of(_slug_text(slug))
         if batch is not None:
@@ -513,7 +513,7 @@ class TokenManager:
 
         .. versionadded:: 0.1
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context, replace
         request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
         try:
@@ -566,7 +566,7 @@ class TokenManager:
 
         Raises: as in :meth:`issue`.
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         request = await self._request(
             obj, slug, extra_data, expiration_in_minutes, key_generator_kwargs, hidden, by
@@ -828,7 +828,7 @@ class TokenManager:
                 :meth:`verify`.
             InvalidInput: ``key=None``, so that a missing form field can't pass as "any".
         """
-        presented, hidden = Hidden(key), Hidden(context)
+        presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
         any_key = key is ANY
         del key, context
         if any_key:
@@ -882,7 +882,7 @@ class TokenManager:
 
         Raises: as in :meth:`consume`.
         """
-        presented, hidden = Hidden(key), Hidden(context)
+        presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
         del key, context
         asked = self._check_presented(obj, _one_slug(slug), presented, hidden)
         if by is not None or asked.policy.is_guarded:
@@ -920,7 +920,7 @@ class TokenManager:
 
         .. versionadded:: 0.1
         """
-        hidden = Hidden(context)
+        hidden = NOTHING if context is None else Hidden(context)
         del context
         content_type, object_id = self.content_types.resolve(obj)
         if object_id is None:
@@ -1098,7 +1098,7 @@ class TokenManager:
             TooManyAttempts: a limit for attempts is full; nothing was compared.
             OutcomeUnknown: the connection broke; the use may have been counted.
         """
-        presented, hidden = Hidden(key), Hidden(context)
+        presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
         del key, context
         name = "" if consume_id is None else _use_id(consume_id)
         asked = self._check_presented(obj, _one_slug(slug), presented, hidden)
@@ -1156,7 +1156,7 @@ class TokenManager:
                 from outside.
             BackendClosed: on exit: the manager was closed meanwhile, and the use was not counted.
         """
-        presented, hidden = Hidden(key), Hidden(context)
+        presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
         del key, context
         checked = self._check_presented(obj, _one_slug(slug), presented, hidden)
         checked_by(by)
@@ -1201,7 +1201,7 @@ class TokenManager:
         whose policy has no limits for attempts and no context."""
         asked.spends = self._spends_of(asked, checked_by(by))
         if asked.needs_context:
-            asked.context = await self._bound_when_presented(asked, context)
+            asked.match = asked.match._replace(context=await self._bound_when_presented(asked, context))
 
     def _check_presented(
         self, obj: object, slug: str | Wildcard | None, key: Hidden, context: Hidden
@@ -1218,13 +1218,16 @@ class TokenManager:
 
     def _spends_of(self, asked: PresentedKey, by: By) -> Spends:
         """What a wrong key costs. Of a pair, only what has the shape of a code is a guess."""
-        if asked.slug is None or (asked.policy.kind == "pair" and asked.kind == "link"):
+        match = asked.match
+        if match.content_type is None or match.slug is None:
             return NOTHING_TO_SPEND
-        return self._limiter.attempts(asked.policy, asked.slug, asked.content_type, asked.object_id, by)
+        if asked.policy.kind == "pair" and not asked.is_code:
+            return NOTHING_TO_SPEND
+        return self._limiter.attempts(asked.policy, match.slug, match.content_type, match.object_id, by)
 
     async def _bound_when_presented(self, asked: PresentedKey, context: Hidden) -> bytes:
-        object_id = asked.object_id
-        if object_id is None and callable(context.reveal()) and asked.candidates:
+        object_id = asked.match.object_id
+        if object_id is None and callable(context.reveal()) and asked.match.digests:
             # The context is computed for the object, which the key alone has to find.
             with self._opening.calls() as store:
                 found = await store.find(asked.match, 1)
@@ -1301,17 +1304,17 @@ class TokenManager:
         slug_text = None if isinstance(slug, Wildcard) else _slug_text(slug)
         policy = self._default_policy if slug_text is None else self.policies.get(slug_text)
         asked = presented_key(self._keyring, policy, subject, slug_text, key)
-        if policy.is_capped and (policy.kind != "pair" or asked.kind == "code"):
+        if policy.is_capped and (policy.kind != "pair" or asked.is_code):
             raise InvalidInput("the policy caps attempts: use verify() or consume(), which count them")
-        if not asked.candidates:
+        if not asked.match.digests:
             return None
         if slug_text is not None:
             return asked.match
         # With any slug, a key says nothing about tokens whose slug caps attempts.
         with self._opening.calls() as store:
-            found = await store.find(asked.match, len(asked.candidates))
+            found = await store.find(asked.match, len(asked.match.digests))
         free = {key.digest for one in found if not self.policies.get(one.slug).is_capped for key in one.keys}
-        digests = tuple(digest for digest in asked.candidates.digests if digest in free)
+        digests = tuple(digest for digest in asked.match.digests if digest in free)
         return asked.match._replace(digests=digests) if digests else None
 
     async def save(self, token: VerificationToken, *, using: object = None) -> None:
@@ -1557,7 +1560,15 @@ _CONTEXT_NOT_HEEDED: Final = (
 
 def _slug_text(slug: object) -> str:
     """The stored form of a slug: ``""`` for none, which no real slug is."""
+    return _known_slug(slug) if type(slug) is str else _checked_slug(slug)
+
+
+def _checked_slug(slug: object) -> str:
     return "" if slug is None else inputs.check_text("slug", slug, inputs.MAX_NAME_BYTES)
+
+
+_known_slug = lru_cache(1024)(_checked_slug)
+"""The same for a ``str``, of which there are few."""
 
 
 def _one_slug(slug: str | Wildcard | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
 
+from vtoken import process
 from vtoken.backend import TokenBackend
 from vtoken.errors import BackendClosed, BackendError
 
@@ -51,7 +51,10 @@ class _Loop:
         self._progress: anyio.Event | None = None
 
     def __enter__(self) -> TokenBackend:
-        store = self._opening.require_open()
+        opening = self._opening
+        store = opening.store
+        if store is None or opening.pid != process.pid:  # as require_open(), on the way of every request
+            raise BackendClosed(_CLOSED)
         self.calls += 1
         return store
 
@@ -120,7 +123,7 @@ class Opening:
         Raises:
             BackendClosed: the manager is not open.
         """
-        if self.store is None or self.pid != os.getpid():
+        if self.store is None or self.pid != process.pid:
             raise BackendClosed(_CLOSED)
         return self.store
 
@@ -142,9 +145,9 @@ class Opening:
     async def open(self) -> None:
         """Open the backend unless it is open in this event loop."""
         async with self._one_at_a_time():
-            if self.pid != os.getpid():  # a forked child has nothing of its parent's
+            if self.pid != process.pid:  # a forked child has nothing of its parent's
                 self._loops.clear()
-                self.store, self.pid = None, os.getpid()
+                self.store, self.pid = None, process.pid
             await self._forget_loops_that_are_gone()
             loop = self._of(_running_loop())
             if not loop.opens:
@@ -156,7 +159,7 @@ class Opening:
         """Undo one :meth:`open` of this event loop, whatever cancellation comes meanwhile. Does nothing where
         there is none."""
         loop = self._loops.get(_running_loop())
-        if loop is not None and loop.opens and self.pid == os.getpid():
+        if loop is not None and loop.opens and self.pid == process.pid:
             await to_the_end(partial(self._close, loop, current_task()))
 
     async def _close(self, loop: _Loop, own: asyncio.Task[Any] | None) -> None:

@@ -584,25 +584,22 @@ class ResolvedPolicy:
     is_policy_given: bool
     """False for a slug that no policy names."""
 
-    @property
-    def has_link(self) -> bool:
-        """Whether its tokens have a link key."""
-        return self.kind != "code"
+    # Told by the other fields. They are worked out once because every request asks for them.
+    has_link: bool = field(init=False)
+    """Whether its tokens have a link key."""
+    has_code: bool = field(init=False)
+    """Whether its tokens have a code."""
+    is_capped: bool = field(init=False)
+    """Whether wrong keys are counted."""
+    is_guarded: bool = field(init=False)
+    """Whether a key is compared only together with its budgets or its context."""
 
-    @property
-    def has_code(self) -> bool:
-        """Whether its tokens have a code."""
-        return self.kind != "link"
-
-    @property
-    def is_capped(self) -> bool:
-        """Whether wrong keys are counted."""
-        return self.max_attempts is not None or bool(self.attempt_limits)
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether a key is compared only together with its budgets or its context."""
-        return self.is_capped or self.needs_context
+    def __post_init__(self) -> None:
+        is_capped = self.max_attempts is not None or bool(self.attempt_limits)
+        object.__setattr__(self, "has_link", self.kind != "code")
+        object.__setattr__(self, "has_code", self.kind != "link")
+        object.__setattr__(self, "is_capped", is_capped)
+        object.__setattr__(self, "is_guarded", is_capped or self.needs_context)
 
     @classmethod
     def of(cls, policy: TokenPolicy, settings: Settings) -> ResolvedPolicy:

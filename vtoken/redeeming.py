@@ -69,7 +69,8 @@ id."""
 REPLAY_WINDOW: Final = 15 * 60 * 1000
 """Milliseconds, from a use, in which its ``consume_id`` gets the same answer again."""
 MAX_LEASE: Final = 24 * 60 * 60 * 1000
-_NO_CANDIDATES: Final = Candidates(())
+_RIGHT: Final = Outcome.RIGHT
+_NO_CANDIDATES: Final = Candidates((), ())
 _LONGEST_PAUSE: Final = 0.25
 """Seconds between two tries of a ``redeem`` that waits for a hold."""
 
@@ -78,69 +79,34 @@ class PresentedKey:
     """A key that somebody presents for an object and a slug, as digests only.
 
     Args:
-        content_type: of the object.
-        object_id: None where only the class is known.
-        slug: ``""`` without one, None for any.
+        match: the tokens that the key fits, whatever their state. It names neither an object where only the
+            class is known, nor a slug where any will do, nor a context where the key is not bound to one.
         policy: of the slug.
-        kind: ``"link"`` or ``"code"``.
         candidates: the digests that the key may be stored under, the current secret's first. Empty where it
             cannot be one of ours: a typing error, a wrong checksum, or what no form should send.
     """
 
-    __slots__ = (
-        "_match",
-        "candidates",
-        "content_type",
-        "context",
-        "kind",
-        "object_id",
-        "policy",
-        "slug",
-        "spends",
-    )
+    __slots__ = ("candidates", "match", "policy", "spends")
 
-    def __init__(
-        self,
-        content_type: str,
-        object_id: str | None,
-        slug: str | None,
-        policy: ResolvedPolicy,
-        kind: str,
-        candidates: Candidates,
-    ) -> None:
-        self.content_type = content_type
-        self.object_id = object_id
-        self.slug = slug
+    def __init__(self, match: Match, policy: ResolvedPolicy, candidates: Candidates) -> None:
+        self.match = match
         self.policy = policy
-        self.kind = kind
         self.candidates = candidates
-        self.context: bytes | None = None
-        """None where the key is not bound to one."""
         self.spends = NOTHING_TO_SPEND
         """What a wrong key costs."""
-        self._match: Match | None = None
 
     def __repr__(self) -> str:
         return "<PresentedKey>"
 
     @property
-    def needs_context(self) -> bool:
-        """Whether the key is good only together with the context that it was bound to."""
-        return self.policy.code_needs_context if self.kind == "code" else self.policy.needs_context
+    def is_code(self) -> bool:
+        """Whether it was presented as a code, and not as a link."""
+        return self.match.kind == "code"
 
     @property
-    def match(self) -> Match:
-        """The tokens that the key fits, whatever their state."""
-        if self._match is None or self._match.context != self.context:
-            self._match = Match(
-                digests=self.candidates.digests,
-                kind=self.kind,
-                content_type=self.content_type,
-                object_id=self.object_id,
-                slug=self.slug,
-                context=self.context,
-            )
-        return self._match
+    def needs_context(self) -> bool:
+        """Whether the key is good only together with the context that it was bound to."""
+        return self.policy.code_needs_context if self.is_code else self.policy.needs_context
 
 
 def presented_key(
@@ -171,8 +137,11 @@ def presented_key(
             kind = "code"
             candidates = keyring.codes(content_type, object_id or "", slug or "", code.text())
         elif kind == "link":
-            candidates = _of_link(keyring, policy, key)
-    return PresentedKey(content_type, object_id, slug, policy, kind, candidates)
+            candidates = _of_link(keyring, policy, key.text())
+    match = Match(
+        digests=candidates.digests, kind=kind, content_type=content_type, object_id=object_id, slug=slug
+    )
+    return PresentedKey(match, policy, candidates)
 
 
 def _as_code(policy: ResolvedPolicy, key: Hidden) -> Hidden | None:
@@ -181,15 +150,13 @@ def _as_code(policy: ResolvedPolicy, key: Hidden) -> Hidden | None:
     return code if code_shape_ok(code.text(), policy.code_length, policy.code_chars) else None
 
 
-def _of_link(keyring: Keyring, policy: ResolvedPolicy, key: Hidden) -> Candidates:
-    link = Hidden(normalise_link(key.text()))
-    if not link.text():
-        return _NO_CANDIDATES
+def _of_link(keyring: Keyring, policy: ResolvedPolicy, text: str) -> Candidates:
+    """What may be stored of a possible key. Nothing here raises, so that no traceback shows the text."""
+    link, prefix = normalise_link(text), policy.prefix
     # The prefix is a shortcut only: a key from before the policy had this prefix is asked of the store.
-    prefix = policy.prefix
-    if prefix and link.text().startswith(prefix) and not has_checksum(prefix, link.text()):
+    if not link or (prefix and link.startswith(prefix) and not has_checksum(prefix, link)):
         return _NO_CANDIDATES
-    return keyring.links(link.text())
+    return keyring.links(link)
 
 
 async def bound(context: Hidden, object_id: str | None) -> bytes:
@@ -251,16 +218,17 @@ class Redeemer:
             TooManyAttempts: a limit is full; nothing was compared.
         """
         with self.opening.calls() as store:
-            if not key.candidates:  # a typing error: refused without a charge and without asking the store
+            match = key.match
+            if not match.digests:  # a typing error: refused without a charge and without asking the store
                 await self._tell("failed", key, reason="unknown")
                 raise InvalidToken("unknown")
             now = self.now() if change is None or isinstance(change, Hold) else change.at
-            if key.slug is None:
-                answer = await self._among_any_slug(store, key, now)
+            if match.slug is None:
+                answer = await self._among_any_slug(store, match, now)
             else:
-                answer = await store.present(key.match, change, now, key.spends.spends)
-            if answer.outcome is Outcome.RIGHT and answer.token is not None:
-                stored = answer.token
+                answer = await store.present(match, change, now, key.spends.spends)
+            stored = answer.token
+            if answer.outcome is _RIGHT and stored is not None:
                 if self._is_genuine(key, stored):
                     if change is None and _has_plain_key(key, stored):
                         await store.update(Match(id=stored.id), ForgetKey())
@@ -268,19 +236,19 @@ class Redeemer:
                 if isinstance(change, Hold):
                     await store.update(Match(id=stored.id), Release(change.hold_id))
                 raise await self._refused(key, None, now, answer)
-            if answer.outcome is Outcome.REPLAYED and answer.token is not None:
-                return await self._replay(key, change, answer, now), True
+            if answer.outcome is Outcome.REPLAYED and stored is not None:
+                return await self._replay(key, change, stored, answer.used_at, now), True
             if answer.outcome is Outcome.LIMITED:
                 limit = full_limit(key.spends, answer.spending)
                 await self._tell("capped", key, limit=limit.name if limit else None)
                 raise TooManyAttempts(seconds(answer.spending.until - now), limit)
-            raise await self._refused(key, answer.token, now, answer, will_wait=will_wait)
+            raise await self._refused(key, stored, now, answer, will_wait=will_wait)
 
-    async def _among_any_slug(self, store: TokenBackend, key: PresentedKey, now: int) -> Presented:
+    async def _among_any_slug(self, store: TokenBackend, match: Match, now: int) -> Presented:
         """With any slug, a key says nothing about tokens whose slug caps attempts or asks for a context."""
-        found = await store.find(key.match, len(key.candidates))
+        found = await store.find(match, len(match.digests or ()))
         free = [stored for stored in found if not self._policy_of(stored.slug).is_guarded]
-        right = [stored for stored in free if refusal(stored, key_of(stored, key.match), now) is None]
+        right = [stored for stored in free if refusal(stored, key_of(stored, match), now) is None]
         if right:
             return Presented(Outcome.RIGHT, right[0])
         return Presented(Outcome.REFUSED, free[0] if free else None)
@@ -297,13 +265,11 @@ class Redeemer:
         return False
 
     async def _replay(
-        self, key: PresentedKey, change: Use | Hold | None, answer: Presented, now: int
+        self, key: PresentedKey, change: Use | Hold | None, stored: StoredToken, used_at: int, now: int
     ) -> StoredToken:
-        stored = answer.token
-        assert stored is not None  # noqa: S101  # present() has seen to it
-        if now - answer.used_at > REPLAY_WINDOW:
+        if now - used_at > REPLAY_WINDOW:
             await self._tell("reused", key, token_id=stored.id, reason="used")
-            raise InvalidToken("used", token=loaded_without_keys(stored) if key.kind == "link" else None)
+            raise InvalidToken("used", token=None if key.is_code else loaded_without_keys(stored))
         await self._tell("replayed", key, token_id=stored.id)
         if isinstance(change, Hold):
             raise AlreadyUsed(loaded_without_keys(stored))
@@ -331,7 +297,7 @@ class Redeemer:
         if reason == "leased":
             free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
             return TokenBusy(seconds(free_at - now))
-        shown = loaded_without_keys(stored) if key.kind == "link" and self._is_genuine(key, stored) else None
+        shown = None if key.is_code or not self._is_genuine(key, stored) else loaded_without_keys(stored)
         return InvalidToken(reason, attempts_left=left, token=shown)
 
     async def _tell(
@@ -346,9 +312,9 @@ class Redeemer:
         if self.hooks:
             await self.hooks.tell(
                 name,
-                content_type=key.content_type,
-                object_id=key.object_id,
-                slug=key.slug or None,
+                content_type=key.match.content_type,
+                object_id=key.match.object_id,
+                slug=key.match.slug or None,
                 token_id=token_id,
                 reason=reason,
                 limit=limit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -85,7 +86,8 @@ class ContentTypes:
             ConfigurationError: the class is not registered.
         """
         if isinstance(obj, Subject):
-            content_type = _checked_name(obj.content_type)
+            name = obj.content_type
+            content_type = _known_name(name) if type(name) is str else _checked_name(name)
             return content_type, None if obj.object_id is ANY else check_object_id(obj.object_id)
         if isinstance(obj, type):
             return self._of_class(obj).name, None
@@ -148,6 +150,10 @@ def _checked_name(content_type: object) -> str:
     if name == PRETENDED:
         raise InvalidInput(f"the content type {PRETENDED!r} is reserved")
     return name
+
+
+_known_name = lru_cache(1024)(_checked_name)
+"""The same for a ``str``, of which there are few."""
 
 
 def _default_id(cls: type) -> Callable[[Any], object]:
