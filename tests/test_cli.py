@@ -134,7 +134,7 @@ def test_the_demo_shows_a_life(vtoken: Terminal, tmp_path: Path) -> None:
         "wrong key",
         "consume",
         "consume again",
-        "look into file",
+        "read the file",
         "purge",
     ]
     assert told["steps"][2]["outcome"] == "refused: unknown"

@@ -17,7 +17,7 @@ from vtoken.cli.terminal import ask
 from vtoken.errors import InvalidInput
 
 Shell = Literal["zsh", "bash", "fish", "powershell"]
-_OUTPUT = Output()  # frozen: the form in which cyclopts takes shared options
+_OUTPUT = Output()  # the default of the shared options; it is frozen
 
 
 def command(app: App) -> Callable[..., Result]:

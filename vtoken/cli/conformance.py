@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vtoken.cli.cases import Outcome
 
 NOT_CONFORMANT: Final = 1
-_OUTPUT = Output()  # frozen: the form in which cyclopts takes shared options
+_OUTPUT = Output()  # the default of the shared options; it is frozen
 _STYLES: Final = {"holds": "green", "fails": "bold red", "not run": "yellow"}
 
 
@@ -45,9 +45,10 @@ def conformance(
 ) -> Result:
     """Hold a backend to every guarantee; a line each. Exit status 0 only if all of them hold.
 
-    The cases run on stores of their own, never on the one that the URL names: SQLite files in a temporary
-    folder beside it, databases of other names on its server, or for other schemes what {n} makes of the URL;
-    these stay behind. What needs a look past such a backend is not run, and that is no success.
+    The cases run on stores of their own, never on the one that the URL names: files in a temporary folder
+    beside it, databases or schemas of other names on its server, or for other schemes what {n} makes of the
+    URL; the latter stay behind. A case that has to read such a store without its backend is not run, and then
+    the exit status is not 0.
     """
     from vtoken.cli import cases  # here, because no other command needs what it loads
 

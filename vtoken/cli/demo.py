@@ -23,7 +23,7 @@ _WRONG = "0" * 32
 Step = dict[str, Any]
 
 
-_OUTPUT = Output()  # frozen: the form in which cyclopts takes shared options
+_OUTPUT = Output()  # the default of the shared options; it is frozen
 
 
 async def demo(*, output: Output = _OUTPUT) -> Result:
@@ -48,7 +48,7 @@ async def _play(manager: TokenManager, folder: Path) -> list[Step]:
         await _refused("wrong key", manager.verify(user, _SLUG, _WRONG)),
         await _accepted("consume", "now the password may be changed", manager.consume(user, _SLUG, key)),
         await _refused("consume again", manager.consume(user, _SLUG, key)),
-        _step("look into file", not _holds(folder, key), "the key is nowhere in it, only its digest"),
+        _step("read the file", not _holds(folder, key), "the key is nowhere in it, only its digest"),
         _step("purge", await manager.purge() == 1, "the used token is deleted"),
     ]
 

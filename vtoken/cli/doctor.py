@@ -26,7 +26,7 @@ from vtoken.manager import utc_now
 from vtoken.migrate import pages
 
 STORE_FAILED: Final = 3
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _PROBE: Final = Budget(object=b"vtoken doctor".ljust(16, b"\0"), name=b"probe".ljust(16, b"\0"))
 _STYLES: Final[dict[FindingState, str]] = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _Examine = Callable[[TokenBackend], Awaitable[tuple[FindingState, str]]]
@@ -44,7 +44,7 @@ async def doctor(
     """
     findings: list[Finding] = []
     async for finding in _examine(store, deep):
-        findings.append(finding)  # noqa: PERF401  # extend() takes no async iterator
+        findings.append(finding)  # noqa: PERF401  # extend() accepts no async iterator
     failed = any(finding.state == "failed" for finding in findings)
     data = {"healthy": not failed, "url": store.shown(), "findings": [f._asdict() for f in findings]}
     return Result(data, _text(findings), STORE_FAILED if failed else 0)

@@ -32,7 +32,7 @@ from vtoken.errors import InvalidInput
 from vtoken.subject import ContentTypes, Subject
 from vtoken.token import VerificationToken
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _CALLER = Caller()
 _FIELDS: Final = ("id", "content_type", "object_id", "slug", "expires_at", "key", "code")
 _NAMES: Final = ("subject", "content_type", "object_id")

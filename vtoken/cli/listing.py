@@ -18,7 +18,7 @@ from vtoken.manager import utc_now
 from vtoken.subject import ContentTypes
 from vtoken.token import VerificationToken, loaded
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 
 
 async def list_(

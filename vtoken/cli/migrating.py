@@ -21,7 +21,7 @@ from vtoken.migrate import Copied, DumpReader, import_tokens
 from vtoken.migrate import copy as copy_tokens
 
 INCOMPLETE = 1
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _OUTPUT = Output()
 
 

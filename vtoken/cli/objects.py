@@ -22,7 +22,7 @@ from vtoken.cli.terminal import ask
 from vtoken.manager import utc_now
 from vtoken.subject import Subject
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _CALLER = Caller()
 
 

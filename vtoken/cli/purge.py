@@ -23,7 +23,7 @@ from vtoken.manager import utc_now
 from vtoken.migrate import pages
 from vtoken.sweeper import Sweeper
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _KEEP_AS_A_SERVICE = timedelta(hours=24)
 
 

@@ -10,7 +10,7 @@ from vtoken.cli.options import Output, Store
 from vtoken.cli.output import Result, pairs
 from vtoken.errors import ConfigurationError
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _OUTPUT = Output()
 
 

@@ -14,7 +14,7 @@ from vtoken.cli.output import Result, pairs, printable
 from vtoken.diagnostics import diagnostics_of
 from vtoken.stats import SlugStats, Stats
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 
 
 async def init(

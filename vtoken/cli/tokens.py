@@ -33,7 +33,7 @@ from vtoken.inputs import ANY, Wildcard
 from vtoken.manager import TokenManager, utc_now
 from vtoken.subject import Subject
 
-_STORE = Store()  # frozen: the form in which cyclopts takes shared options
+_STORE = Store()  # the default of the shared options; it is frozen
 _CALLER = Caller()
 
 

@@ -33,6 +33,7 @@ def require(extra: str, *modules: str) -> None:
 
 
 def refuse_event(argument: object) -> None:
-    """Raise where an import path names what makes a hook, and not the hook: nobody would ever hear of it."""
+    """Raise where an import path names the function that makes a hook instead of a hook: it would be called
+    with each event, and do nothing with it."""
     if isinstance(argument, TokenEvent):
         raise ConfigurationError("hook() makes a hook; the hook that can be named by its path is `record`")

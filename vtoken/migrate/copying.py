@@ -167,7 +167,7 @@ class _Run:
         there = await self._held(before)
         self.skipped += len(there)
         self.taken_before += len(before) - len(there)
-        # All others are inserted without a look before: the destination says which ones it has already.
+        # All others are inserted at once: the answers say which ones the destination has already.
         wanted = [token for token in tokens if token.id > floor]
         for beside in (False, True):  # in this order: what replaces older tokens must not end those beside it
             await at_once(

@@ -134,7 +134,7 @@ class DumpReader:
             object_id=object_id,
             slug=slug,
             context=b"",
-            is_beside=True,  # nobody knows which of an object's tokens replaced which
+            is_beside=True,  # a dump does not tell which of an object's tokens replaced which
             created_at=created_at,
             expires_at=expires_at,
             ends_at=expires_at if is_active else min(expires_at, self._now - 1),
