@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -248,6 +249,41 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
         assert message in refused.stderr
     assert run("doctor", *options).returncode == 0
     assert run("purge", "--every", "1h", "--dry-run", *options).returncode == 2
+
+
+def test_codes_without_a_limit_are_said_by_doctor_alone(tmp_path: Path) -> None:
+    (tmp_path / "vtoken.toml").write_text(f'secret = "{SECRET}"\n[policies.login]\npreset = "code"\n')
+    for command in ("init", "stats"):
+        done = process(command)
+        assert (done.returncode, done.stderr) == (0, "")
+    examined = process("doctor")
+    assert examined.stderr == ""
+    assert re.search(
+        r"^warning +limits +codes without cooldown or issue_limits: login$", examined.stdout, re.MULTILINE
+    )
+    assert re.search(r"^ok +configuration +sqlite:///tokens.db, .*vtoken.toml$", examined.stdout, re.MULTILINE)
+
+
+def test_an_import_with_the_applications_own_policies(vtoken: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "shop_with_codes.py").write_text(
+        "from vtoken import Settings, TokenManager, TokenPolicy\n"
+        f"manager = TokenManager.from_url('sqlite:///app.db', settings=Settings(secret={SECRET!r}),"
+        " policies=[TokenPolicy.code('login', cooldown='1s', expiration=5)])\n"
+    )
+    moment = datetime.now(UTC)
+    fields = {
+        "created": moment.isoformat(),
+        "expires_at": (moment + timedelta(minutes=5)).isoformat(),
+        "content_type": ["auth", "user"],
+        "object_id": 42,
+        "key": "123456",
+        "slug": "login",
+    }
+    (tmp_path / "dump.json").write_text(json.dumps([{"model": "a.token", "fields": fields}]))
+    done = process("import", "dump.json", "--manager", "shop_with_codes:manager", "--json")
+    assert json.loads(done.stdout)["imported"] == 1, done.stderr
+    done = process("check", USER, "123 456", "--slug", "login", "--manager", "shop_with_codes:manager")
+    assert done.returncode == 0, done.stderr
 
 
 READING = [
