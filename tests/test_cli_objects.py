@@ -258,10 +258,9 @@ def test_codes_without_a_limit_are_said_by_doctor_alone(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
     examined = process("doctor")
     assert examined.stderr == ""
-    assert re.search(
-        r"^warning +limits +codes without cooldown or issue_limits: login$", examined.stdout, re.MULTILINE
-    )
-    assert re.search(r"^ok +configuration +sqlite:///tokens.db, .*vtoken.toml$", examined.stdout, re.MULTILINE)
+    lines = [" ".join(line.split()) for line in examined.stdout.splitlines()]
+    assert "warning limits codes without cooldown or issue_limits: login" in lines
+    assert f"ok configuration sqlite:///tokens.db, {tmp_path}/vtoken.toml" in lines
 
 
 def test_an_import_with_the_applications_own_policies(vtoken: Terminal, tmp_path: Path) -> None:
