@@ -214,9 +214,8 @@ def _written(out: Path | None) -> Generator[Callable[[VerificationToken], None]]
         return
     _check_replaceable(out)
     part = out.with_name(f"{out.name}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    if hasattr(os, "fchmod"):
-        os.fchmod(descriptor, 0o600)  # the file of an earlier run may be open to others
+    part.unlink(missing_ok=True)  # what an earlier run left there may belong to somebody else
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         try:
             yield _writer(file, as_csv=out.suffix.lower() == ".csv")
