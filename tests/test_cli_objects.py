@@ -229,6 +229,11 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
             [script, *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
         )
 
+    for command in (("stats",), ("doctor",), ("erase", USER, "--yes")):
+        refused = run(*command, *options)
+        assert refused.returncode == 3
+        assert f"{tmp_path}/app.db" in refused.stdout + refused.stderr
+    assert not (tmp_path / "app.db").exists()
     issued = run("issue", USER, "--slug", "reset", *options)
     assert (issued.returncode, issued.stderr) == (0, "")
     assert re.search(r"\(in (5 min|299 s|4 min)\)", issued.stdout)

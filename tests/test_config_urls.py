@@ -176,6 +176,12 @@ def test_a_url_must_be_text() -> None:
         create_backend(b"memory://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the point
 
 
+def test_a_backend_remembers_its_url_as_long_as_it_is_there() -> None:
+    backend = create_backend("memory://")
+    assert registry.url_of(backend) == "memory://"
+    assert registry.url_of(MemoryBackend()) is None
+
+
 def test_a_registered_scheme_goes_before_an_installed_one() -> None:
     register_backend("Memory", f"{__name__}:PluginBackend")
     assert type(create_backend("MEMORY://x")) is PluginBackend

@@ -12,8 +12,10 @@ What is no URL may be the import path of a class, ``"package.module:Class"``.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 from vtoken.backend import TokenBackend
 from vtoken.errors import ConfigurationError, VTokenError
@@ -58,6 +60,8 @@ _EXTRAS: Final = {
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _IMPORT_PATH: Final = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 _registered: dict[str, str] = {}
+_urls: WeakKeyDictionary[TokenBackend, str] = WeakKeyDictionary()
+"""From which URL each backend was made, as long as it is there."""
 
 
 def register_backend(scheme: str, path: str) -> None:
@@ -118,6 +122,11 @@ def create_backend(url: str, **options: Any) -> TokenBackend:
     return _made(path, from_url, url, url, **options)
 
 
+def url_of(backend: TokenBackend) -> str | None:
+    """The URL that a backend was made from by :func:`create_backend`, passwords included; else None."""
+    return _urls.get(backend)
+
+
 def diagnostics_path(scheme: str) -> str | None:
     """The import path of the :class:`~vtoken.diagnostics.Diagnostics` of a scheme, or None for none."""
     scheme = scheme.lower()
@@ -168,6 +177,8 @@ def _made(path: str, make: Any, url: str, *arguments: str, **options: Any) -> To
         made = make(*arguments, **options)
         missing = [name for name in vars(TokenBackend) if name[0] != "_" and not hasattr(made, name)]
         if not missing:
+            with suppress(TypeError):  # a class without __weakref__, or one that cannot be hashed
+                _urls[made] = url
             return cast("TokenBackend", made)
         problem = f"{path!r} is not a TokenBackend: it has no {', '.join(missing)}"
     except VTokenError:

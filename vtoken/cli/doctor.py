@@ -24,6 +24,7 @@ from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken.inputs import milliseconds
 from vtoken.manager import utc_now
 from vtoken.migrate import pages
+from vtoken.registry import url_of
 
 STORE_FAILED: Final = 3
 _STORE = Store()  # the default of the shared options; it is frozen
@@ -57,12 +58,8 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
     if unlimited:
         named = ", ".join(slug or "(none)" for slug in unlimited)
         yield Finding("limits", "warning", f"codes without cooldown or issue_limits: {named}")
-    if store.manager is not None:
-        async for finding in _open_and_examine(manager.backend, Diagnostics(""), deep):
-            yield finding
-        return
-    url = store.configuration().url
-    about = diagnostics_of(url)
+    url = url_of(manager.backend)
+    about = Diagnostics("") if url is None else diagnostics_of(url)
     for finding in await anyio.to_thread.run_sync(about.before_opening):
         yield finding
         if finding.state == "failed":
@@ -71,8 +68,9 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
     if missing is not None:
         yield Finding("reachable", "failed", f"{missing}; vtoken init makes a store")
         return
+    backend = manager.backend if url is None else create_backend(url, **about.open_options)
     is_open = False
-    async for finding in _open_and_examine(create_backend(url, **about.open_options), about, deep):
+    async for finding in _open_and_examine(backend, about, deep):
         is_open = is_open or (finding.name, finding.state) == ("reachable", "ok")
         yield finding
     if is_open:

@@ -24,6 +24,7 @@ from vtoken.errors import BackendUnavailable, ConfigurationError, InvalidInput
 from vtoken.inputs import ANY, DEFAULT, MAX_KEY_BYTES, Lifetime, Unset, Wildcard
 from vtoken.loading import import_object
 from vtoken.manager import TokenManager
+from vtoken.registry import url_of
 from vtoken.subject import ContentTypes, Subject
 from vtoken.sync import SyncTokenManager
 
@@ -105,8 +106,9 @@ class Store(Output):
             BackendUnavailable: there is no store, and this command must not make one.
         """
         manager = self.made()
-        if not may_make_it and self.manager is None:
-            await require_store(self.configuration().url)
+        url = url_of(manager.backend)
+        if not may_make_it and url is not None:
+            await require_store(url)
         async with manager:
             yield manager
 
