@@ -54,6 +54,7 @@ class State(Enum):
 
 _ACTIVE: Final = State.ACTIVE
 """A member of an enum costs twice as much as a global name, and this one is asked for in every operation."""
+_USED: Final = State.USED
 
 
 class StoredKey(NamedTuple):
@@ -668,24 +669,23 @@ def has_free_use(token: StoredToken, now: int) -> bool:
 def refusal(token: StoredToken, key: StoredKey | None, now: int) -> Reason | None:
     """Why a token cannot be used now by one of its keys, or None if it can. Without a key: by any."""
     if token.state is not _ACTIVE:
-        return "used" if token.state is State.USED else "inactive"
+        return "used" if token.state is _USED else "inactive"
     if token.expires_at < now or (key is not None and key.expires_at < now):
         return "expired"
+    if token.max_uses is None or (not token.holds and token.uses < token.max_uses):  # the usual token
+        return None
     return None if has_free_use(token, now) else "leased"
 
 
 def with_use(token: StoredToken, change: Use | UseHeld) -> StoredToken:
     """A token after a use that was found to be allowed."""
-    uses = token.uses + 1
-    is_last = token.max_uses is not None and uses >= token.max_uses
-    hold_id = change.hold_id if isinstance(change, UseHeld) else None
-    return token._replace(
-        uses=uses,
-        used_at=change.at,
-        state=State.USED if is_last else token.state,
-        ends_at=min(token.ends_at, change.at - 1) if is_last else token.ends_at,
-        holds=tuple(hold for hold in token.holds if hold.hold_id != hold_id) if hold_id else token.holds,
-    )
+    uses, holds = token.uses + 1, token.holds
+    if isinstance(change, UseHeld):
+        holds = tuple(hold for hold in holds if hold.hold_id != change.hold_id)
+    if token.max_uses is None or uses < token.max_uses:
+        return token._replace(uses=uses, used_at=change.at, holds=holds)
+    ends_at = min(token.ends_at, change.at - 1)
+    return token._replace(uses=uses, used_at=change.at, holds=holds, state=_USED, ends_at=ends_at)
 
 
 def with_hold(token: StoredToken, key: StoredKey, change: Hold, now: int) -> StoredToken:

@@ -49,6 +49,7 @@ from vtoken.keys import (
 from vtoken.limits import Limiter, Spends, full_limit, seconds
 from vtoken.policy import ResolvedPolicy
 
+_INSERTED: Final = InsertResult.INSERTED
 _PAUSES: Final = (0.0, 0.005, 0.02, 0.1)
 """Seconds: how long ``get_active_or_create`` waits for the token of a concurrent caller who was quicker to
 charge the limits, on a store that cannot charge and insert in one step."""
@@ -154,7 +155,7 @@ class Issuer:
                 also_taken=new.also_taken,
                 spends=request.spends.spends,
             )
-            if inserted.result is InsertResult.INSERTED:
+            if inserted.result is _INSERTED:
                 assert inserted.token is not None  # noqa: S101  # the protocol says so
                 return Issued(inserted.token, new.key, new.code, charges=inserted.spending.charges)
             if inserted.result is InsertResult.LIMITED:
@@ -226,7 +227,26 @@ class Issuer:
     def new_token(self, request: IssueRequest, now: int, *, is_beside: bool) -> NewToken:
         """Draw the keys of a token and make its record."""
         expires_at = _expiry(now, request.lifetime)
-        token_id, keys = self._ids.next(now), self._new_keys(request)
+        token_id, new_keys = self._ids.next(now), self._new_keys(request)
+        is_plain = request.policy.storage == "plain"
+        keys: list[StoredKey] = []
+        also_taken: tuple[bytes, ...] = ()
+        for new in new_keys:
+            key_expires_at = expires_at
+            if new.kind == "code":
+                key_expires_at = min(expires_at, _expiry(now, request.code_lifetime))
+            stored_key = StoredKey(
+                digest=new.digest.value,
+                scheme=new.digest.scheme,
+                secret_id=new.digest.secret_id,
+                nonce=new.nonce,
+                plain_key=new.text.text() if is_plain else "",
+                kind=new.kind,
+                expires_at=key_expires_at,
+                origin=token_id,
+            )
+            keys.append(stored_key)
+            also_taken += new.also_taken
         stored = StoredToken(
             id=token_id,
             content_type=request.content_type,
@@ -242,27 +262,11 @@ class Issuer:
             max_uses=request.policy.max_uses,
             uses=0,
             used_at=0,
-            keys=tuple(
-                StoredKey(
-                    digest=new.digest.value,
-                    scheme=new.digest.scheme,
-                    secret_id=new.digest.secret_id,
-                    nonce=new.nonce,
-                    plain_key=new.text.text() if request.policy.storage == "plain" else "",
-                    kind=new.kind,
-                    expires_at=(
-                        min(expires_at, _expiry(now, request.code_lifetime))
-                        if new.kind == "code"
-                        else expires_at
-                    ),
-                    origin=token_id,
-                )
-                for new in keys
-            ),
+            keys=tuple(keys),
             holds=(),
         )
-        code = keys[1].text if len(keys) > 1 else None
-        return NewToken(stored, keys[0].text, code, tuple(d for new in keys for d in new.also_taken))
+        code = new_keys[1].text if len(new_keys) > 1 else None
+        return NewToken(stored, new_keys[0].text, code, also_taken)
 
     def _new_keys(self, request: IssueRequest) -> list[NewKey]:
         policy = request.policy
@@ -295,7 +299,7 @@ class Issuer:
         drawn = drawn_key(
             request.generator(**request.generator_kwargs), inputs.MAX_KEY_BYTES - _frame_length(policy)
         )
-        text = Hidden(framed(policy, drawn.text()))
+        text = Hidden(framed(policy, drawn.text())) if policy.prefix else drawn
         if request.generator is random_key:  # whose keys are too many to be drawn twice
             return NewKey(text, "link", keyring.link(text.text()))
         normal = Hidden(normalise_link(text.text()))  # which a presented key becomes, too

@@ -309,7 +309,8 @@ class Keyring:
 
     def link(self, key: str) -> Digest:
         """The digest of a new link key."""
-        return Digest(self.links(key).digests[0], *self._links_made[0])
+        scheme, secret_id = self._links_made[0]
+        return Digest(self.links(key).digests[0], scheme, secret_id)
 
     def links(self, key: str) -> Candidates:
         """What may be stored of a link key: made with any secret, or from before there was one."""

@@ -578,7 +578,8 @@ class TokenManager:
             with self._opening.calls() as store:
                 made = await self._issuer.get_or_issue(store, request, least)
                 if made.is_new:
-                    await self._after_issue(store, request, made)
+                    if self._hooks and made.is_new:
+                        await self._tell_issued(store, request, made)
                     return self._with_keys(made)
                 now = self._now()
                 key, code = reveal(self._keyring, request.policy, made.stored, at=now)
@@ -709,7 +710,9 @@ class TokenManager:
             else inputs.lifetime("the token's lifetime", expires_in)
         )
         generator, kwargs = check_call(policy, lifetime, key_generator_kwargs)
-        bound_to = await self._bound_at_issue(policy, context, object_id)
+        bound_to = b""
+        if policy.needs_context or context is not NOTHING:
+            bound_to = await self._bound_at_issue(policy, context, object_id)
         return IssueRequest(
             content_type=content_type,
             object_id=object_id,
@@ -741,18 +744,17 @@ class TokenManager:
                 made = await self._issuer.issue(
                     store if using is None else store.within(using), request, mode
                 )
-                await self._after_issue(store, request, made, in_transaction=using is not None)
+                if self._hooks and made.is_new:
+                    await self._tell_issued(store, request, made, in_transaction=using is not None)
         except CooldownActive as error:
             await self._tell_limited(request, error)
             raise
         return made
 
-    async def _after_issue(
+    async def _tell_issued(
         self, store: TokenBackend, request: IssueRequest, made: Issued, *, in_transaction: bool = False
     ) -> None:
         """Tell the hooks of a new token."""
-        if not self._hooks or not made.is_new:
-            return
         policy = request.policy
         resets_at: int | None = None
         if policy.is_capped and not in_transaction:

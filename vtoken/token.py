@@ -6,13 +6,15 @@ import contextlib
 import json
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from vtoken import inputs
-from vtoken.backend import NEVER, STALE_HOLD, StoredKey, StoredToken
+from vtoken.backend import NEVER, STALE_HOLD, State, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
 
 _T = TypeVar("_T", bound="VerificationToken")
+_ACTIVE: Final = State.ACTIVE
+_TOO_LATE: Final = "a stored token has a time past the year 9999"
 
 
 class VerificationToken:
@@ -257,19 +259,20 @@ def _made(
     own_holds: AbstractSet[str] = frozenset(),
     is_replay: bool = False,
 ) -> _T:
+    created_at, expires_at, used_at = _moments(stored)
     return kind(
         id=stored.id,
-        created_at=_moment(stored.created_at),
+        created_at=created_at,
         content_type=stored.content_type,
         object_id=stored.object_id,
         key=key,
-        expires_at=None if stored.expires_at >= NEVER else _moment(stored.expires_at),
+        expires_at=expires_at,
         slug=stored.slug or None,
-        is_active=stored.is_active,
+        is_active=stored.state is _ACTIVE,
         extra_data=stored.extra_data,
         max_uses=stored.max_uses,
         uses=stored.uses,
-        used_at=_moment(stored.used_at) if stored.used_at else None,
+        used_at=used_at,
         code=code,
         code_expires_at=_moment(own_code.expires_at) if own_code is not None and link is not None else None,
         is_replay=is_replay,
@@ -279,12 +282,26 @@ def _made(
     )
 
 
+def _moments(stored: StoredToken) -> tuple[datetime, datetime | None, datetime | None]:
+    """When it was created, when it expires, and when it was used."""
+    of = inputs.from_milliseconds
+    try:
+        return (
+            of(stored.created_at),
+            None if stored.expires_at >= NEVER else of(stored.expires_at),
+            of(stored.used_at) if stored.used_at else None,
+        )
+    except OverflowError:
+        pass
+    raise CorruptStore(_TOO_LATE)
+
+
 def _moment(milliseconds: int) -> datetime:
     try:
         return inputs.from_milliseconds(milliseconds)
     except OverflowError:
         pass
-    raise CorruptStore("a stored token has a time past the year 9999")
+    raise CorruptStore(_TOO_LATE)
 
 
 def _unpickle(fields: dict[str, Any]) -> VerificationToken:

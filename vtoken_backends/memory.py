@@ -63,6 +63,11 @@ from vtoken.errors import BackendClosed, ConfigurationError, InvalidInput
 _BUCKET: Final = 1 << 14
 """Milliseconds that share a bucket of :class:`_Ends`: 16 seconds."""
 _NOTHING_SPENT: Final = Spending()
+# A member of an enum costs twice as much as a global name, and these are asked for in every operation.
+_RIGHT: Final = Outcome.RIGHT
+_INSERTED: Final = InsertResult.INSERTED
+_ADD: Final = InsertMode.ADD
+_IF_NONE_VALID: Final = InsertMode.IF_NONE_VALID
 _Key = TypeVar("_Key")
 
 
@@ -130,8 +135,8 @@ class MemoryBackend:
     ) -> Inserted:
         store = self._opened()
         with store.lock:
-            line = [] if mode is InsertMode.ADD else store.active_line(token)
-            digests = (*(key.digest for key in token.keys), *also_taken)
+            line = [] if mode is _ADD else store.active_line(token)
+            digests = (*[key.digest for key in token.keys], *also_taken)
             owners = store.owners(digests)
             for owner in owners:
                 if not _is_superseded(owner, digests, token, mode, line):
@@ -139,29 +144,29 @@ class MemoryBackend:
                     return Inserted(InsertResult.KEY_TAKEN, holder)
             if token.id in store.tokens:
                 return Inserted(InsertResult.KEY_TAKEN)
-            if mode is InsertMode.IF_NONE_VALID:
+            if mode is _IF_NONE_VALID:
                 valid = [other for other in line if satisfies(other, wanted_until)]
                 if valid:
                     return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
-            spending = store.spend(spends, token.created_at)
+            spending = store.spend(spends, token.created_at) if spends else _NOTHING_SPENT
             if spending.full is not None:
                 return Inserted(InsertResult.LIMITED, None, spending)
             for owner in owners:
                 store.save(_without_keys(owner, digests))
-            stored = _replace_line(store, line, token, keep_until)
+            stored = _replace_line(store, line, token, keep_until) if line else token
             store.save(stored)
-            return Inserted(InsertResult.INSERTED, stored, spending)
+            return Inserted(_INSERTED, stored, spending)
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
         store = self._opened()
         with store.lock:
-            found = [
-                (token, held)
-                for token in store.owners(key.digests or ())
-                if (held := matching_key(token, key)) is not None
-            ]
+            found: list[tuple[StoredToken, StoredKey]] = []
+            for token in store.owners(key.digests or ()):
+                held = matching_key(token, key)
+                if held is not None:
+                    found.append((token, held))
             if change is not None and change.use_id:
                 for _, held in found:
                     used = store.uses.get((held.origin, change.use_id))
@@ -175,9 +180,10 @@ class MemoryBackend:
             for token, held in found:
                 why = refusal(token, held, now)
                 if why is None:
-                    token = _changed_by(store, token, held, change, now)
+                    if change is not None:
+                        token = _changed_by(store, token, held, change, now)
                     spending = store.left(spends, now) if spends else _NOTHING_SPENT
-                    return Presented(Outcome.RIGHT, token, spending=spending)
+                    return Presented(_RIGHT, token, spending=spending)
                 free = free and why not in ("used", "leased")
             spending = store.spend(spends, now) if free else store.left(spends, now)
             return Presented(Outcome.REFUSED, found[0][0] if found else None, spending=spending)
@@ -336,21 +342,18 @@ def _replace_line(
 
 
 def _changed_by(
-    store: _Store, token: StoredToken, key: StoredKey, change: Use | Hold | None, now: int
+    store: _Store, token: StoredToken, key: StoredKey, change: Use | Hold, now: int
 ) -> StoredToken:
     """Make the change that somebody with a right key asked for, and return the token after it."""
-    match change:
-        case None:
-            return token
-        case Hold():
-            after = with_hold(token, key, change, now)
-            store.save(after)
-            return after
-        case Use():
-            after = with_use(token, change)
-            store.save(after)
-            _used(store, after, key.origin, change)
-            return after
+    if isinstance(change, Hold):
+        after = with_hold(token, key, change, now)
+        store.save(after)
+        return after
+    after = with_use(token, change)
+    store.save(after)
+    if change.use_id or change.resets or after.context:
+        _used(store, after, key.origin, change)
+    return after
 
 
 def _used(store: _Store, token: StoredToken, origin: str, change: Use | UseHeld) -> None:
@@ -418,19 +421,22 @@ class _Store:
         """Store a new token, or what has become of one."""
         old = self.tokens.get(token.id)
         self.tokens[token.id] = token
-        if old is None or old.keys is not token.keys:
-            for key in old.keys if old is not None else ():
+        if old is None:
+            for key in token.keys:
+                self._owners[key.digest] = token.id
+            self.ends.add(token.id, token.ends_at)
+            self._add_to_object(token)
+            return
+        if old.keys is not token.keys:
+            for key in old.keys:
                 if self._owners.get(key.digest) == token.id:
                     del self._owners[key.digest]
             for key in token.keys:
                 self._owners[key.digest] = token.id
-        if old is None or old.ends_at != token.ends_at:
-            if old is not None:
-                self.ends.discard(old.id, old.ends_at)
+        if old.ends_at != token.ends_at:
+            self.ends.discard(old.id, old.ends_at)
             self.ends.add(token.id, token.ends_at)
-        if old is None:
-            self._add_to_object(token)
-        elif old.is_active is not token.is_active:
+        if old.is_active is not token.is_active:
             of_object = self._objects[token.object_id]
             if not isinstance(of_object, str):
                 source, target = of_object.active, of_object.ended
@@ -477,6 +483,8 @@ class _Store:
 
     def active_line(self, token: StoredToken) -> list[StoredToken]:
         """The active tokens with the same content type, object id, slug and context."""
+        if token.object_id not in self._objects:
+            return []
         return [
             other
             for other in self.active_of(token.object_id)
