@@ -126,7 +126,7 @@ class RacyReplace(Broken):
     """Replaces, then inserts, with an await in between."""
 
     async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
-        if mode is REPLACE and not named:
+        if mode is REPLACE and not named.get("keep_until"):
             for old in await self.line(token):
                 self.save(replaced(old, token.created_at))
             await asyncio.sleep(0)
@@ -704,7 +704,7 @@ class ReplacesTheNewestOnly(Broken):
     """Replaces one old token where there are several."""
 
     async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
-        if mode is REPLACE and not named:
+        if mode is REPLACE and not named.get("keep_until"):
             for old in (await self.line(token))[:1]:
                 self.save(replaced(old, token.created_at))
             mode = ADD

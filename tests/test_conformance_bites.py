@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,8 +11,11 @@ import pytest
 
 from tests import broken
 from tests import test_memory_conformance as memory
+from vtoken import subject
 from vtoken.backend import TokenBackend
 from vtoken.errors import VTokenError
+from vtoken.keys import Candidates, Keyring
+from vtoken.policy import ResolvedPolicy, Settings, TokenPolicy
 from vtoken.testing import BackendConformance, DurableBackendConformance
 from vtoken_backends.memory import MemoryBackend
 
@@ -139,6 +143,45 @@ CAUGHT: list[tuple[type[MemoryBackend], str]] = [
     (broken.AllowsOneMore, "test_a_window_holds_its_limit"),
     (broken.NeverGrows, "test_an_exhausted_window_doubles_the_next"),
     (broken.BelievesTheClock, "test_a_clock_that_was_ahead_locks_nobody_out"),
+    # The same through the manager:
+    (broken.RacyUse, "test_of_concurrent_consumers_one_wins"),
+    (broken.RacyUse, "test_of_concurrent_redeemers_one_wins"),
+    (broken.RacyHold, "test_what_is_used_up_by_holds_and_uses"),
+    (broken.RacyReplace, "test_of_concurrent_issues_one_stays_valid"),
+    (broken.RacyReplace, "test_a_cancelled_issue_leaves_one_valid_token"),
+    (broken.RacyIfNoneValid, "test_of_concurrent_get_active_or_create_one_creates"),
+    (broken.ComparesBeforeItCharges, "test_parallel_wrong_codes_cost_at_most_the_cap"),
+    (broken.RefusesBesideARightKey, "test_the_right_code_twice_at_once"),
+    (broken.UsesInTwoSteps, "test_a_cancelled_consume_is_resolved_by_its_id"),
+    (broken.KeepsToItself, "test_managers_see_each_others_writes"),
+    (broken.ForgetsSlug, "test_another_object_type_or_slug_never_matches"),
+    (broken.ForgetsObject, "test_deactivate_ends_what_it_names"),
+    (broken.ExclusiveBoundary, "test_the_last_millisecond_is_valid"),
+    (broken.OldestFirst, "test_active_tokens_are_listed_newest_first"),
+    (broken.LosesMilliseconds, "test_times_come_back_exactly"),
+    (broken.LosesEmptyExtraData, "test_extra_data_comes_back_exactly"),
+    (broken.ReplacesBeforeTheCollision, "test_a_key_collision_leaves_the_old_token"),
+    (broken.KeepsNoOverlap, "test_an_overlap_lasts_until_the_first_success"),
+    (broken.KeepsEveryOverlap, "test_an_overlap_lasts_until_the_first_success"),
+    (broken.EndsTheWholeOverlap, "test_deactivating_by_the_older_key_ends_that_key"),
+    (broken.UsesNothing, "test_consume_works_once"),
+    (broken.IgnoresUseId, "test_the_same_consume_id_gives_the_same_answer"),
+    (broken.CountsOneUseOnly, "test_a_token_has_as_many_uses_as_its_policy_says"),
+    (broken.LeavesOtherContexts, "test_contexts_cool_down_apart"),
+    (broken.UsesHoldsThatRanOut, "test_a_late_block_loses_its_hold"),
+    (broken.HoldsNothing, "test_a_redeemed_token_is_used"),
+    (broken.HoldsOnce, "test_thirty_people_join_with_one_invitation"),
+    (broken.BelievesStaleHolds, "test_no_hold_is_for_ever"),
+    (broken.RevokesNoHold, "test_deactivating_outside_revokes_the_hold"),
+    (broken.SparesNoHold, "test_deactivating_inside_spares_the_block"),
+    (broken.RevivesOnRelease, "test_giving_back_revives_nothing"),
+    (broken.RevivesOnSave, "test_saving_a_stale_copy_revives_nothing"),
+    (broken.PurgesHeld, "test_purge_leaves_a_held_token"),
+    (broken.PurgesTheLastMillisecond, "test_purge_removes_no_valid_token"),
+    (broken.PurgesBudgets, "test_a_new_token_does_not_reset_the_budget"),
+    (broken.PurgesBudgetsBesideTokens, "test_budgets_are_drained"),
+    (broken.ResetsOnReissue, "test_a_new_token_does_not_reset_the_budget"),
+    (broken.NeverRefunds, "test_an_unsent_token_is_ended"),
 ]
 """Each planted bug with a case that must catch it."""
 
@@ -215,6 +258,51 @@ def test_a_store_that_dies_with_its_process_is_not_durable(tmp_path: Path) -> No
         NotDurable().test_of_consumers_in_processes_one_wins(tmp_path)
     with pytest.raises(AssertionError):
         NotDurable().test_acknowledged_writes_survive_a_kill(tmp_path)
+
+
+# Faults of the library ----------------------------------------------------------------------------
+
+
+def test_a_stored_plaintext_key_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("test_the_store_holds_no_key", tmp_path)
+    resolved = ResolvedPolicy.of
+
+    def plain(policy: TokenPolicy, settings: Settings) -> ResolvedPolicy:
+        return replace(resolved(policy, settings), storage="plain")
+
+    monkeypatch.setattr(ResolvedPolicy, "of", plain)
+    with pytest.raises(AssertionError):
+        run("test_the_store_holds_no_key", tmp_path)
+
+
+def test_a_blind_raw_probe_is_caught(tmp_path: Path) -> None:
+    class Blind(memory.TestMemory):
+        def raw(self, store: str) -> bytes:
+            return b""
+
+    for case in ("test_the_store_holds_no_key", "test_the_raw_probe_sees_a_plain_key"):
+        with pytest.raises(AssertionError):
+            getattr(Blind(), case)(tmp_path)
+
+
+def test_an_unscoped_code_digest_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "test_codes_are_scoped_to_their_object"
+    run(case, tmp_path)
+
+    def unscoped(self: Keyring, content_type: str, object_id: str, slug: str, code: str) -> Candidates:
+        return self.links(code)
+
+    monkeypatch.setattr(Keyring, "codes", unscoped)
+    with pytest.raises(FAILURES):
+        run(case, tmp_path)
+
+
+def test_an_unchecked_object_id_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "test_hostile_input_is_refused_and_stores_nothing"
+    run(case, tmp_path)
+    monkeypatch.setattr(subject, "check_object_id", str)
+    with pytest.raises(AssertionError):
+        run(case, tmp_path)
 
 
 # The suite itself ---------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ if "pytest" in sys.modules:
     # Before the cases are imported: else a failed one would show its line and no values.
     pytest.register_assert_rewrite(*(f"{__name__}.{module.name}" for module in iter_modules(__path__)))
 
+from vtoken.testing.applications import memory_manager
 from vtoken.testing.clock import Clock
 from vtoken.testing.harness import Case
 from vtoken.testing.suite import BackendConformance, DurableBackendConformance
 
-__all__ = ["BackendConformance", "Case", "Clock", "DurableBackendConformance"]
+__all__ = ["BackendConformance", "Case", "Clock", "DurableBackendConformance", "memory_manager"]

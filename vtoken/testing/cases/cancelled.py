@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 from vtoken.errors import BackendClosed, InvalidToken, TooManyAttempts
@@ -123,17 +124,18 @@ class CancelledCases(Suite):
                     issued = await manager.issue(USER, "reset")
                 assert await manager.verify(USER, "reset", issued.key) == issued
             await manager.aclose()
-            for call in (
-                manager.verify(USER, "reset", issued.key),
-                manager.get(issued.id),
-                manager.deactivate(USER),
-                manager.status(USER, "reset"),
-                manager.erase(USER),
-                manager.purge(),
-                manager.stats(),
-                manager.ping(),
-            ):
-                await refused(BackendClosed, call)
+            calls: list[Callable[[], Awaitable[object]]] = [
+                partial(manager.verify, USER, "reset", issued.key),
+                partial(manager.get, issued.id),
+                lambda: manager.deactivate(USER),
+                lambda: manager.status(USER, "reset"),
+                lambda: manager.erase(USER),
+                manager.purge,
+                manager.stats,
+                manager.ping,
+            ]
+            for call in calls:
+                await refused(BackendClosed, call())
 
     @case(5)
     async def test_a_cancelled_issue_leaves_one_valid_token(self, bench: Bench) -> None:

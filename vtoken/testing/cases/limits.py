@@ -19,7 +19,20 @@ from vtoken.manager import TokenManager
 from vtoken.policy import TokenPolicy
 from vtoken.subject import Subject
 from vtoken.testing.cases.redeem import hanging
-from vtoken.testing.harness import CAP, CODE, SLUG, USER, WINDOW, Bench, Suite, at_once, case, race, refused
+from vtoken.testing.harness import (
+    CAP,
+    CODE,
+    SLUG,
+    USER,
+    WINDOW,
+    Bench,
+    Suite,
+    at_once,
+    case,
+    put,
+    race,
+    refused,
+)
 
 COOLDOWN: Final = timedelta(minutes=1)
 SECOND: Final = timedelta(seconds=1)
@@ -489,4 +502,5 @@ class IssueLimitCases(Suite):
         assert await managers[0].purge(batch_size=40) == 0
         backend = await bench.backend()
         late = 2 * bench.clock.milliseconds
-        assert (await backend.purge(0, late, 9_999, late)).budgets == 0
+        await put(backend)  # beside which a store may purge what it did not purge alone
+        assert await backend.purge(late, late, 9_999, late) == (1, 0)

@@ -44,6 +44,14 @@ class Hanging:
             self.entered.set()
             await self.go_on.wait()
 
+    async def inside(self) -> None:
+        """Wait until the block is entered, and raise what kept it from being."""
+        entering = asyncio.ensure_future(self.entered.wait())
+        await asyncio.wait([entering, self.task], return_when=asyncio.FIRST_COMPLETED)
+        if not entering.done():
+            entering.cancel()
+            self.task.result()
+
     async def end(self) -> None:
         """Let the block end normally, and raise what it raised."""
         self.go_on.set()
@@ -53,7 +61,7 @@ class Hanging:
 async def hanging(*arguments: Any, **named: Any) -> Hanging:
     """A block that was entered."""
     block = Hanging(*arguments, **named)
-    await block.entered.wait()
+    await block.inside()
     return block
 
 
@@ -70,13 +78,10 @@ class RedeemCases(Suite):
             assert (token, token.is_active) == (issued, True)
             assert token.is_valid(bench.clock())
             bench.clock.advance(LEASE / 4)
-            for call in (
-                other.consume(USER, "reset", issued.key),
-                other.verify(USER, "reset", issued.key),
-                redeem(other, issued.key),
-            ):
-                error = await refused(TokenBusy, call)
+            for call in (other.consume, other.verify):
+                error = await refused(TokenBusy, call(USER, "reset", issued.key))
                 assert (error.reason, error.retry_after) == ("leased", 45)
+            await refused(TokenBusy, redeem(other, issued.key))
             assert not await other.exists_valid(USER)
             assert not await other.exists_valid(USER, "reset", issued.key)
             assert not (await stored_as(other, issued)).is_valid(bench.clock())
@@ -109,7 +114,7 @@ class RedeemCases(Suite):
         managers = await bench.two_managers(TokenPolicy.link("invite", max_uses=30, key_storage="derived"))
         issued = await managers[0].issue(USER, "invite")
         blocks = [Hanging(managers[n % 2], issued.key, "invite") for n in range(30)]
-        await at_once(block.entered.wait() for block in blocks)
+        await at_once(block.inside() for block in blocks)
         await refused(TokenBusy, redeem(managers[1], issued.key, "invite"))
         shown = await managers[1].get_active_or_create(USER, "invite")
         assert (shown, shown.key) == (issued, issued.key)
@@ -243,6 +248,31 @@ class RedeemCases(Suite):
                     assert error.reason == "inactive"
                 assert (await stored_as(managers[1], issued)).uses == 1
                 assert await managers[1].consume(USER, slug, new.key) == new
+
+    @case(2)
+    async def test_giving_back_revives_nothing(self, bench: Bench) -> None:
+        """A block that fails after its token was replaced or deactivated, inside or outside, or expired,
+        gives back a hold and no token."""
+        manager, other = await bench.two_managers()
+        ways: list[Any] = [
+            lambda: manager.issue(USER, "reset"),
+            lambda: other.issue(USER, "reset"),
+            lambda: manager.deactivate(USER),
+            lambda: other.deactivate(USER),
+        ]
+        for way in ways:
+            issued = await manager.issue(USER, "reset")
+
+            async def fail(way: Any = way, key: str = issued.key) -> None:
+                async with manager.redeem(USER, "reset", key):
+                    await way()
+                    raise _Failed
+
+            await refused(_Failed, fail())
+            error = await refused(InvalidToken, other.consume(USER, "reset", issued.key))
+            assert error.reason == "inactive"
+            stored = await stored_as(other, issued)
+            assert (stored.is_active, stored.uses) == (False, 0)
 
     @case(2)
     async def test_deactivating_inside_spares_the_block(self, bench: Bench) -> None:
