@@ -65,7 +65,8 @@ class Storm:
 
     def __init__(self, manager: TokenManager, url: str, seed: int) -> None:
         self._manager = manager
-        self._file = url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else None
+        path = url.removeprefix("sqlite:///").partition("?")[0]
+        self._file = path if url.startswith("sqlite:///") else None
         self._in_memory = url.startswith("memory:")
         self._dice = random.Random(seed)  # noqa: S311  # it guards nothing
         self._numbers = itertools.count()

@@ -34,19 +34,21 @@ class HoldsTheLock(SQLiteBackend):
     """Leaves a transaction behind when an update is cancelled."""
 
     _file = Path()
+    _begun: sqlite3.Connection | None = None
 
     @classmethod
     def from_url(cls, url: str, **options: object) -> Self:
         made = super().from_url(url, **options)
-        made._file = Path(url.removeprefix("sqlite:///"))
+        made._file = Path(url.removeprefix("sqlite:///").partition("?")[0])
         return made
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         try:
             return await super().update(match, change)
         except asyncio.CancelledError:
-            self._begun = sqlite3.connect(self._file, isolation_level=None, timeout=60)
-            self._begun.execute("BEGIN IMMEDIATE")
+            if self._begun is None:
+                self._begun = sqlite3.connect(self._file, isolation_level=None)
+                self._begun.execute("BEGIN IMMEDIATE")
             raise
 
 
