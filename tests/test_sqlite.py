@@ -139,7 +139,6 @@ async def test_the_durable_settings_are_really_set(path: Path, level: tuple[str,
     async with opened(backend):
         assert await ask(backend, "PRAGMA journal_mode") == [("wal",)]
         assert await ask(backend, "PRAGMA synchronous") == [(level[1],)]
-        assert await ask(backend, "PRAGMA busy_timeout") == [(30_000,)]
         assert await ask(backend, "PRAGMA trusted_schema") == [(0,)]
         assert await ask(backend, "PRAGMA secure_delete") == [(1,)]
 

@@ -20,7 +20,6 @@ from vtoken.backend import (
     InsertResult,
     Match,
     Outcome,
-    Presented,
     Spend,
     StoredToken,
     Use,
@@ -211,33 +210,27 @@ async def test_budgets_holds_and_purges_ride_along(path: Path) -> None:
         spend = Spend(budget=budget, limit=3, window=100, max_window=1000)
         await insert(backend, token(1))
         await insert(backend, token(2, "2", created_at=NOW - 5000))
-        *spendings, held, used, purged, counts = await asyncio.gather(
-            *(backend.spend((spend,), NOW) for _ in range(10)),
+        spendings, held, used, purged = await asyncio.gather(
+            asyncio.gather(*(backend.spend((spend,), NOW) for _ in range(10))),
             backend.present(present(1), Hold(hold_id="mine", until=NOW + 10), NOW),
             backend.present(present(1), Use(at=NOW), NOW),
             backend.purge(NOW, NOW, 10, NOW - 1),
-            backend.count(NOW),
         )
         assert [s.full for s in spendings] == [None] * 3 + [0] * 7
-        assert isinstance(held, Presented)
-        assert isinstance(used, Presented)
         assert {held.outcome, used.outcome} == {Outcome.RIGHT, Outcome.REFUSED}  # in either order
-        assert (purged.tokens, len(counts)) == (1, 1)
+        assert purged.tokens == 1
 
 
 async def test_a_neighbour_that_fails_harms_nobody(path: Path) -> None:
     async with opened(SQLiteBackend(path)) as backend:
         too_late = token(3, "3")._replace(expires_at=2**70)  # no integer for SQLite
-        answers = await asyncio.gather(
-            insert(backend, token(1), REPLACE),
-            insert(backend, too_late, REPLACE),
-            insert(backend, token(2, "2"), REPLACE),
-            insert(backend, token(4, "4"), REPLACE),
-            return_exceptions=True,
+        tokens = [token(1), too_late, token(2, "2"), token(4, "4")]
+        first, failed, *others = await asyncio.gather(
+            *(insert(backend, t, REPLACE) for t in tokens), return_exceptions=True
         )
-        assert answers[0] is INSERTED
-        assert isinstance(answers[1], BackendError)
-        assert answers[2:] == [INSERTED, INSERTED]
+        assert first is INSERTED
+        assert isinstance(failed, BackendError)
+        assert others == [INSERTED, INSERTED]
 
 
 def big(number: int) -> StoredToken:

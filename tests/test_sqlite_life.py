@@ -314,9 +314,8 @@ def test_a_loop_closed_in_mid_operation_does_not_stop_the_backend(path: Path) ->
 
     async def afterwards() -> None:
         async with asyncio.timeout(60):
-            # A write waits for those before it, which a look-up does not.
-            assert await insert(backend, token(2, "2")) is InsertResult.INSERTED
-            assert await backend.find(subject(), 9) == [token(1)]
+            assert await insert(backend, token(2), InsertMode.REPLACE) is InsertResult.INSERTED
+            assert await backend.find(subject(), 9) == [token(2)]
             await backend.close()
 
     asyncio.run(afterwards())

@@ -19,7 +19,7 @@ from vtoken import TokenManager
 from vtoken.backend import InsertResult, Match
 from vtoken_backends.sqlite import SQLiteBackend
 
-from .sqlite_tools import insert, make_store, opened, plain, python, token
+from .sqlite_tools import NOW, insert, make_store, opened, plain, python, token
 
 
 @pytest.fixture
@@ -79,7 +79,9 @@ def test_operations_of_another_loop_outlive_a_loop_that_was_closed(path: Path) -
         with a_loop_that_ends_in_mid_operation(backend, path):
             answer = threads.submit(asyncio.run, other())
             eventually(lambda: queued(backend) == 1)
-        assert answer.result(60) == [InsertResult.INSERTED, InsertResult.INSERTED, 3]
+        *inserted, count = answer.result(60)
+        assert inserted == [InsertResult.INSERTED, InsertResult.INSERTED]
+        assert count in (2, 3)  # the one that was cancelled may have got the lock at the last moment
     asyncio.run(backend.close())
 
 
@@ -99,16 +101,18 @@ def test_a_close_in_another_loop_outlives_a_loop_that_was_closed(path: Path) -> 
     assert set(threading.enumerate()) == before
 
 
-async def test_a_cancelled_wait_stays_cancelled(path: Path) -> None:
-    async with opened(SQLiteBackend(path)) as backend:
+async def test_a_cancelled_wait_for_a_lock_ends_at_once_and_nothing_has_happened(path: Path) -> None:
+    async with opened(SQLiteBackend(path, busy_timeout=600_000)) as backend:
         with plain(path) as database:
             database.execute("BEGIN IMMEDIATE")
             inserting = asyncio.ensure_future(insert(backend, token(1)))
             await asyncio.sleep(0)
             inserting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await inserting
+            async with asyncio.timeout(60):
+                with pytest.raises(asyncio.CancelledError):
+                    await inserting
             database.execute("ROLLBACK")
+        assert await backend.deactivate(Match(), NOW) == 0
 
 
 BLOCKED = """

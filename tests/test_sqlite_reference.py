@@ -73,7 +73,7 @@ class Player:
         if "overlap" in self.features:
             mode = choice([InsertMode.REPLACE, InsertMode.IF_NONE_VALID, InsertMode.ONCE])
         wanted = self.now + choice([0, 0, 50, 500])
-        taken = tuple(self.chance.sample(self.digests, choice([0, 0, 1, 2])))
+        taken: tuple[bytes, ...] = tuple(self.chance.sample(self.digests, choice([0, 0, 1, 2])))
         spends = self.spends()
         if "usual" in self.features:
             taken = () if self.features["usual"] else (digest(999),)
@@ -132,7 +132,7 @@ class Player:
 
     def key(self) -> Match:
         choice = self.chance.choice
-        digests = (choice(self.issued[-3:] or self.digests),)
+        digests: tuple[bytes, ...] = (choice(self.issued[-3:] or self.digests),)
         if self.has("many digests"):
             digests = () if self.chance.random() < 0.1 else (choice(self.digests), *digests)
         return Match(

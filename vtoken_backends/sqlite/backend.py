@@ -49,7 +49,7 @@ from vtoken.errors import (
 from vtoken.inputs import nearest
 from vtoken_backends.batching import Batcher, outlast
 from vtoken_backends.sqlite import operations
-from vtoken_backends.sqlite.batch import Answers, Batch, Operation, SharedOperation
+from vtoken_backends.sqlite.batch import Answers, Batch, Operation, Patience, SharedOperation
 from vtoken_backends.sqlite.connections import Connections, execute_on
 from vtoken_backends.sqlite.errors import as_backend_error
 from vtoken_backends.sqlite.file import Check, Options, Reads, Synchronous, check_schema
@@ -301,13 +301,16 @@ class SQLiteBackend:
         raise as_backend_error(Unreadable(), self._path)
 
     async def _flush_writes(self, batch: Sequence[Operation | SharedOperation]) -> list[Any]:
+        patience = Patience(self._options.busy_timeout)
+
         def write(database: sqlite3.Connection) -> Answers:
-            return Batch(database, batch).carry_out()
+            return Batch(database, batch, patience).carry_out()
 
         writing = self._opened().write(write)
         try:
             answers = await self._translated(asyncio.shield(writing))
-        except asyncio.CancelledError:  # of a caller that flushes its own
+        except asyncio.CancelledError:  # of a caller that flushes its own, or with the event loop
+            patience.end()
             await outlast(writing)
             raise
         return [

@@ -12,8 +12,11 @@ The operations of a batch are concurrent, so that any order of them will do.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
-from collections.abc import Callable, Hashable, Sequence
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from vtoken_backends.sqlite.steps import Rows, Steps, carry_out
@@ -51,18 +54,55 @@ class Answers(NamedTuple):
 
 
 _NOT_YET: Final = object()
+_OVER: Final = object()
 _HOPELESS: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR}
 """A lock that was waited for in vain, and a disk that fails: the next write would fail just the same."""
+
+
+class Patience:
+    """How long to wait for the lock of another process; it may end early.
+
+    SQLite's own waiting cannot be ended. Whoever is cancelled would have to wait with it, because nothing may
+    change once the cancellation was raised.
+
+    Args:
+        milliseconds: how long at most, for each statement that needs the lock.
+    """
+
+    def __init__(self, milliseconds: int) -> None:
+        self._seconds = milliseconds / 1000
+        self._is_over = threading.Event()
+
+    def end(self) -> None:
+        """Wait no longer. May be called in any thread."""
+        self._is_over.set()
+
+    def retries(self) -> Iterator[None]:
+        """Wait, for longer each time, and come back, as long as there is time."""
+        deadline = time.monotonic() + self._seconds
+        for delay in itertools.chain(_DELAYS, itertools.repeat(_DELAYS[-1])):
+            left = deadline - time.monotonic()
+            if left <= 0 or self._is_over.wait(min(delay, left)):
+                return
+            yield
+
+
+_DELAYS: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05)
+"""Seconds between attempts to get the lock of another process."""
 
 
 class Batch:
     """Operations on their way through SQLite."""
 
     def __init__(
-        self, connection: sqlite3.Connection, operations: Sequence[Operation | SharedOperation]
+        self,
+        connection: sqlite3.Connection,
+        operations: Sequence[Operation | SharedOperation],
+        patience: Patience,
     ) -> None:
         self._connection = connection
         self._operations = operations
+        self._patience = patience
         self._answers: list[Any] = [_NOT_YET] * len(operations)
 
     def carry_out(self) -> Answers:
@@ -128,8 +168,17 @@ class Batch:
             return
         for place, operation in enumerate(self._operations):
             if self._answers[place] is _NOT_YET:
-                alone = Batch(self._connection, [operation])
+                alone = Batch(self._connection, [operation], self._patience)
                 [self._answers[place]] = alone.carry_out().answers
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        return Rows(self._connection.execute(sql, values).fetchall())
+        if self._connection.in_transaction:
+            return Rows(self._connection.execute(sql, values).fetchall())
+        retries = self._patience.retries()
+        while True:
+            try:
+                return Rows(self._connection.execute(sql, values).fetchall())
+            except sqlite3.OperationalError as error:
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                if code != sqlite3.SQLITE_BUSY or next(retries, _OVER) is _OVER:
+                    raise

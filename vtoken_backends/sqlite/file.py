@@ -245,6 +245,7 @@ def _prepare(database: sqlite3.Connection, path: str, options: Options) -> None:
         _migrate(database)
         check_schema(database, path)
     _use_wal(database, path, options.busy_timeout)
+    database.execute("PRAGMA busy_timeout = 0")  # from now on, a batch waits for a lock itself
     for statement in (*ANSWERS, *schema.TRIGGERS):
         database.execute(statement)
 
