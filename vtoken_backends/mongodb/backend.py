@@ -90,10 +90,10 @@ class MongoDBBackend:
         self._reads = Reads(self._client, self._writes)
         self._budgets = Budgets(self._client)
         self._removals = Removals(self._client, self._writes)
-        self._inserts = Batcher(self._insert_batch, outlast=True)
-        self._uses = Batcher(self._use_batch, outlast=True)
-        self._looks = Batcher(self._look_batch)
-        self._finds = Batcher(self._reads.by_digest)
+        self._inserts = Batcher(self._insert_batch, in_flight=2, outlast=True)
+        self._uses = Batcher(self._use_batch, in_flight=2, outlast=True)
+        self._looks = Batcher(self._look_batch, in_flight=2)
+        self._finds = Batcher(self._reads.by_digest, in_flight=2)
 
     @classmethod
     @without_locals(ConfigurationError)
@@ -155,7 +155,7 @@ class MongoDBBackend:
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
         self._client.check_place()
-        op = Insert(token, mode, keep_until, wanted_until, also_taken)
+        op = Insert.of(token, mode, keep_until, wanted_until, also_taken)
         if not spends:
             return await self._inserts.submit(op)
         return await self._client.apart(self._insert_charged(op, spends))

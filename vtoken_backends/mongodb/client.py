@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import iscoroutinefunction
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import anyio
 import pymongo
@@ -51,6 +51,13 @@ _IN_FLIGHT: Final = 32
 NAMES: Final = [("names", 1)]
 """The unique index that every look-up goes by. It is given as a hint, so that the server refuses the command
 where somebody has dropped the index."""
+
+
+class Bulk(NamedTuple):
+    """Documents to be inserted, and steps of the command ``update``."""
+
+    inserts: list[Document]
+    updates: list[Document]
 
 
 class Client:
@@ -264,6 +271,29 @@ class Client:
 
         await self.run(attempt)
         return refused
+
+    async def bulk_write(self, bulk: Bulk) -> int:
+        """Insert and update tokens, in any order, and return how many documents were written. To be called
+        within :meth:`write_each`."""
+        # By bare commands, which take the drivers a third less time than their bulk write does.
+        count = 0
+        problems: Document = {"writeErrors": [], "writeConcernErrors": []}
+        concern = self._write_concern.document
+        for name, steps in (("insert", bulk.inserts), ("update", bulk.updates)):
+            if not steps:
+                continue
+            field = "documents" if name == "insert" else "updates"
+            command = {name: self.collection, field: steps, "ordered": False, "writeConcern": concern}
+            answer: Document = await self.db.command(command)
+            count += answer["n"] if name == "insert" else answer["nModified"]
+            before = 0 if name == "insert" else len(bulk.inserts)
+            for error in answer.get("writeErrors", ()):
+                problems["writeErrors"].append({**error, "index": before + error["index"]})
+            if "writeConcernError" in answer:
+                problems["writeConcernErrors"].append(answer["writeConcernError"])
+        if problems["writeErrors"] or problems["writeConcernErrors"]:
+            raise errors.BulkWriteError(problems)
+        return count
 
     async def find_all(
         self, query: Document, limit: int, fields: Document | None = None, **more: Any

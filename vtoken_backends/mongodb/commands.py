@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from bson import ObjectId
 from bson.int64 import Int64
 from pymongo import ReturnDocument
 
@@ -34,6 +33,7 @@ from vtoken_backends.mongodb.documents import (
     SHARED,
     Kept,
     names_of,
+    new_id,
     object_of,
     receipt_of,
     receipt_time,
@@ -45,6 +45,7 @@ from vtoken_backends.mongodb.failures import Duplicate
 from vtoken_backends.mongodb.lines import Insert, Present
 
 _ACTIVE: Final = State.ACTIVE.value
+_USES: Final = {"$ifNull": ["$token.uses", 0]}
 _OPTIONS: Final[Document] = {
     "projection": LIGHT,
     "return_document": ReturnDocument.AFTER,
@@ -90,6 +91,7 @@ def _usual_line(op: Insert) -> Document:
 def _issuing(op: Insert) -> list[Document]:
     token = op.token
     new: Document = {
+        "_id": {"$ifNull": ["$_id", new_id()]},
         "line": op.line,
         "object": object_of(token.content_type, token.object_id),
         **{name: {"$literal": value} for name, value in shared_of(token).items()},
@@ -124,7 +126,7 @@ def _issuing(op: Insert) -> list[Document]:
 
 
 def _claims() -> Document:
-    return {"$slice": [{"$concatArrays": [{"$ifNull": ["$claims", []]}, [ObjectId()]]}, -MOST_CLAIMS]}
+    return {"$slice": [{"$concatArrays": [{"$ifNull": ["$claims", []]}, [new_id()]]}, -MOST_CLAIMS]}
 
 
 def _exists(path: str) -> Document:
@@ -184,8 +186,9 @@ def _digests(match: Match) -> list[bytes]:
 def _usable(op: Present) -> Document:
     match, now = op.key, Int64(op.now)
     key: Document = {"digest": {"$in": _digests(match)}, "expires_at": {"$gte": now}}
-    if match.kind is not None:
-        key["kind"] = {"$eq": match.kind}
+    if match.kind is not None:  # what is left out of a document is a link
+        key |= {"$or": [{"kind": {"$exists": False}}, {"kind": "link"}]} if match.kind == "link" else {}
+        key |= {"kind": {"$eq": match.kind}} if match.kind != "link" else {}
     query: Document = {
         "names": {"$in": _digests(match)},
         "token.keys": {"$elemMatch": key},
@@ -198,7 +201,7 @@ def _usable(op: Present) -> Document:
             query[name] = {"$eq": value}
     if match.id is not None:
         query["token.id"] = {"$eq": match.id}
-    used_or_held = {"$add": ["$token.uses", {"$size": _running(op.now)}]}
+    used_or_held = {"$add": [_USES, {"$size": _running(op.now)}]}
     has_free_use = {"$or": [{"$eq": ["$token.max_uses", None]}, {"$lt": [used_or_held, "$token.max_uses"]}]}
     conditions: list[Document] = [has_free_use]
     if op.use_id:  # a key that was taken over may have been used with this id before
@@ -212,7 +215,7 @@ def _usable(op: Present) -> Document:
 def _running(now: int) -> Document:
     """The holds that count at a time."""
     runs = [{"$gt": ["$$this.until", Int64(now)]}, {"$lte": ["$$this.until", Int64(now + STALE_HOLD)]}]
-    return {"$filter": {"input": "$token.holds", "cond": {"$and": runs}}}
+    return {"$filter": {"input": {"$ifNull": ["$token.holds", []]}, "cond": {"$and": runs}}}
 
 
 def _using(op: Present, change: Use | Hold) -> list[Document]:
@@ -224,7 +227,7 @@ def _using(op: Present, change: Use | Hold) -> list[Document]:
             "origin": _origin(op),
         }
         return [{"$set": update | {"token.holds": {"$concatArrays": [_running(op.now), [hold]]}}}]
-    uses = {"$add": ["$token.uses", 1]}
+    uses = {"$add": [_USES, 1]}
     is_bounded = {"$ne": ["$token.max_uses", None]}
     is_last = {"$and": [is_bounded, {"$gte": [uses, "$token.max_uses"]}]}
     update |= {
@@ -245,7 +248,8 @@ def _origin(op: Present) -> Document:
     """The token that the presented key was issued with."""
     is_presented: list[Document] = [{"$in": ["$$this.digest", {"$literal": _digests(op.key)}]}]
     if op.key.kind is not None:
-        is_presented.append({"$eq": ["$$this.kind", {"$literal": op.key.kind}]})
+        kind = {"$ifNull": ["$$this.kind", "link"]}
+        is_presented.append({"$eq": [kind, {"$literal": op.key.kind}]})
     keys = {"$filter": {"input": "$token.keys", "cond": {"$and": is_presented}}}
     origins: Any = {"$map": {"input": keys, "in": "$$this.origin"}}
     return {"$arrayElemAt": [origins, 0]}

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from bson import ObjectId
-
 from vtoken.backend import (
     Change,
     Hold,
@@ -46,6 +44,7 @@ from vtoken_backends.mongodb.documents import (
     id_name,
     line_of,
     names_of,
+    new_id,
     shared_of,
 )
 
@@ -60,20 +59,31 @@ class Insert(NamedTuple):
     keep_until: int
     wanted_until: int
     also_taken: tuple[bytes, ...]
+    line: bytes
+    names: tuple[object, ...]
+    """Of the token."""
     given: tuple[StoredKey, ...] | None = None
     """What a predecessor beside the line has given to the new token; None where there was no such one."""
 
     def __repr__(self) -> str:
         return f"<Insert {self.token.id}>"
 
-    @property
-    def line(self) -> bytes:
-        token = self.token
-        return line_of(token.content_type, token.object_id, token.slug, token.context)
+    @classmethod
+    def of(
+        cls,
+        token: StoredToken,
+        mode: InsertMode,
+        keep_until: int,
+        wanted_until: int,
+        also_taken: tuple[bytes, ...],
+    ) -> Insert:
+        line = line_of(token.content_type, token.object_id, token.slug, token.context)
+        names = tuple(names_of([token]))
+        return cls(token, mode, keep_until, wanted_until, also_taken, line, names)
 
     def digests(self) -> list[bytes]:
         """All that count as taken."""
-        return [bytes(digest) for digest in (*(key.digest for key in self.token.keys), *self.also_taken)]
+        return [*(key.digest for key in self.token.keys), *self.also_taken]
 
 
 class Present(NamedTuple):
@@ -158,7 +168,9 @@ class Documents:
     """Documents that are to be inserted beside a line."""
     counted: set[bytes] = field(default_factory=set)
     """These lines."""
-    all: dict[ObjectId, Stored] = field(default_factory=dict)
+    all: dict[bytes, Stored] = field(default_factory=dict)
+    consulted: list[Stored] = field(default_factory=list)
+    """What the latest operation has looked at or made."""
 
     def __repr__(self) -> str:
         return f"<Documents {len(self.all)}>"
@@ -166,9 +178,17 @@ class Documents:
     def add(self, stored: Stored) -> None:
         """Add a document that was read or made."""
         self.all[stored.oid] = stored
+        self.consulted.append(stored)
         if stored.line is not None:
             self.lines[stored.line] = stored
-        self.index(stored)
+        self.index(stored, names_of([kept.token for kept in stored.tokens()]))
+
+    def line(self, line: bytes) -> Stored | None:
+        """The document of a line."""
+        stored = self.lines.get(line)
+        if stored is not None:
+            self.consulted.append(stored)
+        return stored
 
     def add_new(self, stored: Stored) -> Stored:
         """Add a document unless it is there, and return the one that is there."""
@@ -176,20 +196,26 @@ class Documents:
             self.add(stored)
         return self.all[stored.oid]
 
-    def index(self, stored: Stored) -> None:
-        """Let a document be found by what it holds now."""
-        for name in names_of(kept.token for kept in stored.tokens()):
+    def index(self, stored: Stored, names: Iterable[object]) -> None:
+        """Let a document be found by some names."""
+        for name in names:
             # A tombstone that is being spilled may stand in two documents: its own one counts.
-            if self.by_name.get(name) is None or not stored.spill:
+            if not stored.spill or name not in self.by_name:
                 self.by_name[name] = stored
 
     def holder(self, name: object) -> Holder | None:
         """The token that has a digest or an id."""
         stored = self.by_name.get(name)
-        for kept in stored.tokens() if stored is not None else ():
+        if stored is None:
+            return None
+        self.consulted.append(stored)
+        for kept in stored.tokens():
             token = kept.token
-            if any(key.digest == name for key in token.keys) or id_name(token.id) == name:
-                return Holder(stored, kept) if stored is not None else None
+            for key in token.keys:
+                if key.digest == name:
+                    return Holder(stored, kept)
+            if not isinstance(name, bytes) and id_name(token.id) == name:
+                return Holder(stored, kept)
         return None
 
     def holders(self, digests: Iterable[bytes]) -> list[Holder]:
@@ -212,7 +238,7 @@ class _Fitting(NamedTuple):
 
 def present(op: Present, documents: Documents) -> Presented | Unread | Spill:
     """Decide :meth:`TokenBackend.present`, and make the change where the key is right."""
-    digests = [bytes(digest) for digest in op.key.digests or ()]
+    digests = op.key.digests or ()
     found = _fitting(op, documents)
     if not documents.is_whole and op.use_id and any(f.key.origin != f.holder.kept.token.id for f in found):
         return UNREAD  # the uses of the token that the key came with have to be read, too
@@ -241,7 +267,7 @@ def replayed(op: Present, documents: Documents) -> Presented | None:
 def _fitting(op: Present, documents: Documents) -> list[_Fitting]:
     """The tokens that match, with the keys that were presented."""
     found: list[_Fitting] = []
-    for holder in documents.holders(bytes(digest) for digest in op.key.digests or ()):
+    for holder in documents.holders(op.key.digests or ()):
         key = key_of(holder.kept.token, op.key) if matches(holder.kept.token, op.key) else None
         if key is not None:
             found.append(_Fitting(holder, key))
@@ -292,7 +318,7 @@ def _used(kept: Kept, origin: str, change: Use | UseHeld) -> Kept:
 def update(op: Update, documents: Documents) -> StoredToken | Unread | Spill | None:
     """Decide :meth:`TokenBackend.update`, and make the change."""
     match, change = op
-    names = [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))
+    names = [id_name(match.id)] if match.id is not None else match.digests or ()
     for name in names:
         holder = documents.holder(name)
         if holder is None and not documents.is_whole:
@@ -321,14 +347,14 @@ def update(op: Update, documents: Documents) -> StoredToken | Unread | Spill | N
 
 def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
     """Decide :meth:`TokenBackend.insert`, and make the change where nothing is in the way."""
-    line = documents.lines.get(op.line)
+    line = documents.line(op.line)
     own = line.kept if line is not None else None
     if not documents.is_whole:
         is_crowded = line is not None and line.beside > 0 and op.mode is not InsertMode.ADD
         is_full = line is not None and len(line.pushed) >= MOST_FORMER
         if op.also_taken or is_crowded or is_full:
             return UNREAD
-        if documents.holders(op.digests()) or documents.holder(id_name(op.token.id)) is not None:
+        if any(documents.holder(name) is not None for name in op.names):
             return UNREAD
     elif line is not None and line.spill:
         return Spill(line)
@@ -371,6 +397,8 @@ def _end_beside(op: Insert, own: Kept | None, documents: Documents) -> Again | N
 
 
 def _without(token: StoredToken, keys: Collection[StoredKey]) -> StoredToken:
+    if not keys:
+        return token
     digests = {key.digest for key in keys}
     return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
 
@@ -450,7 +478,7 @@ def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted
         _push(line, Kept(token))  # a tombstone that is copied
     else:
         token = _replace_own(op, line)
-    documents.index(line)
+    documents.index(line, names_of([token]))
     _spill(line, token.created_at)
     return Inserted(InsertResult.INSERTED, token)
 
@@ -458,13 +486,16 @@ def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted
 def _replace_own(op: Insert, line: Stored) -> StoredToken:
     """Let the new token be the line's own one, and return it as it is stored."""
     own = line.kept
-    token = op.token._replace(keys=(*op.token.keys, *(op.given or ())))
+    token = op.token
+    if op.given:
+        token = token._replace(keys=(*token.keys, *op.given))
     if own is not None:
         old = own.token
         if old.is_active and op.mode is not InsertMode.ADD:
             given = overlapping_keys(old, token, op.keep_until) if op.given is None else ()
             old = replaced(_without(old, given), token.created_at)
-            token = token._replace(keys=(*token.keys, *given))
+            if given:
+                token = token._replace(keys=(*token.keys, *given))
         _push(line, own._replace(token=old))
     line.kept = Kept(token)
     return token
@@ -483,7 +514,7 @@ def _spill(line: Stored, now: int) -> None:
         return
     line.spill = [kept for kept in line.former if not running_holds(kept.token, now)]
     line.former = [kept for kept in line.former if running_holds(kept.token, now)]
-    line.spill_id = ObjectId() if line.spill else None
+    line.spill_id = new_id() if line.spill else None
 
 
 def is_last_use(op: Operation, answer: Answer) -> StoredToken | None:
@@ -500,10 +531,9 @@ def needed_names(op: Operation, *, is_whole: bool) -> Sequence[object]:
     """The names of the documents that it takes to decide an operation."""
     match op:
         case Insert():
-            others = [*op.digests(), id_name(op.token.id)] if is_whole or op.also_taken else []
-            return [op.line, *others]
+            return [op.line, *op.names, *op.also_taken] if is_whole or op.also_taken else [op.line]
         case Present():
-            return list(map(bytes, op.key.digests or ()))
+            return op.key.digests or ()
         case Update():
             match = op.match
-            return [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))
+            return [id_name(match.id)] if match.id is not None else match.digests or ()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from bson import ObjectId
 from bson.int64 import Int64
 
 from vtoken.backend import StoredToken, running_holds
@@ -30,7 +29,7 @@ class Removals:
     async def purge(self, before: int, now: int, limit: int) -> int:
         """Delete at most so many tokens that have ended, the longest ended first."""
         deleted = 0
-        passed: tuple[int, ObjectId] | None = None
+        passed: tuple[int, bytes] | None = None
         pause = Patience()
         while deleted < limit:
             found = await self._due(before, min(limit - deleted, _PAGE), passed)
@@ -48,7 +47,7 @@ class Removals:
                 await pause()
         return deleted
 
-    async def _due(self, before: int, limit: int, passed: tuple[int, ObjectId] | None) -> list[Stored]:
+    async def _due(self, before: int, limit: int, passed: tuple[int, bytes] | None) -> list[Stored]:
         """The documents whose tokens are the first to have ended."""
         query: Document = {"due": {"$lt": Int64(before)}}
         if passed is not None:
@@ -65,9 +64,9 @@ class Removals:
 
     async def _delete(self, found: Sequence[Stored], ids: set[str]) -> tuple[int, bool]:
         """Delete tokens of documents; how many, and whether others were quicker to change a document."""
-        alone: defaultdict[int | None, list[ObjectId]] = defaultdict(list)
+        alone: defaultdict[int | None, list[bytes]] = defaultdict(list)
         documents = Documents(is_whole=True)
-        counts: dict[ObjectId, int] = {}
+        counts: dict[bytes, int] = {}
         wanted = deleted = 0
         for stored in found:
             tokens = stored.tokens()
@@ -89,7 +88,7 @@ class Removals:
         await self._forget_lines(found)
         return deleted, deleted < wanted
 
-    async def _delete_alike(self, revision: int | None, oids: Sequence[ObjectId]) -> int:
+    async def _delete_alike(self, revision: int | None, oids: Sequence[bytes]) -> int:
         """Delete whole documents that have not been changed; how many."""
 
         async def delete() -> int:

@@ -181,7 +181,7 @@ def _counting(now: int) -> list[Document]:
         "total": {"$sum": 1},
         "active": number(is_active, {"$gte": ["$tokens.expires_at", now]}),
         "expired": number(is_active, {"$lt": ["$tokens.expires_at", now]}),
-        "used": number({"$not": [is_active]}, {"$gt": ["$tokens.uses", 0]}),
+        "used": number({"$not": [is_active]}, {"$gt": [{"$ifNull": ["$tokens.uses", 0]}, 0]}),
     }
     current = {"$cond": [{"$ne": [{"$type": "$token"}, "missing"]}, ["$token"], []]}
     others = [{"$ifNull": [f"${name}", []]} for name in ("former", "spill")]

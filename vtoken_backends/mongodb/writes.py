@@ -24,14 +24,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-import bson
-from bson import ObjectId
 from bson.int64 import Int64
-from pymongo import InsertOne, ReplaceOne, UpdateMany, UpdateOne
+from pymongo import UpdateOne
 
 from vtoken.backend import (
     Inserted,
@@ -48,7 +46,7 @@ from vtoken.backend import (
     matches,
 )
 from vtoken.errors import BackendError, OutcomeUnknown
-from vtoken_backends.mongodb.client import NAMES, Client, Document, after_a_write
+from vtoken_backends.mongodb.client import NAMES, Bulk, Client, Document, after_a_write
 from vtoken_backends.mongodb.documents import (
     LIGHT,
     MOST_CLAIMS,
@@ -59,6 +57,7 @@ from vtoken_backends.mongodb.documents import (
     condition,
     id_name,
     names_of,
+    new_id,
     object_of,
     stored_of,
     token_document,
@@ -94,10 +93,14 @@ Changing = Callable[[Kept], "tuple[Kept, bool] | None"]
 class Written(NamedTuple):
     """What became of the documents of a bulk write."""
 
-    lost: set[ObjectId]
+    lost: set[bytes]
     """Somebody else was quicker, or the unique index refused it."""
-    unknown: set[ObjectId]
-    refused: dict[ObjectId, BackendError]
+    unknown: set[bytes]
+    refused: dict[bytes, BackendError]
+
+    def is_clean(self) -> bool:
+        """Whether all were written."""
+        return not (self.lost or self.unknown or self.refused)
 
     def raise_problem(self) -> None:
         """Raise what became of a document, unless that is to be tried again."""
@@ -110,8 +113,8 @@ class Written(NamedTuple):
 class _Fate(NamedTuple):
     """What a bulk write has done."""
 
-    done: set[ObjectId]
-    unknown: set[ObjectId]
+    done: set[bytes]
+    unknown: set[bytes]
     refused: dict[int, BackendError]
     """The steps that the server has refused, by their places."""
 
@@ -175,28 +178,30 @@ class Writes:
     ) -> list[int]:
         """Decide some operations once, and return those that are to be decided again."""
         documents = await self._read([ops[number] for number in numbers], is_whole)
-        rests_on: dict[int, list[ObjectId]] = {}  # documents that were not written yet
+        rests_on: dict[int, list[bytes]] = {}  # documents that were not written yet
         again: list[int] = []
-        spilling: dict[ObjectId, Stored] = {}
+        spilling: dict[bytes, Stored] = {}
         given: dict[int, Again] = {}
         waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
         for number in numbers:
             op = ops[number]
-            before = {stored.oid: stored.edits for stored in _consulted(op, documents)}
-            about = [*needed_names(op, is_whole=True), *before] if waiting else []
-            answer = UNREAD if not waiting.isdisjoint(about) else _decide(op, documents)
+            documents.consulted.clear()
+            answer = UNREAD if _waits(op, waiting) else _decide(op, documents)
             if isinstance(answer, Unread | Again | Spill):
                 again.append(number)
-                waiting.update(needed_names(op, is_whole=True), before)
+                waiting.update(needed_names(op, is_whole=True), (s.oid for s in documents.consulted))
                 if isinstance(answer, Spill):
                     spilling[answer.stored.oid] = answer.stored
                 elif isinstance(answer, Again):
                     given[number] = answer
                 continue
             answers[number] = answer
-            changed = [s for s in _consulted(op, documents) if s.edits]
-            own = [s for s in changed if s.edits != before.get(s.oid, 0)]
-            rests_on[number] = [stored.oid for stored in own or changed]
+            changed = [stored for stored in documents.consulted if stored.edits]
+            if changed:
+                own = [stored for stored in changed if stored.edits != stored.seen]
+                for stored in own:
+                    stored.seen = stored.edits
+                rests_on[number] = [stored.oid for stored in own or changed]
         await self._count_beside(documents.added)
         written = await self.write(documents)
         if documents.added:
@@ -210,7 +215,7 @@ class Writes:
             if oid not in written.lost and oid not in written.unknown and oid not in written.refused:
                 with suppress(BackendError):  # whoever comes upon it next goes on with it
                     await self.spill(stored)
-        for number, oids in rests_on.items():
+        for number, oids in () if written.is_clean() else rests_on.items():
             if not written.lost.isdisjoint(oids):
                 again.append(number)
             elif not written.unknown.isdisjoint(oids):
@@ -255,7 +260,7 @@ class Writes:
             id_name(key.origin): None
             for op in ops
             if isinstance(op, Present) and op.use_id
-            for holder in documents.holders(map(bytes, op.key.digests or ()))
+            for holder in documents.holders(op.key.digests or ())
             for key in holder.kept.token.keys
             if documents.holder(id_name(key.origin)) is None
         }
@@ -296,25 +301,24 @@ class Writes:
         changed = [stored for stored in documents.all.values() if stored.edits]
         if not changed:
             return Written(set(), set(), {})
-        claim = ObjectId()
+        claim = new_id()
         steps, places = _steps(changed, claim)
         oids = {stored.oid for stored in changed}
         fate = await self._send(steps, changed, claim)
-        errors: dict[ObjectId, BackendError] = {}
+        errors: dict[bytes, BackendError] = {}
         for place, error in fate.refused.items():
             # Without whole documents, others may have been refused with it: they are all tried again.
             if documents.is_whole and not isinstance(error, Duplicate):
                 errors |= dict.fromkeys(places[place], error)
         return Written(oids - fate.done - fate.unknown - errors.keys(), fate.unknown, errors)
 
-    async def _send(self, steps: Sequence[Any], changed: Sequence[Stored], claim: ObjectId) -> _Fate:
+    async def _send(self, steps: Bulk, changed: Sequence[Stored], claim: bytes) -> _Fate:
         """Send a bulk write."""
         count = 0
 
         async def send() -> None:
             nonlocal count
-            result = await self._client.tokens.bulk_write(steps, ordered=False)
-            count = result.inserted_count + result.modified_count
+            count = await self._client.bulk_write(steps)
 
         with suppress(OutcomeUnknown):
             refused = await self._client.write_each(send)
@@ -331,19 +335,17 @@ class Writes:
         # The first try may be on its way still.
         return _Fate(done, {stored.oid for stored in changed} - done, {})
 
-    async def _claimed(
-        self, changed: Sequence[Stored], claim: ObjectId
-    ) -> tuple[set[ObjectId], set[ObjectId]]:
+    async def _claimed(self, changed: Sequence[Stored], claim: bytes) -> tuple[set[bytes], set[bytes]]:
         """Which documents a flush has written, and of which it cannot be told."""
 
-        async def find() -> dict[ObjectId, Document]:
+        async def find() -> dict[bytes, Document]:
             query: Document = {"_id": {"$in": [stored.oid for stored in changed]}}
             found = await self._client.find_all(query, len(changed), {"revision": 1, "claims": 1})
             return {one["_id"]: one for one in found}
 
         found = await after_a_write(self._client.run(find, writes=False))
-        done: set[ObjectId] = set()
-        not_told: set[ObjectId] = set()
+        done: set[bytes] = set()
+        not_told: set[bytes] = set()
         for stored in changed:
             one = found.get(stored.oid)
             if one is None:
@@ -380,7 +382,7 @@ class Writes:
         moved = Stored(shared=stored.shared, former=list(stored.spill), oid=oid)
 
         async def insert_moved() -> None:
-            document = whole(moved, ObjectId())
+            document = whole(moved, new_id())
             # A key that somebody has taken meanwhile stays with the token that has it now.
             query: Document = {"names": {"$in": document["names"]}}
             taken = await self._client.find_all(query, PAGE, {"names": 1})
@@ -390,7 +392,7 @@ class Writes:
 
         async def drop() -> None:
             fields = {"spill": "", "spilling": "", "spill_id": ""}
-            update: Document = {"$unset": fields, **_claiming(ObjectId())}
+            update: Document = {"$unset": fields, **_claiming(new_id())}
             await self._client.tokens.update_one({"_id": stored.oid, "spill_id": oid}, update)
 
         with suppress(Duplicate):  # somebody else has inserted it
@@ -402,7 +404,7 @@ class Writes:
     async def change_all(self, query: Document, changing: Changing) -> int:
         """Change every token in the documents of a query, page by page, and return how many counted."""
         count = 0
-        last: ObjectId | None = None
+        last: bytes | None = None
         while True:
             page = query if last is None else {"$and": [query, {"_id": {"$gt": last}}]}
             found = await self.whole(page, sort={"_id": 1})
@@ -417,8 +419,8 @@ class Writes:
         pause = Patience()
         while found:
             documents = Documents(is_whole=True)
-            again: set[ObjectId] = set()
-            counts: dict[ObjectId, int] = {}
+            again: set[bytes] = set()
+            counts: dict[bytes, int] = {}
             for stored in found:
                 if stored.spill and stored.spill_id is not None:
                     await self.spill(stored)
@@ -451,7 +453,7 @@ class Writes:
             return None if after == token else (kept._replace(token=after), counts)
 
         if match.id is not None or match.digests is not None:
-            names = [id_name(match.id)] if match.id is not None else list(map(bytes, match.digests or ()))
+            names = [id_name(match.id)] if match.id is not None else list(match.digests or ())
             return await self.change(await self.named(names, is_whole=True), end)
         return await self.change_all({"$and": [condition(match), _ENDABLE]}, end)
 
@@ -514,14 +516,9 @@ def _decide(op: Operation, documents: Documents) -> Answer | Unread | Again | Sp
             return update(op, documents)
 
 
-def _consulted(op: Operation, documents: Documents) -> Iterable[Stored]:
-    """The documents that an answer rests on."""
-    for name in needed_names(op, is_whole=True):
-        stored = documents.by_name.get(name)
-        if stored is None and isinstance(name, bytes):
-            stored = documents.lines.get(name)
-        if stored is not None:
-            yield stored
+def _waits(op: Operation, waiting: set[object]) -> bool:
+    """Whether an operation is about something that an earlier one is decided again about."""
+    return bool(waiting) and not waiting.isdisjoint(needed_names(op, is_whole=True))
 
 
 def _changed(stored: Stored, changing: Changing) -> int:
@@ -539,75 +536,88 @@ def _counting(stored: Stored) -> UpdateOne:
     """The step that counts one document beside its line."""
     line, shared = stored.beside_line, stored.shared
     made: Document = {
+        "_id": new_id(),
         "names": [line],
         "line": line,
         "object": object_of(shared["content_type"], shared["object_id"]),
         **shared,
         "due": Int64(NEVER_DUE),
     }
-    update = _claiming(ObjectId()) | {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
+    update = _claiming(new_id()) | {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
     return UpdateOne({"names": line}, update, upsert=True, hint=NAMES)
 
 
-def _claiming(claim: ObjectId) -> Document:
+def _claiming(claim: bytes) -> Document:
     """The part of an update that makes a new revision."""
     claims = {"$each": [claim], "$slice": -MOST_CLAIMS}
     return {"$inc": {"revision": 1}, "$push": {"claims": claims}}
 
 
-def _steps(changed: Sequence[Stored], claim: ObjectId) -> tuple[list[Any], list[list[ObjectId]]]:
+def _steps(changed: Sequence[Stored], claim: bytes) -> tuple[Bulk, list[list[bytes]]]:
     """The bulk write of changed documents, and which documents each of its steps is about."""
-    steps: list[Any] = []
-    places: list[list[ObjectId]] = []
-    alike: defaultdict[tuple[int | None, bytes], list[ObjectId]] = defaultdict(list)
+    steps = Bulk([], [])
+    inserted: list[list[bytes]] = []
+    updated: list[list[bytes]] = []
+    alike: defaultdict[tuple[int | None, object], list[Stored]] = defaultdict(list)
     for stored in changed:
         same: Document = {"_id": stored.oid, "revision": stored.revision}
         if stored.revision is None:
-            steps.append(InsertOne(whole(stored, claim)))
-        elif stored.former is not None:
-            steps.append(ReplaceOne(same, whole(stored, claim)))
-        elif stored.has_new_token():
-            steps.append(_replacing(stored, same, claim))
-        else:
-            alike[stored.revision, bson.encode(_difference(stored))].append(stored.oid)
+            steps.inserts.append(whole(stored, claim))
+            inserted.append([stored.oid])
             continue
-        places.append([stored.oid])
-    for (revision, difference), oids in alike.items():
-        change: Document = bson.decode(difference)
-        change |= _claiming(claim)
-        if len(oids) == 1:  # which drivers can repeat
-            steps.append(UpdateOne({"_id": oids[0], "revision": revision}, change))
+        if stored.former is not None:
+            steps.updates.append({"q": same, "u": whole(stored, claim)})
+        elif stored.has_new_token():
+            steps.updates.append(_replacing(stored, same, claim))
         else:
-            steps.append(UpdateMany({"_id": {"$in": oids}, "revision": revision}, change))
-        places.append(oids)
-    return steps, places
+            alike[stored.revision, stored.differences()].append(stored)
+            continue
+        updated.append([stored.oid])
+    for (revision, _), same_change in alike.items():
+        oids = [stored.oid for stored in same_change]
+        change = _difference(same_change[0]) | _claiming(claim)
+        query: Document = {"_id": {"$in": oids}, "revision": revision}
+        steps.updates.append({"q": query, "u": change, "multi": True})
+        updated.append(oids)
+    return steps, inserted + updated
 
 
-def _replacing(stored: Stored, same: Document, claim: ObjectId) -> UpdateOne:
+def _replacing(stored: Stored, same: Document, claim: bytes) -> Document:
     """The step that makes another token the current one of a line whose tombstones were not read."""
-    before = set(names_of([stored.before.token])) if stored.before is not None else set[object]()
+    before = names_of([stored.before.token]) if stored.before is not None else []
     tokens = [kept.token for kept in stored.tokens()]
     names = [name for name in dict.fromkeys(names_of(tokens)) if name not in before]
     room = MOST_FORMER - len(stored.pushed)
     query: Document = {**same, "names": {"$nin": names}, f"former.{room}": {"$exists": False}}
-    pushed: Document = {"names": {"$each": names}}
-    if stored.pushed:
-        pushed["former"] = {"$each": [token_document(kept) for kept in stored.pushed]}
     update = _claiming(claim)
-    update["$push"] |= pushed
-    update["$min"] = {"due": Int64(min(token.ends_at for token in tokens))}
+    update["$push"]["names"] = {"$each": names}
+    if stored.pushed:
+        update["$push"]["former"] = {"$each": [_tombstone(kept, stored) for kept in stored.pushed]}
+    update["$min"] = {"due": Int64(min([token.ends_at for token in tokens]))}
     if stored.kept is not None:
         update["$set"] = {"token": token_document(stored.kept)}
-    return UpdateOne(query, update)
+    return {"q": query, "u": update}
+
+
+def _tombstone(kept: Kept, stored: Stored) -> Document:
+    """The document of a token that was replaced; mostly it is as it was read, but for its end."""
+    before, found = stored.before, stored.found
+    if before is None or found is None or before.token.keys is not kept.token.keys:
+        return token_document(kept)
+    token = kept.token
+    return {**found, "state": token.state.value, "ends_at": token.ends_at}
 
 
 def _difference(stored: Stored) -> Document:
     """The update that makes the current token of a document what it has become."""
-    kept, before = stored.kept, stored.before
-    if kept is None or before is None:
+    if stored.kept is None:
         raise BackendError("MongoDB: a document without a token cannot be changed by its difference")
-    new, old = token_document(kept), token_document(before)
-    update: Document = {"$set": {f"token.{name}": new[name] for name in new if new[name] != old.get(name)}}
-    if kept.token.ends_at != before.token.ends_at:
-        update["$min"] = {"due": Int64(kept.token.ends_at)}
+    new = token_document(stored.kept)
+    update: Document = {"$set": {}, "$unset": {}}
+    for name, _ in stored.differences():
+        operator, value = ("$set", new[name]) if name in new else ("$unset", "")
+        update[operator][f"token.{name}"] = value
+    update = {operator: fields for operator, fields in update.items() if fields}
+    if "token.ends_at" in update.get("$set", ()):
+        update["$min"] = {"due": Int64(stored.kept.token.ends_at)}
     return update
