@@ -116,6 +116,23 @@ async def test_it_holds_whatever_the_roles_isolation_is(store: str, isolation: s
     await second.close()
 
 
+async def test_the_latest_uses_are_remembered_and_older_ones_forgotten(store: str) -> None:
+    backend = await opened(store)
+    token = a_token(max_uses=None)
+    match = Match(digests=(token.keys[0].digest,))
+    await backend.insert(token, InsertMode.REPLACE)
+    for start in range(0, 3500, 250):
+        uses = [Use(at=NOW + number, use_id=f"use {number}") for number in range(start, start + 250)]
+        await asyncio.gather(*(backend.present(match, use, NOW) for use in uses))
+    receipts = f"{store.rpartition('=')[2]}.vtoken_receipts"
+    [(kept,)] = await backend._fetch(Statement("SELECT count(*) FROM @".replace("@", receipts)))
+    assert 1000 <= kept <= 2000
+    for number in (2500, 3499):
+        again = await backend.present(match, Use(at=NOW + 9999, use_id=f"use {number}"), NOW)
+        assert (again.outcome, again.used_at) == (Outcome.REPLAYED, NOW + number)
+    await backend.close()
+
+
 # Settings -----------------------------------------------------------------------------------------
 
 

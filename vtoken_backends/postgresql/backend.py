@@ -10,17 +10,19 @@ transaction perhaps, the operations of the batch go on one by one, and only thos
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
 from functools import partial
 from typing import Any, Final, Self, TypeVar, cast
 
-from vtoken.backend import TokenBackend
+from vtoken.backend import Outcome, Presented, TokenBackend
 from vtoken.errors import BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken.inputs import nearest
 from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.postgresql import schema as _schema
-from vtoken_backends.postgresql.board import Operation
+from vtoken_backends.postgresql.board import Operation, Present
 from vtoken_backends.postgresql.connections import Connections
+from vtoken_backends.postgresql.rows import to_token
 from vtoken_backends.postgresql.statements import Statements
 from vtoken_backends.postgresql.store import BATCH_PATIENCE, PATIENCE, Blocked, Connection, Store
 from vtoken_backends.postgresql.transactions import Transaction
@@ -33,11 +35,11 @@ _IN_FLIGHT: Final = 2
 _OPTIONS: Final = ("pool_size", "schema")
 
 
-class _Alone:
-    """The answer to an operation that is to be carried out apart from its batch."""
+class _Later(Enum):
+    """The answer to an operation that is yet to be carried out."""
 
-
-_ALONE: Final = _Alone()
+    ALONE = "apart from its batch"
+    AGAIN = "in another batch"
 
 
 class PostgreSQLBackend(Store):
@@ -115,7 +117,9 @@ class PostgreSQLBackend(Store):
         """Carry out an operation that may write, together with others."""
         self._connections.check_place()
         answer = await self._writes.submit(operation)
-        if answer is _ALONE:
+        if answer is _Later.AGAIN:
+            answer = await self._writes.submit(operation)
+        if answer is _Later.ALONE:
             [answer] = await self._run(
                 partial(self.play, [operation], PATIENCE), writes=False, may_block=True
             )
@@ -125,19 +129,30 @@ class PostgreSQLBackend(Store):
         """Carry out an operation that only reads, together with others."""
         self._connections.check_place()
         answer = await self._reads.submit(operation)
-        if answer is _ALONE:
+        if answer is _Later.ALONE:
             [answer] = (await self._run(partial(self.look_at, [operation]), writes=False))[1]
         return answer
 
     async def _write(self, operations: Sequence[Operation]) -> Sequence[Any]:
+        plain = [one for one in operations if isinstance(one, Present) and one.is_plain]
         try:
+            if len(plain) == len(operations):
+                return await self._connections.run(partial(self._use, plain), writes=True)
             return await self._connections.run(partial(self.play, operations, BATCH_PATIENCE), writes=False)
         except Blocked:
-            return [_ALONE] * len(operations)
+            return [_Later.ALONE] * len(operations)
         except CorruptStore:
             if len(operations) == 1:
                 raise
-            return [_ALONE] * len(operations)  # so that the damage meets only those that it concerns
+            return [_Later.ALONE] * len(operations)  # so that the damage meets only those that it concerns
+
+    async def _use(self, operations: Sequence[Present], connection: Connection) -> Sequence[Any]:
+        answers: list[Presented | _Later] = [_Later.AGAIN] * len(operations)
+        for place, row in await connection.fetch(self._statements.use(operations, BATCH_PATIENCE)):
+            answers[place] = Presented(Outcome.RIGHT, to_token(row))
+        for operation in operations:
+            operation.is_plain = False  # if it comes again
+        return answers
 
     async def _read(self, operations: Sequence[Operation]) -> Sequence[Any]:
         try:
@@ -145,7 +160,7 @@ class PostgreSQLBackend(Store):
         except CorruptStore:
             if len(operations) == 1:
                 raise
-            return [_ALONE] * len(operations)
+            return [_Later.ALONE] * len(operations)
 
     async def _run(
         self,

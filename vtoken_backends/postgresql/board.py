@@ -345,13 +345,21 @@ def _without_keys(token: StoredToken, digests: tuple[bytes, ...]) -> StoredToken
 
 
 class Present:
-    __slots__ = ("change", "key", "now", "spends")
+    __slots__ = ("change", "is_plain", "key", "now", "spends")
 
     def __init__(self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...]) -> None:
         self.key: Final = key
         self.change: Final = change
         self.now: Final = now
         self.spends: Final = spends
+        self.is_plain = (
+            isinstance(change, Use)
+            and not spends
+            and not change.resets
+            and len(key.digests or ()) == 1
+            and key.id is None
+        )
+        """Whether it may be done without a board, if its token is one of most."""
 
     def ask(self, needs: Needs) -> None:
         digests = self.key.digests or ()

@@ -282,7 +282,8 @@ class Connections:
         """Prepare statements where the session is ours alone.
 
         A pooler, which hands sessions around, answers a client with a process id of its own. A plan that is
-        kept must not read a whole table because that was small when the plan was made.
+        kept must not read a whole table because that was small when the plan was made: so plans go by indexes
+        alone.
         """
         if not self._may_prepare:
             return
@@ -291,7 +292,9 @@ class Connections:
             self._may_prepare = False
             return
         await driver.execute(
-            b"SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false)"
+            b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false),"
+            b" set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),"
+            b" set_config('enable_mergejoin', 'off', false), set_config('jit', 'off', false)"
         )
         driver.prepare_threshold = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from vtoken.backend import Budget, BudgetState, State, StoredHold, StoredKey, StoredToken
@@ -45,6 +45,11 @@ def id_of(number: int) -> str:
 def binary(value: bytes) -> str:
     """Bytes as PostgreSQL reads and writes them as text."""
     return "\\x" + value.hex()
+
+
+def binary_array(values: Iterable[bytes]) -> str:
+    """The text of a ``bytea[]``: the driver takes ten times as long to write one from a list."""
+    return "{" + ",".join([f'"\\\\x{value.hex()}"' for value in values]) + "}"
 
 
 def from_binary(text: str) -> bytes:

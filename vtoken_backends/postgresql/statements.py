@@ -15,13 +15,14 @@ bounds its wait for locks. It does so by itself, because a connection pooler han
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
-from vtoken.backend import PRETENDED, REMEMBERED_USES, STALE_HOLD, Budget, Match, StoredToken
-from vtoken_backends.postgresql.board import Board, Needs
+from vtoken.backend import PRETENDED, REMEMBERED_USES, STALE_HOLD, Budget, Match, State, StoredToken, Use
+from vtoken_backends.postgresql.board import Board, Needs, Present
 from vtoken_backends.postgresql.rows import (
     Row,
     binary,
+    binary_array,
     budget_row,
     first_number_not_below,
     number_of,
@@ -53,19 +54,23 @@ class Statement(NamedTuple):
 
 # Reading. `origin` is loaded beside `token`, because a use may have been counted by the token that the key
 # came from.
-_BY_DIGEST: Final = "SELECT unnest(ARRAY[token, origin]) FROM @keys WHERE digest = ANY (${n}::bytea[])"
+_BY_DIGEST: Final = "SELECT unnest(ARRAY[token, origin]) FROM @keys WHERE digest = ANY (${n}::text::bytea[])"
 _BY_ID: Final = "SELECT unnest(${n}::bigint[])"
+# Lateral, with an `OFFSET` that keeps it so: each line is looked for in the index of active tokens. A plan
+# that was made while that index was small would otherwise read the whole of it.
 _BY_LINE: Final = """
     SELECT o.id
     FROM (
-        SELECT *
-        FROM json_to_recordset(${n}::text::json)
+        SELECT * FROM json_to_recordset(${n}::text::json)
             AS n(content_type text, object_id text, slug text, context bytea)
         LIMIT {count}
     ) AS n
-    JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
-        AND o.context = n.context
-    WHERE o.state = 0
+    CROSS JOIN LATERAL (
+        SELECT t.id FROM @tokens AS t
+        WHERE t.content_type = n.content_type AND t.object_id = n.object_id AND t.slug = n.slug
+            AND t.context = n.context AND t.state = 0
+        OFFSET 0
+    ) AS o
 """
 _BY_PURPOSE: Final = """
     SELECT o.id
@@ -74,8 +79,12 @@ _BY_PURPOSE: Final = """
             AS n(content_type text, object_id text, slug text)
         LIMIT {count}
     ) AS n
-    JOIN @tokens AS o ON o.content_type = n.content_type AND o.object_id = n.object_id AND o.slug = n.slug
-    WHERE o.state = 0
+    CROSS JOIN LATERAL (
+        SELECT t.id FROM @tokens AS t
+        WHERE t.content_type = n.content_type AND t.object_id = n.object_id AND t.slug = n.slug
+            AND t.state = 0
+        OFFSET 0
+    ) AS o
 """
 _TOKENS: Final = """
 SELECT 'token', t.xmin::text, row_to_json(t)::text FROM @tokens AS t WHERE t.id = ANY (ARRAY({sources}))
@@ -211,13 +220,60 @@ changed AS (
 {_ALL_OR_NOTHING}
 """
 _FORGET_RECEIPTS: Final = f"""
-WITH {_TUNED}
-DELETE FROM @receipts AS r
-USING tuned, json_to_recordset($1::text::json) AS n(token bigint)
-WHERE r.token = n.token AND r.at < (
-    SELECT latest.at FROM @receipts AS latest WHERE latest.token = n.token
-    ORDER BY latest.at DESC OFFSET {REMEMBERED_USES - 1} LIMIT 1
+WITH {_TUNED},
+oldest AS MATERIALIZED (
+    SELECT n.token, (
+        SELECT latest.at FROM @receipts AS latest WHERE latest.token = n.token
+        ORDER BY latest.at DESC OFFSET {REMEMBERED_USES - 1} LIMIT 1
+    ) AS at
+    FROM (SELECT * FROM json_to_recordset($1::text::json) AS n(token bigint) LIMIT $3::bigint) AS n
 )
+DELETE FROM @receipts AS r USING tuned, oldest WHERE r.token = oldest.token AND r.at < oldest.at
+"""
+
+# A use in one round trip, of the tokens that most are: not held, bound to no context, presented by a key of
+# their own, and with no receipt of the same use. It changes nothing where one of this does not hold, and the
+# use is then played on a board. The row itself is looked at again once it is locked, so that of several uses
+# of one token, here or elsewhere, each finds what the others left. `state + 0` keeps PostgreSQL from reading
+# the whole index of active tokens while it has no statistics.
+_USE: Final = f"""
+WITH {_TUNED},
+usable AS MATERIALIZED (
+    SELECT t.id, n.place, n.at, n.use_id
+    FROM tuned CROSS JOIN (
+        SELECT * FROM json_to_recordset($1::text::json)
+            AS n(place integer, digest bytea, kind text, content_type text, object_id text, slug text,
+                context bytea, now bigint, at bigint, use_id text)
+        LIMIT $3::bigint
+    ) AS n
+    JOIN @keys AS k ON k.digest = n.digest AND k.origin = k.token
+    JOIN @tokens AS t ON t.id = k.token
+    WHERE t.state + 0 = 0 AND t.holds = '[]' AND t.expires_at >= n.now AND t.context = ''
+        AND (t.max_uses IS NULL OR t.uses < t.max_uses) AND (t.uses = 0 OR n.use_id = '')
+        AND (n.content_type IS NULL OR t.content_type = n.content_type)
+        AND (n.object_id IS NULL OR t.object_id = n.object_id)
+        AND (n.slug IS NULL OR t.slug = n.slug)
+        AND (n.context IS NULL OR t.context = n.context)
+        AND EXISTS (
+            SELECT FROM jsonb_array_elements(t.keys) AS key
+            WHERE key ->> 'digest' = encode(n.digest, 'hex') AND (key ->> 'expires_at')::bigint >= n.now
+                AND (n.kind IS NULL OR key ->> 'kind' = n.kind)
+        )
+    ORDER BY t.id FOR UPDATE OF t
+),
+used AS (
+    UPDATE @tokens AS t
+    SET uses = t.uses + 1, used_at = usable.at,
+        state = CASE WHEN t.uses + 1 >= t.max_uses THEN {State.USED.value} ELSE t.state END,
+        ends_at = CASE WHEN t.uses + 1 >= t.max_uses THEN LEAST(t.ends_at, usable.at - 1) ELSE t.ends_at END
+    FROM usable WHERE t.id = usable.id
+    RETURNING usable.place, usable.use_id, usable.at, t.id, row_to_json(t)::text AS new
+),
+receipts AS (
+    INSERT INTO @receipts (token, origin, use_id, at) SELECT id, id, use_id, at FROM used WHERE use_id <> ''
+    ON CONFLICT DO NOTHING
+)
+SELECT place, new FROM used
 """
 
 # Removing. Returns how many tokens were found, and how many of them were still to be removed once they were
@@ -270,7 +326,7 @@ _RESET: Final = f"""
 WITH {_TUNED},
 due AS MATERIALIZED (
     SELECT b.object, b.name FROM tuned, @budgets AS b
-    WHERE b.object = $1::bytea AND ($3::bytea[] IS NULL OR b.name = ANY ($3::bytea[]))
+    WHERE b.object = $1::bytea AND ($3::text::bytea[] IS NULL OR b.name = ANY ($3::text::bytea[]))
     ORDER BY b.object, b.name FOR UPDATE OF b
 ),
 removed AS (
@@ -332,7 +388,7 @@ class Statements:
         sources: list[str] = []
         parts: list[str] = []
         if needs.digests:
-            sources.append(with_parameter(_BY_DIGEST, list(needs.digests)))
+            sources.append(with_parameter(_BY_DIGEST, binary_array(needs.digests)))
         if needs.ids:
             numbers = [number for token_id in needs.ids if (number := number_of(token_id)) is not None]
             sources.append(with_parameter(_BY_ID, numbers))
@@ -461,8 +517,18 @@ class Statements:
             statements.append(Statement(self._text(_INSERT_RECEIPTS), [to_json(receipts), wait]))
         if board.full_of_receipts:
             rows = [{"token": number_of(token_id)} for token_id in board.full_of_receipts]
-            statements.append(Statement(self._text(_FORGET_RECEIPTS), [to_json(rows), wait]))
+            statements.append(Statement(self._text(_FORGET_RECEIPTS), [to_json(rows), wait, len(rows)]))
         return statements
+
+    def use(self, operations: Sequence[Present], patience: int) -> Statement:
+        """Returns (place among the operations, JSON text of the token) of those that were carried out.
+
+        Args:
+            operations: for which :attr:`Present.is_plain` holds.
+            patience: how many milliseconds to wait for a lock.
+        """
+        rows = [_use_row(place, operation) for place, operation in enumerate(operations)]
+        return Statement(self._text(_USE), [to_json(rows), str(patience), len(rows)])
 
     def purge(self, limit: int, patience: int, now: int, before: int) -> Statement:
         """Returns (how many were found, how many of them were removed)."""
@@ -478,11 +544,28 @@ class Statements:
 
     def reset(self, budgets_of: bytes, patience: int, names: tuple[bytes, ...] | None) -> Statement:
         """Returns how many budgets were forgotten."""
-        chosen = None if names is None else list(names)
+        chosen = None if names is None else binary_array(names)
         return Statement(self._text(_RESET), [budgets_of, str(patience), chosen])
 
     def note(self, name: str, patience: int, text: str, replace: bool) -> Statement:
         return Statement(self._text(_NOTE), [name, str(patience), text, replace])
+
+
+def _use_row(place: int, operation: Present) -> Row:
+    match, change = operation.key, cast("Use", operation.change)
+    [digest] = match.digests or ()
+    return {
+        "place": place,
+        "digest": binary(digest),
+        "kind": match.kind,
+        "content_type": match.content_type,
+        "object_id": match.object_id,
+        "slug": match.slug,
+        "context": None if match.context is None else binary(match.context),
+        "now": operation.now,
+        "at": change.at,
+        "use_id": change.use_id,
+    }
 
 
 def _where(match: Match) -> tuple[str, list[object]]:
@@ -497,8 +580,8 @@ def _where(match: Match) -> tuple[str, list[object]]:
     if match.id is not None:
         add("t.id = ${n}::bigint", number_of(match.id))  # NULL equals nothing
     if match.digests is not None:
-        by_key = "SELECT token FROM @keys WHERE digest = ANY (${n}::bytea[])"
-        add(f"t.id = ANY (ARRAY({by_key}))", list(match.digests))
+        by_key = "SELECT token FROM @keys WHERE digest = ANY (${n}::text::bytea[])"
+        add(f"t.id = ANY (ARRAY({by_key}))", binary_array(match.digests))
     if match.content_type is not None:
         add("t.content_type = ${n}::text", match.content_type)
     if match.object_id is not None:
