@@ -73,20 +73,20 @@ async def test_a_store_that_keeps_to_its_notes_passes(tmp_path: Path) -> None:
     assert await violations(_checked(tmp_path / "tokens.db"), steps) == []
 
 
-REVIVE = "UPDATE tokens SET is_active = 1, uses = 0, use_ids = '[]', ends_at = expires_at"
+REVIVE = "UPDATE vtoken_tokens SET state = 0, uses = 0, ends_at = expires_at"
 
 
 @pytest.mark.parametrize(
     ("sql", "expected"),
     [
-        ("DELETE FROM tokens WHERE id = ?5", "lost: the token of step 6"),
+        ("DELETE FROM vtoken_tokens WHERE id = ?5", "lost: the token of step 6"),
         (REVIVE + " WHERE id = ?0", "undone: use of step 3"),
         (REVIVE + " WHERE id = ?0", "two active: 2 of 1"),
         (REVIVE + " WHERE id = ?3", "undone: deactivate of step 5"),
-        ("UPDATE tokens SET is_active = 0 WHERE id = ?5", "ended by nobody: the token of step 6"),
-        ("UPDATE tokens SET extra_data = '{}' WHERE id = ?5", "undone: data of the token of step 6"),
-        ("UPDATE tokens SET max_uses = 2 WHERE id = ?5", "used twice: the token of step 6"),
-        ("UPDATE tokens SET digest = x'00' WHERE id = ?5", "broken: CorruptStore"),
+        ("UPDATE vtoken_tokens SET state = 2 WHERE id = ?5", "ended by nobody: the token of step 6"),
+        ("UPDATE vtoken_tokens SET extra_data = '{}' WHERE id = ?5", "undone: data of the token of step 6"),
+        ("UPDATE vtoken_tokens SET max_uses = 2 WHERE id = ?5", "used twice: the token of step 6"),
+        ("UPDATE vtoken_tokens SET digests = x'00' WHERE id = ?5", "broken: CorruptStore"),
     ],
 )
 async def test_a_planted_violation_is_found(tmp_path: Path, sql: str, expected: str) -> None:
@@ -95,7 +95,7 @@ async def test_a_planted_violation_is_found(tmp_path: Path, sql: str, expected: 
     sql, _, number = sql.partition("?")
     place = 1 if number == "0" else int(number)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute(f"{sql}?", (steps[place].token,))
+        database.execute(f"{sql}?", (int(steps[place].token, 16),))
     assert any(found.startswith(expected) for found in await violations(_checked(path), steps))
 
 

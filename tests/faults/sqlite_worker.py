@@ -12,8 +12,8 @@ import os
 from tests.sqlite_tools import ask
 from vtoken import TokenManager
 from vtoken.errors import BackendUnavailable
-from vtoken_backends._sqlite_file import Synchronous
 from vtoken_backends.sqlite import SQLiteBackend
+from vtoken_backends.sqlite.file import Synchronous
 
 from .actors import Actor, Notebook, Side, line
 from .notes import fixed_clock
