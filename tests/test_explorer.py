@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vtoken import redeeming
-from vtoken.backend import Hold, InsertMode, Outcome, Presented, Spend, TokenBackend, Use
+from vtoken.backend import Hold, InsertMode, Match, Outcome, Presented, Release, Spend, TokenBackend, Use
 from vtoken.issuing import Issued, Issuer, IssueRequest
 from vtoken.redeeming import PresentedKey, Redeemer
 from vtoken.testing.model import explorer
@@ -112,11 +112,11 @@ def test_a_hold_that_is_not_looked_at_again_is_found(monkeypatch: pytest.MonkeyP
     async def trusting(self: redeeming.Redemption) -> None:
         assert self.stored is not None
         with self.redeemer.opening.calls() as store:
-            found = await store.find(explorer.Match(id=self.stored.id), 1)
+            found = await store.find(Match(id=self.stored.id), 1)
             if found and found[0].holds:
                 digests = (found[0].keys[0].digest,)
-                await store.update(explorer.Match(id=self.stored.id), redeeming.Release(self.hold_id))
-                await store.present(explorer.Match(digests=digests), Use(at=self.redeemer.now()), 0)
+                await store.update(Match(id=self.stored.id), Release(self.hold_id))
+                await store.present(Match(digests=digests), Use(at=self.redeemer.now()), 0)
 
     scene = SCENES["a link"]
     meeting = BY_NAME["redeem"], BY_NAME["consume"]

@@ -52,7 +52,22 @@ SOUND = {
         "6-7 consume a ok as:n",
     ],
     "redeemed": ["1-2 issue ok a", "3-6 redeem a ok", "4-5 verify a leased", "7-8 consume a used"],
-    "replaced while leased": ["1-2 issue ok a", "3-6 redeem a lost", "4-5 ensure ok b", "9-9 final b"],
+    "replaced while held": [
+        "1-2 issue ok a",
+        "3-8 redeem a ok",
+        "4-5 issue ok b",
+        "6-7 consume a inactive",
+        "9-9 consume a used",
+        "10-10 final b",
+    ],
+    "found while held": ["1-2 issue ok a", "3-6 redeem a ok", "4-5 ensure ok a"],
+    "revoked while held": ["1-2 issue ok a", "3-6 redeem a lost", "4-5 deactivate 1", "9-9 final"],
+    "revoked after it was replaced": [
+        "1-2 issue ok a",
+        "3-8 redeem a lost",
+        "4-5 issue ok b",
+        "6-7 deactivate 1",
+    ],
     "ended": ["1-2 issue ok a", "3-4 deactivate 1", "5-6 deactivate 0", "7-8 verify a inactive"],
 }
 VIOLATED = {
@@ -71,10 +86,17 @@ VIOLATED = {
     "an acknowledged use is lost": ["1-2 issue ok a", "3-4 consume a ok", "9-9 final a"],
     "read forwards, then back": ["1- issue", "2-3 ensure ok x", "4-5 issue ok b", "6-7 ensure ok x"],
     "two at once got different ones": ["1-4 ensure ok a", "2-3 ensure ok b", "9-9 final b"],
+    "lost without a reason": ["1-2 issue ok a", "3-6 redeem a lost"],
+    "used after its revocation": [
+        "1-2 issue ok a",
+        "3-6 redeem a ok",
+        "4-5 deactivate 1",
+        "9-9 verify a used",
+    ],
     "redeemed and used": ["1-2 issue ok a", "3-6 redeem a ok", "4-5 consume a ok"],
     "counted twice": ["1-2 issue ok a", "3-5 deactivate 1", "4-6 deactivate 1"],
     "found before it was issued": ["1-2 ensure ok a", "3-4 issue ok a"],
-    "capped without a cap": ["1-2 guess capped"],
+    "capped without a cap": ["1-2 wrong capped"],
 }
 
 
@@ -94,31 +116,34 @@ def test_a_reader_between_two_steps_sees_none_where_that_is_promised() -> None:
     assert not is_sound(seen, None)
 
 
-GUESSES = ["1-2 guess unknown", "3-4 guess unknown"]
-GUESSES_LATER = ["4-5 guess unknown", "6-7 guess unknown", "8-9 guess unknown"]
+WRONG = ["1-2 wrong unknown", "3-4 wrong unknown"]
+WRONG_LATER = ["4-5 wrong unknown", "6-7 wrong unknown", "8-9 wrong unknown"]
 
 
 @pytest.mark.parametrize(
     ("lines", "is_right"),
     [
-        ([*GUESSES, "5-6 guess capped"], True),
-        ([*GUESSES, "5-6 guess unknown"], False),
-        (["1-2 guess unknown", "3-4 guess capped"], False),
-        (["1-2 guess unknown", "3- guess", "4-5 guess capped"], True),
-        (["1-2 guess unknown", "3- guess", "4-5 guess unknown", "6-7 guess capped"], True),
-        (["1-2 guess unknown", "3-9 verify a inactive", "4-5 guess capped"], True),
-        (["0-0 issue ok a", "1-2 guess unknown", "3-4 verify a ok", "5-6 guess unknown"], True),
-        (["0-0 issue ok a", "1-2 guess unknown", "3-4 consume a ok", "5-6 guess capped"], False),
-        (["0-0 issue ok a", *GUESSES, "5-6 consume a capped", "7-8 guess capped"], True),
-        (["0-0 issue ok a", *GUESSES, "5-6 consume a ok"], False),
-        # Charged before a reset and given back after it, where it makes room for one guess more.
+        ([*WRONG, "5-6 wrong capped"], True),
+        ([*WRONG, "5-6 wrong unknown"], False),
+        (["1-2 wrong unknown", "3-4 wrong capped"], False),
+        (["1-2 wrong unknown", "3- wrong", "4-5 wrong capped"], True),
+        (["1-2 wrong unknown", "3- wrong", "4-5 wrong unknown", "6-7 wrong capped"], True),
+        (["1-2 wrong unknown", "3-9 verify a inactive", "4-5 wrong capped"], True),
+        (["0-0 issue ok a", "1-2 wrong unknown", "3-4 verify a ok", "5-6 wrong unknown"], True),
+        (["0-0 issue ok a", "1-2 wrong unknown", "3-4 consume a ok", "5-6 wrong capped"], False),
+        (["0-0 issue ok a", *WRONG, "5-6 consume a capped", "7-8 wrong capped"], True),
+        (["0-0 issue ok a", *WRONG, "5-6 consume a ok"], False),
+        # A use that is asked for again is neither limited nor charged.
+        (["0-0 issue ok a", "1-2 consume a ok as:n", *WRONG_LATER[:2], "9-9 consume a ok as:n"], True),
+        (["0-0 issue ok a", "1-2 consume a ok as:n", *WRONG_LATER[:2], "9-9 wrong capped"], True),
+        # Charged before a reset and given back after it, where it makes room for one wrong more.
         (
-            ["0-0 issue ok a", "1-9 consume a used", "2-3 consume a ok", *GUESSES_LATER],
+            ["0-0 issue ok a", "1-9 consume a used", "2-3 consume a ok", *WRONG_LATER],
             True,
         ),
     ],
 )
-def test_guesses_are_counted(lines: list[str], is_right: bool) -> None:
+def test_wrong_keys_are_counted(lines: list[str], is_right: bool) -> None:
     assert is_sound(history(*lines), 2) is is_right
 
 
@@ -160,6 +185,6 @@ def test_a_planted_bug_is_found(tmp_path: Path, planted: str) -> None:
         directory = tmp_path / str(number)
         directory.mkdir()
         url = f"sqlite:///{directory}/tokens.db"
-        if Round(f"tests.faults.planted:{planted}", url, directory).play(600, kills=0).violations:
+        if Round(f"tests.faults.histories_planted:{planted}", url, directory).play(600, kills=0).violations:
             return
     raise AssertionError("10 rounds have found nothing")

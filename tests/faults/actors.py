@@ -108,7 +108,7 @@ class Actor:
 
     async def _issued(self, name: str) -> VerificationToken | None:
         def act(number: int) -> Awaitable[VerificationToken]:
-            return self._manager.deactivate_and_create(Subject(TYPE, name), SLUG, extra_data={"n": number})
+            return self._manager.issue(Subject(TYPE, name), SLUG, extra_data={"n": number})
 
         token = await self._notebook.step("issue", name, act)
         return token if isinstance(token, VerificationToken) else None

@@ -1,4 +1,4 @@
-"""One of the processes that issue, check, consume and guess on one store, until they are killed.
+"""One of the processes that issue, check, consume and present wrong keys on one store, until they are killed.
 
 Usage: ``python -m tests.faults.history_worker BACKEND URL DIRECTORY NAME SEED``. It ends by itself when
 there is a file ``stop`` in the directory.
@@ -40,8 +40,9 @@ POLICIES: Final = [
     TokenPolicy.link(PLAIN, key_storage="derived"),
     TokenPolicy.code(CAPPED, max_attempts=CAP),
 ]
-ON_PLAIN: Final = [*["consume"] * 4, *["ensure", "verify", "redeem"] * 2, "issue", "deactivate", "guess"]
-ON_CAPPED: Final = ["issue", "verify", "consume", "consume", "guess"]
+ON_PLAIN: Final = [*["consume"] * 4, *["ensure", "verify", "redeem"] * 2, "issue", "deactivate", "wrong"]
+ON_CAPPED: Final = ["issue", "verify", "consume", "consume", "wrong"]
+WRONG: Final = {PLAIN: "a wrong link", CAPPED: "000000"}  # which is right once in a million
 
 
 class Known(NamedTuple):
@@ -104,7 +105,11 @@ class Worker:
             do = self._dice.choice(ON_PLAIN if purpose(subject) == PLAIN else ON_CAPPED)
             if not tokens and do in ("verify", "consume", "redeem"):
                 do = "issue" if purpose(subject) == CAPPED else "ensure"
-            token = self._dice.choice(tokens) if do in ("verify", "consume", "redeem") else Known("", "wrong")
+            token = (
+                self._dice.choice(tokens)
+                if do in ("verify", "consume", "redeem")
+                else Known("", WRONG[purpose(subject)])
+            )
             await self._perform(client, do, subject, token)
 
     async def _perform(self, client: int, do: str, subject: str, token: Known) -> None:
@@ -135,7 +140,7 @@ class Worker:
     async def _do(self, do: str, obj: Subject, slug: str, token: Known, name: str) -> dict[str, Any]:
         manager = self._manager
         if do in ("issue", "ensure"):
-            create = manager.deactivate_and_create if do == "issue" else manager.get_active_or_create
+            create = manager.issue if do == "issue" else manager.get_active_or_create
             made = await create(obj, slug)
             return {"result": ["ok", made.id], "key": made.key}
         if do == "deactivate":
@@ -145,7 +150,7 @@ class Worker:
         elif do == "redeem":
             async with manager.redeem(obj, slug, token.key, lease=timedelta(hours=1)):
                 await asyncio.sleep(0)
-        else:  # verify, guess
+        else:  # verify, wrong
             await manager.verify(obj, slug, token.key)
         return {"result": ["ok"]}
 
@@ -167,5 +172,6 @@ async def main(backend: str, url: str, directory: str, name: str, seed: str) -> 
 
 
 if __name__ == "__main__":
-    logging.getLogger("vtoken.sqlite").setLevel(logging.ERROR)  # of its version warns whoever started us
+    logging.getLogger("vtoken").setLevel(logging.ERROR)  # whoever started us was warned
+    logging.getLogger("vtoken_backends").setLevel(logging.ERROR)
     asyncio.run(main(*sys.argv[1:]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tests.faults.linear import NEVER_RETURNED, Operation, is_linearizable
 
@@ -15,23 +15,30 @@ from tests.faults.linear import NEVER_RETURNED, Operation, is_linearizable
 class Tokens(NamedTuple):
     active: str = ""
     """The id of the active token, ``""`` for none; ``"?..."`` one whose issue was never acknowledged."""
-    lease: str = ""
-    """The operation that holds it."""
+    holds: frozenset[tuple[str, str]] = frozenset()
+    """Token and the operation that holds it."""
     used: frozenset[tuple[str, str]] = frozenset()
     """Token and the name of its use."""
     gone: frozenset[str] = frozenset()
     """All that were active before."""
 
-    def ended(self) -> Tokens:
-        return self._replace(active="", lease="", gone=self.gone | {self.active})
+    def replaced(self) -> Tokens:
+        """Without an active token; a hold on it goes on."""
+        return self._replace(active="", gone=self.gone | {self.active})
 
-    def after_use(self, name: str) -> Tokens:
-        return self.ended()._replace(used=self.used | {(self.active, name)})
+    def ended(self) -> Tokens:
+        """Without an active token and without holds."""
+        return self.replaced()._replace(holds=frozenset())
+
+    def after_use(self, token: str, name: str) -> Tokens:
+        holds = frozenset(hold for hold in self.holds if hold[0] != token)
+        state = self.replaced() if token == self.active else self
+        return state._replace(used=state.used | {(token, name)}, holds=holds)
 
     def refusal(self, token: str) -> str:
         """Why a key is refused, ``""`` if it is not."""
         if token == self.active:
-            return "leased" if self.lease else ""
+            return "leased" if any(token == held for held, _ in self.holds) else ""
         return "used" if any(token == used for used, _ in self.used) else "inactive"
 
 
@@ -43,7 +50,7 @@ def is_sound(history: Sequence[Operation], cap: int | None, *, in_two_steps: boo
 
     Args:
         history: all of it.
-        cap: how many wrong guesses are compared; None for no cap.
+        cap: how many wrong keys are compared; None for no cap.
         in_two_steps: the store may show that the old token has ended before the new one is active.
     """
     compared = [operation for operation in history if operation.result != ("capped",)]
@@ -51,8 +58,8 @@ def is_sound(history: Sequence[Operation], cap: int | None, *, in_two_steps: boo
         return False
     if cap is None:
         return len(compared) == len(history)
-    guesses = [operation for operation in history if operation.do in ("guess", "verify", "consume")]
-    return is_linearizable(guesses, AttemptBudget(history, cap))
+    attempts = [operation for operation in history if operation.do in ("wrong", "verify", "consume")]
+    return is_linearizable(attempts, AttemptBudget(history, cap))
 
 
 class OneToken:
@@ -86,31 +93,33 @@ class OneToken:
         elif operation.do == "final":
             for found in self._naming(state, operation.result[0] if operation.result else ""):
                 yield found, 0, (found.active,)
-        elif operation.do == "guess":
+        elif operation.do == "wrong":
             yield state, 0, ("unknown",)
         elif operation.do == "consume" and (operation.token, operation.name) in state.used:
             yield state, 0, ("ok",)
-        elif done:  # leased
-            is_ours = state.lease == operation.name
-            yield state.after_use(operation.name) if is_ours else state, 0, ("ok" if is_ours else "lost",)
+        elif done:  # the block ends
+            is_held = (operation.token, operation.name) in state.holds
+            after = state.after_use(operation.token, operation.name) if is_held else state
+            yield after, 0, ("ok" if is_held else "lost",)
         elif refusal := state.refusal(operation.token):
             yield state, 0, (refusal,)
         elif operation.do == "redeem":
-            yield state._replace(lease=operation.name), 1, None
+            yield state._replace(holds=state.holds | {(operation.token, operation.name)}), 1, None
         else:
-            yield state if operation.do == "verify" else state.after_use(operation.name), 0, ("ok",)
+            after = state if operation.do == "verify" else state.after_use(operation.token, operation.name)
+            yield after, 0, ("ok",)
 
     def _issue(self, state: Tokens, operation: Operation) -> Iterator[tuple[Tokens, int, Result | None]]:
         named = operation.result[1] if operation.result else f"?{operation.name}"
-        if operation.do == "ensure" and state.active and not state.lease:
+        if operation.do == "ensure" and state.active:
             for found in self._naming(state, named) if operation.result else [state]:
                 yield found, 0, ("ok", found.active)
             return
         if state.active and self._in_two_steps:
-            yield state.ended(), 0, None
+            yield state.replaced(), 0, None
         is_fresh = operation.do == "issue" or named not in self._issued
         if is_fresh and named not in state.gone and named != state.active:
-            yield state.ended()._replace(active=named), 0, ("ok", named)
+            yield state.replaced()._replace(active=named), 0, ("ok", named)
 
     def _naming(self, state: Tokens, token: str) -> Iterator[Tokens]:
         """The state itself, or, where nobody knows the active token, with its id told now."""
@@ -120,12 +129,16 @@ class OneToken:
             yield state._replace(active=token)
 
 
+_AGAIN: Final = 2
+"""How far an operation is that is answered again."""
+
+
 class AttemptBudget:
-    """How many guesses were counted. A right key's is given back, the first success resets all.
+    """How many attempts were counted. A right key's is given back, the first success resets all.
 
     Args:
         history: where uses that were asked for twice are looked up.
-        cap: how many wrong guesses are compared.
+        cap: how many wrong keys are compared.
     """
 
     def __init__(self, history: Iterable[Operation], cap: int) -> None:
@@ -137,7 +150,13 @@ class AttemptBudget:
 
     def moves(self, state: int, operation: Operation, done: int) -> Iterator[tuple[int, int, bool]]:
         result = operation.result[0] if operation.result else None
-        if not done and state >= self._cap:
+        if not done and result in ("ok", None) and self._uses[operation.name] > 1:
+            # It was answered again, which is neither limited nor charged. In two moves, because a move that
+            # changes nothing and ends the operation is taken as the only one.
+            yield state, _AGAIN, False
+        if done == _AGAIN:
+            yield state, 0, True
+        elif not done and state >= self._cap:
             if result in ("capped", None):
                 yield state, 0, True
         elif not done and result != "capped":
