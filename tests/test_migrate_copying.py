@@ -392,4 +392,4 @@ async def test_much_extra_data_can_be_copied_to_mongodb(mongodb_replica_set: str
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read in /proc")
 def test_the_command_killed_and_interrupted_ends_equal(mongodb_replica_set: str) -> None:
-    copy_round.copy_both_ways(mongodb_replica_set, 3_000)
+    copy_round.copy_both_ways(mongodb_replica_set, 1_500)
