@@ -34,6 +34,7 @@ from vtoken.backend import (
     key_ended,
     key_of,
     matches,
+    matching_key,
     refusal,
 )
 from vtoken_backends.sqlite.records import (
@@ -190,11 +191,15 @@ def checked(tokens: Sequence[StoredToken], key: Match, now: int) -> Presented:
         key: the condition.
         now: the time.
     """
-    found = [token for token in tokens if matches(token, key)]
-    for token in found:
-        if refusal(token, key_of(token, key), now) is None:
+    refused: StoredToken | None = None
+    for token in tokens:
+        presented = matching_key(token, key)
+        if presented is None:
+            continue
+        if refusal(token, presented, now) is None:
             return Presented(outcome=Outcome.RIGHT, token=token)
-    return Presented(outcome=Outcome.REFUSED, token=found[0] if found else None)
+        refused = refused or token
+    return Presented(outcome=Outcome.REFUSED, token=refused)
 
 
 def update(match: Match, change: Change) -> Steps[StoredToken | None]:

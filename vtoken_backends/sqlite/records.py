@@ -136,6 +136,7 @@ def budget_state(spent: int | None, strikes: int, until: int) -> BudgetState | N
     return None if spent is None else BudgetState(spent=spent, strikes=strikes, until=until)
 
 
+_ACTIVE: Final = State.ACTIVE
 _STATES: Final = {state.value: state for state in State}
 _fields_of_key: Final = attrgetter(*KEY_ENTRY[:-1])
 _fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
@@ -162,13 +163,33 @@ def _keys(entries: list[Any], digests: bytes) -> tuple[StoredKey, ...]:
     for place, entry in enumerate(entries):
         if isinstance(entry, int):  # the origin of a key that the token lost
             continue
-        fields = dict(zip(KEY_ENTRY, entry, strict=True))
-        fields["origin"] = token_id(fields["origin"])
-        key = StoredKey(digest=digests[32 * place : 32 * place + 32], **fields)
-        if type(key.expires_at) is not int or key.kind not in ("link", "code"):
-            raise ValueError
-        keys.append(key)
+        keys.append(_key(digests[32 * place : 32 * place + 32], *entry))
     return tuple(keys)
+
+
+def _key(
+    digest: bytes,
+    scheme: str,
+    secret_id: str,
+    nonce: str,
+    plain_key: str,
+    kind: str,
+    expires_at: int,
+    origin: int,
+) -> StoredKey:
+    """A key, of its digest and what :data:`KEY_ENTRY` names."""
+    if type(expires_at) is not int or kind not in ("link", "code"):
+        raise ValueError
+    return StoredKey(
+        digest=digest,
+        scheme=scheme,
+        secret_id=secret_id,
+        nonce=nonce,
+        plain_key=plain_key,
+        kind=kind,
+        expires_at=expires_at,
+        origin=token_id(origin),
+    )
 
 
 def _holds(entries: list[Any]) -> tuple[StoredHold, ...]:
@@ -184,12 +205,12 @@ def _holds(entries: list[Any]) -> tuple[StoredHold, ...]:
 
 
 def _is_sound(token: StoredToken) -> bool:
-    if min(token.created_at, token.expires_at, token.used_at, token.uses) < 0:
+    if token.created_at < 0 or token.expires_at < 0 or token.used_at < 0 or token.uses < 0:
         return False
     max_uses = token.max_uses
     if max_uses is not None and max_uses < 1:
         return False
-    if not token.is_active:
+    if token.state is not _ACTIVE:
         return True
     # A token that was switched on again by hand: its end tells of it.
     return token.ends_at == token.expires_at and (max_uses is None or token.uses < max_uses)
