@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, MongoClient
-from pymongo.monitoring import CommandListener, CommandStartedEvent
 
-from vtoken.backend import Budget, InsertResult, Match, SetExtraData, Use
+from vtoken.backend import Budget, InsertResult, Match, SetExtraData, Spend
 from vtoken.config import create_backend
 from vtoken.errors import (
     BackendClosed,
@@ -34,11 +33,14 @@ from .mongodb_tools import (
     IF_NONE_VALID,
     LATER,
     NOW,
-    REPLACE,
+    Commands,
     documents,
+    insert,
+    key,
+    of,
     opened,
     token,
-    valid,
+    use,
 )
 
 
@@ -52,7 +54,7 @@ async def test_a_client_handed_in_stays_open(mongodb_url: str) -> None:
             assert repr(backend) == "<MongoDBBackend (default).vtoken>"
             await backend.open()
             assert repr(backend) == f"<MongoDBBackend {database}.vtoken>"
-            assert await backend.insert(token(number), REPLACE) is InsertResult.INSERTED
+            assert (await insert(backend, token(number))).result is InsertResult.INSERTED
             await backend.close()
             with pytest.raises(BackendClosed):
                 await backend.find(Match(), 1)
@@ -95,7 +97,7 @@ async def test_a_connection_that_cannot_be_made_is_no_refusal(
         url = f"mongodb://127.0.0.1:{way.port}/connecting?directConnection=true"
         async with opened(url, mongodb_driver) as backend:
             for number in range(20):
-                await backend.insert(token(number, object_id=str(number)), ADD)
+                await insert(backend, of(number))
             fails = True
             changes = (backend.update(Match(id=token(n).id), SetExtraData("1")) for n in range(20))
             answers = await asyncio.gather(*changes, return_exceptions=True)
@@ -104,7 +106,7 @@ async def test_a_connection_that_cannot_be_made_is_no_refusal(
             # Of the attempt before, the connection may have been lost with the answer.
             assert [type(answers[n]) for n in failed] == [OutcomeUnknown] * len(failed)
             for number in range(20):
-                before = token(number, object_id=str(number))
+                before = of(number)
                 [found] = await backend.find(Match(id=before.id, active=True), 1)
                 changed = before._replace(extra_data="1")
                 assert found == changed or (number in failed and found == before)
@@ -165,7 +167,7 @@ def test_urls_name_database_and_collection(url: str, shown: str) -> None:
 async def test_the_driver_never_sees_our_parameter(mongodb_new_url: str, mongodb_driver: str) -> None:
     mark = "&" if "?" in mongodb_new_url else "?"
     async with opened(f"{mongodb_new_url}{mark}collection=mine", mongodb_driver) as backend:  # no warning
-        await backend.insert(token(1), ADD)
+        await insert(backend, token(1), ADD)
     with documents(mongodb_new_url) as stored:
         names = stored.database.list_collection_names()
         assert sorted(names) == ["mine", "mine.budgets", "mine.meta"]
@@ -244,22 +246,6 @@ async def test_a_cancelled_search_for_a_server_ends(mongodb_driver: str) -> None
     await backend.close()
 
 
-class Commands(CommandListener):
-    """The write commands that a client sent, but for those of what nobody sees yet."""
-
-    def __init__(self) -> None:
-        self.write_concerns: list[tuple[str, Any]] = []
-
-    def started(self, event: CommandStartedEvent) -> None:
-        pending = all("pending" in document for document in event.command.get("documents", [{}]))
-        if event.command_name in {"insert", "update", "delete", "findAndModify"} and not pending:
-            self.write_concerns.append((event.command_name, event.command.get("writeConcern")))
-
-    def succeeded(self, event: object) -> None: ...
-
-    def failed(self, event: object) -> None: ...
-
-
 @pytest.mark.parametrize("durable", [True, False])
 async def test_writes_are_durable_whatever_the_client_was_told(mongodb_url: str, durable: bool) -> None:
     commands = Commands()
@@ -267,20 +253,27 @@ async def test_writes_are_durable_whatever_the_client_was_told(mongodb_url: str,
     async with AsyncMongoClient[Any](mongodb_url, event_listeners=[commands], **settings) as client:
         backend = MongoDBBackend(client, durable=durable)
         await backend.open()
-        budget = Budget("auth.user", "42", "reset", "attempts")
-        await backend.insert(token(1), ADD)
-        await backend.insert(token(2), REPLACE)
-        await backend.insert(token(3), IF_NONE_VALID)
-        await backend.update(valid(2), Use(LATER))
+        spend = Spend(Budget(b"o" * 16, b"n" * 16), 5, 1000, 1000)
+        await insert(backend, token(1), ADD)
+        await insert(backend, token(2))
+        await insert(backend, token(3), IF_NONE_VALID, wanted_until=NOW + 1_000_000_000)
+        await asyncio.gather(*(insert(backend, of(10 + n)) for n in range(4)))
+        await use(backend, 3)
+        await asyncio.gather(*(use(backend, 10 + n) for n in range(4)))
+        await backend.update(Match(id=token(3).id), SetExtraData("1"))
         await backend.deactivate(Match(), NOW)
-        await backend.spend(budget, NOW, 1, 1, 1)
-        await backend.refund(budget, NOW + 1)
-        await backend.purge(LATER, LATER, 10, LATER)
-        await backend.reset(budget)
+        spending = await backend.spend((spend,), NOW)
+        await backend.refund(spending.charges)
+        await backend.present(key(99), None, NOW, (spend,))
+        await backend.purge(LATER, LATER, 100, NOW)
+        await backend.reset(spend.budget.object, None)
+        await backend.erase("auth.user", "42", spend.budget.object)
+        await backend.note("a", "b")
         await backend.close()
-    expected = {"w": "majority", "wtimeout": 6_000, "j": True} if durable else {"w": 1}
+    expected = {"w": "majority", "j": True} if durable else {"w": 1}
     assert {name for name, _ in commands.write_concerns} == {"insert", "update", "delete", "findAndModify"}
-    assert [found for _, found in commands.write_concerns if found != expected] == []
+    for _, found in commands.write_concerns:
+        assert {name: value for name, value in found.items() if name != "wtimeout"} == expected
 
 
 async def test_another_event_loop_is_refused(mongodb_url: str, mongodb_driver: str) -> None:
@@ -307,7 +300,7 @@ def test_it_opens_again_after_its_loop_is_gone(mongodb_standalone: str) -> None:
 
         async def use() -> None:
             await backend.open()
-            await backend.insert(token(1), ADD)
+            await insert(backend, token(1), ADD)
             await backend.close()
 
         asyncio.run(use())
@@ -324,7 +317,7 @@ async def test_a_dropped_backend_warns(mongodb_url: str) -> None:
         gc.collect()
     backend = MongoDBBackend.from_url(mongodb_url)
     await backend.open()
-    client = backend._link._client  # pyright: ignore[reportPrivateUsage]  # so that the test can close it
+    client = backend._client._client  # pyright: ignore[reportPrivateUsage]  # so that the test can close it
     with pytest.warns(ResourceWarning, match="dropped without close"):  # noqa: PT031 - both make the drop
         del backend
         gc.collect()

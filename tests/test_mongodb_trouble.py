@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from vtoken.backend import Budget, InsertResult, Match, SetExtraData, Use
+from vtoken.backend import Budget, InsertResult, Match, Outcome, SetExtraData, Spend, Use
 from vtoken.errors import (
     BackendError,
     BackendUnavailable,
@@ -23,33 +23,32 @@ from .mongodb_tools import (
     ADD,
     IF_NONE_VALID,
     LATER,
-    NOW,
-    REPLACE,
     Documents,
     active,
     documents,
+    insert,
+    key,
     locals_of,
+    of,
     opened,
     token,
-    valid,
+    use,
 )
 
 
 def leave_duplicates(stored: Documents) -> None:
-    stored.drop_index("digest_1")
-    stored.insert_many([{"_id": n, "digest": b"same", "ends_at": 0, "is_active": False} for n in range(2)])
+    stored.drop_index("names_1")
+    stored.insert_many([{"_id": n, "names": [b"same"]} for n in range(2)])
 
 
 def make_it_not_unique(stored: Documents) -> None:
-    stored.drop_index("digest_1")
-    stored.create_index("digest")
+    stored.drop_index("names_1")
+    stored.create_index("names")
 
 
 def make_it_partial(stored: Documents) -> None:
-    name = "content_type_1_object_id_1_slug_1_slot_1"
-    key = stored.index_information()[name]["key"]
-    stored.drop_index(name)
-    stored.create_index(key, unique=True, partialFilterExpression={"is_active": True, "uses": 0}, name=name)
+    stored.drop_index("names_1")
+    stored.create_index("names", unique=True, partialFilterExpression={"token.state": 0})
 
 
 @pytest.mark.parametrize("spoil", [leave_duplicates, make_it_not_unique, make_it_partial])
@@ -111,42 +110,56 @@ async def test_a_newer_or_foreign_store_is_refused_untouched(
 
 async def test_a_damaged_document_is_told(mongodb_url: str) -> None:
     damages: dict[str, list[Any]] = {
-        "is_active": [1, None],
-        "uses": ["0", True],
-        "expires_at": [4e12, None],
-        "digest": ["x"],
-        "slug": [5],
-        "use_ids": ["x"],
-        "extra_data": [{"a": 1}],
+        "token.state": ["0", 7],
+        "token.uses": ["0", True],
+        "token.expires_at": [4e12, None],
+        "token.max_uses": ["1"],
+        "token.keys.0.digest": ["x", None],
+        "token.keys": ["x"],
+        "token.extra_data": [{"a": 1}],
+        "token.receipts": ["x", 5],
+        "slug": [5, None],
+        "revision": ["x"],
     }
     async with opened(mongodb_url) as backend:
-        await backend.insert(token(1), ADD)
+        await insert(backend, token(1))
         with documents(mongodb_url) as stored:
             whole = stored.find_one({})
             assert whole is not None
             for field, values in damages.items():
                 for value in values:
-                    stored.replace_one({}, whole | {field: value})
-                    with pytest.raises(CorruptStore, match=field) as caught:
+                    stored.update_one({}, {"$set": {field: value}})
+                    with pytest.raises(CorruptStore, match="damaged") as caught:
                         await backend.find(Match(id=token(1).id), 1)
                     assert caught.value.__context__ is None
-            stored.replace_one({}, whole)
+                    assert await backend_answers(backend.find(key(1), 1)) is CorruptStore
+                    stored.replace_one({}, whole)
         assert await backend.find(Match(), 1) == [token(1)]
+
+
+async def backend_answers(call: Awaitable[object]) -> type[BaseException] | None:
+    try:
+        await call
+    except BackendError as error:
+        return type(error)
+    return None
 
 
 async def test_an_error_shows_no_digest(mongodb_url: str, mongodb_driver: str) -> None:
     digest = b"abcdefgh" * 4
-    record = token(1, digest=digest, object_id="43", plain_key="plain-key", nonce="a-nonce", uses=1)
+    hidden = {"digest": digest, "plain_key": "plain-key", "nonce": "a-nonce"}
+    record = token(1, key=hidden, object_id="43", uses=1, max_uses=3)
     async with opened(mongodb_url, mongodb_driver) as backend:
         with documents(mongodb_url) as stored:  # a refusal whose message quotes the document
-            await backend.insert(token(2, digest=digest[::-1]), ADD)
-            rule = {"$jsonSchema": {"properties": {"uses": {"maximum": 0}}}}
+            await insert(backend, token(2, key={"digest": digest[::-1]}))
+            rule = {"$jsonSchema": {"properties": {"token": {"properties": {"uses": {"maximum": 0}}}}}}
             stored.database.command("collMod", "vtoken", validator=rule)
         calls: list[Callable[[], Awaitable[object]]] = [
-            lambda: backend.insert(record, ADD),
-            lambda: backend.insert(record, REPLACE),
-            lambda: backend.insert(record, IF_NONE_VALID),
-            lambda: backend.update(Match(digests=(digest[::-1],)), Use(LATER)),
+            lambda: insert(backend, record, ADD),
+            lambda: insert(backend, record),
+            lambda: insert(backend, record, IF_NONE_VALID),
+            lambda: backend.present(Match(digests=(digest[::-1],)), Use(LATER), LATER),
+            lambda: backend.present(Match(digests=(digest[::-1],)), Use(LATER, "a use"), LATER),
         ]
         for call in calls:
             with pytest.raises(BackendError, match="code 121") as caught:
@@ -158,6 +171,39 @@ async def test_an_error_shows_no_digest(mongodb_url: str, mongodb_driver: str) -
                 assert secret not in shown
 
 
+async def test_what_was_dropped_is_told_and_healed(mongodb_new_url: str) -> None:
+    """Nothing is issued without the unique index; an empty store is made anew by opening it."""
+    async with opened(mongodb_new_url) as backend:
+        await insert(backend, token(1))
+        await backend.ping()
+        with documents(mongodb_new_url) as stored:
+            stored.drop_index("names_1")
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: insert(backend, token(2)),
+                lambda: insert(backend, token(2), ADD),
+                lambda: insert(backend, of(2), IF_NONE_VALID),
+                lambda: asyncio.gather(*(insert(backend, of(20 + n)) for n in range(5))),
+                lambda: use(backend, 1),
+                lambda: backend.find(key(1), 1),
+                backend.ping,
+            ]
+            for call in calls:
+                with pytest.raises(CorruptStore, match="names"):
+                    await call()
+            assert stored.count_documents({}) == 1
+            stored.drop()
+            for call in calls[:4]:
+                with pytest.raises(CorruptStore, match="names"):
+                    await call()
+            with pytest.raises(CorruptStore):
+                await backend.ping()
+            assert stored.count_documents({}) == 0
+        async with opened(mongodb_new_url) as again:
+            await again.ping()
+            assert (await insert(again, token(3))).result is InsertResult.INSERTED
+        assert (await insert(backend, token(4))).result is InsertResult.INSERTED
+
+
 # A server that goes away.
 
 
@@ -167,11 +213,11 @@ async def test_a_killed_server_is_told_and_found_again(mongodb_driver: str) -> N
     with servers.start_mongod("vtoken") as server:
         url = servers.with_database(server.url, "faults") + "&serverSelectionTimeoutMS=500"
         async with opened(url, mongodb_driver) as backend:
-            assert await backend.insert(token(1), REPLACE) is InsertResult.INSERTED
-            assert await backend.update(valid(1), Use(LATER)) is not None
+            assert (await insert(backend, token(1))).result is InsertResult.INSERTED
+            assert (await use(backend, 1)).outcome is Outcome.RIGHT
             server.kill()
             with pytest.raises((BackendUnavailable, OutcomeUnknown)):
-                await backend.insert(token(2), REPLACE)
+                await insert(backend, token(2))
             with pytest.raises(BackendUnavailable):
                 await backend.find(Match(), 1)
             with pytest.raises((BackendUnavailable, OutcomeUnknown)):
@@ -180,11 +226,11 @@ async def test_a_killed_server_is_told_and_found_again(mongodb_driver: str) -> N
             async with asyncio.timeout(30):
                 while True:
                     try:
-                        assert await backend.update(valid(1), Use(LATER)) is None
+                        assert (await use(backend, 1)).outcome is Outcome.REFUSED
                         break
                     except BackendError:
                         continue
-            assert await backend.insert(token(3), REPLACE) is InsertResult.INSERTED
+            assert (await insert(backend, token(3))).result is InsertResult.INSERTED
             assert await active(backend) == [3]
 
 
@@ -196,7 +242,7 @@ async def test_a_server_without_a_journal_is_refused() -> None:
             async with opened(servers.with_database(server.url, "faults")):
                 pass
         async with opened(servers.with_database(server.url, "relaxed"), durable=False) as backend:
-            assert await backend.insert(token(1), REPLACE) is InsertResult.INSERTED
+            assert (await insert(backend, token(1))).result is InsertResult.INSERTED
 
 
 # A server that asks who is there.
@@ -249,17 +295,18 @@ async def test_rights_that_are_taken_away_are_told_and_missed_by_nothing(
 ) -> None:
     with user_of(guarded, "readWrite") as (url, name):
         async with opened(url, mongodb_driver) as backend:
-            await backend.insert(token(1), REPLACE)
+            await insert(backend, token(1))
             guarded[name].command("revokeRolesFromUser", "user", roles=["readWrite"])
             calls: list[Callable[[], Awaitable[object]]] = [
-                lambda: backend.insert(token(2), REPLACE),
+                lambda: insert(backend, token(2)),
                 lambda: backend.find(Match(), 1),
-                lambda: backend.update(valid(1), Use(LATER)),
-                lambda: asyncio.gather(*(backend.update(valid(1), Use(LATER)) for _ in range(8))),
+                lambda: use(backend, 1),
+                lambda: asyncio.gather(*(use(backend, 1) for _ in range(8))),
                 lambda: backend.deactivate(Match(), LATER),
                 lambda: backend.purge(LATER, LATER, 10, LATER),
                 lambda: backend.count(LATER),
-                lambda: backend.spend(Budget("auth.user", "1", "reset", "attempts"), NOW, 5, 1, 1),
+                lambda: backend.spend((Spend(Budget(b"o" * 16, b"n" * 16), 5, 1, 1),), LATER),
+                backend.ping,
             ]
             async with asyncio.timeout(30):
                 for call in calls:
@@ -267,4 +314,4 @@ async def test_rights_that_are_taken_away_are_told_and_missed_by_nothing(
                         await call()
             guarded[name].command("grantRolesToUser", "user", roles=["readWrite"])
             assert await backend.find(Match(), 2) == [token(1)]
-            assert await backend.update(valid(1), Use(LATER)) is not None
+            assert (await use(backend, 1)).outcome is Outcome.RIGHT

@@ -47,8 +47,8 @@ SHARED: Final = ("content_type", "object_id", "slug", "context")
 """The fields that all tokens of a line share."""
 TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"names": 1}, "unique": True},
-    {"key": {"object": 1}},
-    {"key": {"due": 1}},
+    {"key": {"object": 1, "beside_line": 1}},
+    {"key": {"due": 1, "_id": 1}},
     {"key": {"spilling": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)

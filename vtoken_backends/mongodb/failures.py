@@ -78,7 +78,9 @@ def _translated_answer(error: errors.PyMongoError, writes: bool, names: str) -> 
     if code == _OVER_QUOTA and re.search("quota|space", text, re.IGNORECASE):
         return BackendUnavailable(f"MongoDB: the cluster is over its storage quota ({said})")
     if code in _DENIED or code == _OVER_QUOTA:
-        return BackendUnavailable(f"MongoDB: access denied; check the user, its password and roles ({said})")
+        return BackendUnavailable(
+            f"MongoDB: access denied ({said}): check the user, its password and its roles"
+        )
     if code in _NO_SPACE:
         return BackendUnavailable(f"MongoDB: the server has no disk space left ({said})")
     # After a lost connection PyMongo tries again with a transaction number, which a standalone server

@@ -518,9 +518,13 @@ def _spill(line: Stored, now: int) -> None:
 
 
 def is_last_use(op: Operation, answer: Answer) -> StoredToken | None:
-    """The token whose last use an operation counted, if that ends the object's tokens of other contexts."""
+    """The token whose last use an operation counted, if that ends the object's tokens of other contexts.
+
+    One that was counted before is among these: what came after the use may have failed then.
+    """
     change = op.change if isinstance(op, Present | Update) else None
-    token = answer.token if isinstance(answer, Presented) and answer.outcome is Outcome.RIGHT else answer
+    is_counted = isinstance(answer, Presented) and answer.outcome in (Outcome.RIGHT, Outcome.REPLAYED)
+    token = answer.token if isinstance(answer, Presented) and is_counted else answer
     if not isinstance(change, Use | UseHeld) or not isinstance(token, StoredToken):
         return None
     is_last = token.state is State.USED and bool(token.context) and not token.is_beside

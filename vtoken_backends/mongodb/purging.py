@@ -53,7 +53,7 @@ class Removals:
         if passed is not None:
             due, oid = passed
             query = {"$and": [query, {"$or": [{"due": {"$gt": due}}, {"due": due, "_id": {"$gt": oid}}]}]}
-        return await self._writes.whole(query, limit, sort={"due": 1, "_id": 1}, hint={"due": 1})
+        return await self._writes.whole(query, limit, sort={"due": 1, "_id": 1}, hint={"due": 1, "_id": 1})
 
     async def _spilled(self, found: Sequence[Stored]) -> bool:
         """Finish moving tombstones before they are deleted; whether there were any."""
