@@ -296,9 +296,8 @@ class Issuer:
             older = [keyring.links(text.text()).digests for text in texts[1:]] if request.batch else []
             taken = tuple(digest for digests in older for digest in digests)
             return NewKey(texts[0], "link", keyring.link(texts[0].text()), nonce, taken)
-        drawn = drawn_key(
-            request.generator(**request.generator_kwargs), inputs.MAX_KEY_BYTES - _frame_length(policy)
-        )
+        limit = inputs.MAX_KEY_BYTES - _frame_length(policy) if policy.prefix else inputs.MAX_KEY_BYTES
+        drawn = drawn_key(request.generator(**request.generator_kwargs), limit)
         text = Hidden(framed(policy, drawn.text())) if policy.prefix else drawn
         if request.generator is random_key:  # whose keys are too many to be drawn twice
             return NewKey(text, "link", keyring.link(text.text()))
@@ -410,4 +409,5 @@ def framed(policy: ResolvedPolicy, body: str) -> str:
 
 
 def _frame_length(policy: ResolvedPolicy) -> int:
-    return len(policy.prefix.encode()) + CHECKSUM_LENGTH if policy.prefix else 0
+    """How many bytes :func:`framed` adds to a key where there is a prefix."""
+    return len(policy.prefix.encode()) + CHECKSUM_LENGTH

@@ -164,6 +164,8 @@ def _checksum(text: str) -> str:
 
 def is_possible_key(text: str) -> bool:
     """Whether a text can be a key at all: no NUL, no lone surrogate, at most 512 bytes of UTF-8."""
+    if text.isascii() and len(text) <= MAX_KEY_BYTES and "\0" not in text:  # the usual key, on every request
+        return True
     return text_problem(text, MAX_KEY_BYTES, may_be_empty=True) is None
 
 

@@ -682,7 +682,7 @@ def _check_secret(policy: TokenPolicy, settings: Settings, storage: KeyStorage) 
 
 def check_call(
     policy: ResolvedPolicy, expiration: int | None, key_generator_kwargs: Mapping[str, Any] | None
-) -> tuple[KeyGenerator, dict[str, Any]]:
+) -> tuple[KeyGenerator, Mapping[str, Any]]:
     """Hold the arguments of one issue to the floors of its policy, and say who draws the key and how.
 
     Args:
@@ -695,9 +695,9 @@ def check_call(
     """
     if policy.longest is not None and (expiration is None or expiration > policy.longest):
         raise InvalidInput(_too_long(policy.longest))
-    kwargs = dict(policy.generator_kwargs)
     if key_generator_kwargs is None:
-        return policy.generator, kwargs
+        return policy.generator, policy.generator_kwargs
+    kwargs = dict(policy.generator_kwargs)
     if not isinstance(key_generator_kwargs, Mapping):
         raise InvalidInput("key_generator_kwargs must be a mapping of keyword arguments")
     own = dict(key_generator_kwargs)
