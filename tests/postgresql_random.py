@@ -52,7 +52,7 @@ class Calls:
     """Makes random calls on a small world, whose time goes on from call to call."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)  # noqa: S311
+        self._random = random.Random(seed)  # noqa: S311  # these are no secrets
         self._next = 1
         self.now = _START
         self._digests: list[bytes] = []

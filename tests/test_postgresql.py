@@ -55,7 +55,8 @@ async def test_calls_at_once_end_as_one_of_their_orders(store: str, seed: int) -
     """Two or three calls at once, on one backend or on two: the answers and what is stored are those of some
     order. What may be several steps, ``erase`` and ``purge``, comes alone."""
     backends = [await opened(store), await opened(store)]
-    calls, history, dice = Calls(1000 + seed), list[Call](), random.Random(seed)  # noqa: S311
+    calls, history = Calls(1000 + seed), list[Call]()
+    dice = random.Random(seed)  # noqa: S311  # which call meets which is no secret
     for _ in range(15):
         history.append(call := calls.call())
         await call.on(backends[0])

@@ -182,7 +182,7 @@ def sessions(name: str) -> list[Any]:
 
 
 async def test_a_cancelled_call_happened_or_did_not_and_leaves_nothing_behind(store: str) -> None:
-    dice = random.Random(7)  # noqa: S311
+    dice = random.Random(7)  # noqa: S311  # which call is cancelled is no secret
     backend = await opened(f"{store}&application_name=cancelled", pool_size=3)
     tokens: list[StoredToken] = []
     for number in range(60):

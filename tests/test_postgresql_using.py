@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final, NamedTuple
 
-import asyncpg  # type: ignore[import-untyped]
+import asyncpg  # type: ignore[import-untyped]  # it publishes no types
 import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -167,7 +167,7 @@ async def test_a_transaction_that_is_rolled_back_leaves_neither(
     backend: PostgreSQLBackend, begin: Begin, url: str
 ) -> None:
     token_id = await held(backend)
-    with pytest.raises(RolledBack):  # noqa: PT012
+    with pytest.raises(RolledBack):  # noqa: PT012  # raised within the transaction
         async with begin(url) as own:
             await own.execute("INSERT INTO passwords VALUES ('new')")
             await backend.within(own.handle).update(Match(id=token_id), UseHeld(hold_id="mine", at=NOW))
@@ -181,7 +181,7 @@ async def test_a_token_is_issued_with_its_charges_or_not_at_all(
     backend: PostgreSQLBackend, begin: Begin, url: str
 ) -> None:
     spend = Spend(budget=Budget(object=b"o" * 16, name=b"n" * 16), limit=1, window=MINUTE, max_window=MINUTE)
-    with pytest.raises(RolledBack):  # noqa: PT012
+    with pytest.raises(RolledBack):  # noqa: PT012  # raised within the transaction
         async with begin(url) as own:
             within = backend.within(own.handle)
             inserted = await within.insert(a_token(), InsertMode.REPLACE, spends=(spend,))
@@ -199,7 +199,7 @@ async def test_every_method_does_there_what_it_does_elsewhere(
     for seed in range(3):
         memory, calls = MemoryBackend(), Calls(seed)
         await memory.open()
-        with pytest.raises(RolledBack):  # noqa: PT012
+        with pytest.raises(RolledBack):  # noqa: PT012  # raised within the transaction
             async with begin(url) as own:
                 within = backend.within(own.handle)
                 for _ in range(60):
@@ -320,7 +320,7 @@ async def test_a_serialization_failure_is_the_applications_to_repeat(
     match = Match(digests=(token.keys[0].digest,))
     async with await psycopg.AsyncConnection.connect(url) as connection:
         await connection.set_isolation_level(psycopg.IsolationLevel.SERIALIZABLE)
-        with pytest.raises(BackendUnavailable, match="run it again"):  # noqa: PT012
+        with pytest.raises(BackendUnavailable, match="run it again"):  # noqa: PT012  # raised within the transaction
             async with connection.transaction():
                 await backend.within(connection).find(Match(), 1)  # takes the snapshot
                 assert (await backend.present(match, Use(at=NOW), NOW)).outcome is Outcome.RIGHT

@@ -109,7 +109,7 @@ class PostgreSQLBackend(Store):
 
     def within(self, handle: object) -> TokenBackend:
         self._connections.check_place()
-        return Transaction(handle, self._schema, self._connections)
+        return Transaction(handle, self._schema, self._connections, self)
 
     # Batches --------------------------------------------------------------------------------------
 

@@ -223,8 +223,7 @@ class Connections:
                             connection.may_have_written = writes
                             return await operation(connection)
                     except asyncio.CancelledError as cancelled:
-                        # The driver's frames have variables with digests.
-                        raise cancelled.with_traceback(None)  # noqa: B904
+                        raise cancelled.with_traceback(None)  # noqa: B904  # the driver's frames show digests
                     except Exception as error:
                         failure = self._translated(error, connection)
                     if isinstance(failure, GaveWay) or (isinstance(failure, _Lost) and attempts == 1):

@@ -81,7 +81,7 @@ async def _version(connection: Connection, schema: str) -> int | None:
             f"the PostgreSQL schema {schema!r} has tables of vtoken's names that vtoken did not make:"
             f" {', '.join(sorted(found))}"
         )
-    text = f"SELECT max(version) FROM {quoted(schema)}.{VERSION.name}"  # noqa: S608
+    text = f"SELECT max(version) FROM {quoted(schema)}.{VERSION.name}"  # noqa: S608  # our own names
     version: int | None
     [(version,)] = await connection.fetch(Statement(text))
     if version is None:

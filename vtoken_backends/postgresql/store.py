@@ -235,7 +235,7 @@ class Store(ABC):
             # A row appeared that could not be locked before, or this was a deadlock.
             if attempt == _ATTEMPTS and patience == BATCH_PATIENCE:
                 raise Blocked
-            await asyncio.sleep(random.uniform(0, 0.01 * attempt))  # noqa: S311
+            await asyncio.sleep(random.uniform(0, 0.01 * attempt))  # noqa: S311  # how long is no secret
         return answers
 
     async def _played(

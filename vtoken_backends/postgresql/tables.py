@@ -142,7 +142,7 @@ def ddl(schema: str) -> list[str]:
 
 def number(schema: str) -> str:
     """The statement that writes down which shape the tables have."""
-    return f"INSERT INTO {quoted(schema)}.{VERSION.name} (version) VALUES ({SCHEMA})"  # noqa: S608
+    return f"INSERT INTO {quoted(schema)}.{VERSION.name} (version) VALUES ({SCHEMA})"  # noqa: S608  # our own names
 
 
 def _create(place: str, table: Table) -> list[str]:

@@ -16,7 +16,15 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from vtoken.backend import TokenBackend
+from vtoken.backend import (
+    Inserted,
+    InsertMode,
+    InsertResult,
+    Spend,
+    Spending,
+    StoredToken,
+    TokenBackend,
+)
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, InvalidInput
 from vtoken_backends.postgresql import schema as _schema
 from vtoken_backends.postgresql.board import Operation
@@ -26,6 +34,8 @@ from vtoken_backends.postgresql.store import PATIENCE, Connection, Rows, Store
 
 _T = TypeVar("_T")
 
+_NOBODY: Final = bytes(16)
+"""The object of budgets that belong to none."""
 _KINDS: Final = (
     "using must be a psycopg AsyncConnection, an asyncpg connection, or SQLAlchemy's AsyncSession or"
     " AsyncConnection on one of these"
@@ -164,6 +174,10 @@ class _Within:
         return False
 
 
+async def _nothing(_: Connection) -> None:
+    pass
+
+
 class Transaction(Store):
     """A backend whose methods run on a handle and nowhere else.
 
@@ -171,15 +185,17 @@ class Transaction(Store):
         handle: what the application gave as ``using``.
         schema: where the tables are.
         connections: those of the backend, which tell whether the handle leads to the same database.
+        outside: the backend itself.
 
     Raises:
         InvalidInput: the handle is of no kind that is known, or no transaction is under way on it.
     """
 
-    def __init__(self, handle: object, schema: str, connections: Connections) -> None:
+    def __init__(self, handle: object, schema: str, connections: Connections, outside: TokenBackend) -> None:
         super().__init__(schema, Statements(schema, is_tuned=False))
         self._handle: Final = _Within(_handle(handle))
         self._connections: Final = connections
+        self._outside: Final = outside
         self._is_checked = False
 
     @classmethod
@@ -199,7 +215,47 @@ class Transaction(Store):
         await self._run(check, writes=False)
 
     def within(self, handle: object) -> TokenBackend:
-        return Transaction(handle, self._schema, self._connections)
+        return Transaction(handle, self._schema, self._connections, self._outside)
+
+    async def insert(
+        self,
+        token: StoredToken,
+        mode: InsertMode,
+        *,
+        keep_until: int = 0,
+        wanted_until: int = 0,
+        also_taken: tuple[bytes, ...] = (),
+        spends: tuple[Spend, ...] = (),
+    ) -> Inserted:
+        """Charge what belongs to no object beforehand and apart, and the rest on the handle: a transaction
+        may last, and must not lock a budget that everybody shares. A rollback gives back the rest only."""
+        shared = tuple([spend for spend in spends if spend.budget.object == _NOBODY])
+        own = tuple([spend for spend in spends if spend.budget.object != _NOBODY])
+        await self._run(_nothing, writes=False)  # a handle that does not fit is refused before the charge
+        spent = await self._outside.spend(shared, token.created_at) if shared else Spending()
+        if spent.full is not None:
+            place = spends.index(shared[spent.full])
+            return Inserted(InsertResult.LIMITED, spending=spent._replace(full=place))
+        inserted = await super().insert(
+            token,
+            mode,
+            keep_until=keep_until,
+            wanted_until=wanted_until,
+            also_taken=also_taken,
+            spends=own,
+        )
+        if inserted.result is not InsertResult.INSERTED:
+            if shared:
+                await self._outside.refund(spent.charges)
+            full = inserted.spending.full
+            place = None if full is None else spends.index(own[full])
+            return inserted._replace(spending=inserted.spending._replace(full=place))
+        charges = {charge.budget: charge for charge in (*spent.charges, *inserted.spending.charges)}
+        lefts = [left for left in (spent.left, inserted.spending.left) if left is not None]
+        spending = Spending(
+            charges=tuple([charges[spend.budget] for spend in spends]), left=min(lefts, default=None)
+        )
+        return inserted._replace(spending=spending)
 
     async def _submit(self, operation: Operation) -> object:
         async def play(connection: Connection) -> object:
