@@ -34,7 +34,8 @@ _NOT_AS_MADE: Final = (
     "cannot store",
 )
 _REMEDIES: Final = {
-    sqlite3.SQLITE_BUSY: "another process kept it locked for longer than busy_timeout",
+    sqlite3.SQLITE_BUSY: "another connection kept it locked for longer than busy_timeout; within a write"
+    " transaction of your own, pass its connection as using=",
     sqlite3.SQLITE_FULL: "there is no room left on its disk",
     sqlite3.SQLITE_READONLY: "the process needs the right to write the file and its directory",
     sqlite3.SQLITE_CANTOPEN: "the process needs the right to read and write the file and its directory",

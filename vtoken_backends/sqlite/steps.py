@@ -5,7 +5,7 @@ The backend's worker thread runs them on its own connection; ``within`` runs the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 _T = TypeVar("_T")
@@ -42,6 +42,24 @@ def carry_out(steps: Steps[_T], execute: Callable[[str, Sequence[Any]], Rows]) -
         while True:
             try:
                 rows = execute(sql, values)
+            except Exception as error:
+                sql, values = steps.throw(error)
+            else:
+                sql, values = steps.send(rows)
+    except StopIteration as finished:
+        answer: _T = finished.value
+        return answer
+
+
+async def carry_out_elsewhere(
+    steps: Steps[_T], execute: Callable[[str, Sequence[Any]], Awaitable[Rows]]
+) -> _T:
+    """Run the steps of an operation on a connection that is awaited, and return its answer."""
+    try:
+        sql, values = next(steps)
+        while True:
+            try:
+                rows = await execute(sql, values)
             except Exception as error:
                 sql, values = steps.throw(error)
             else:
