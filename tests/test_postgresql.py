@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 
 from tests import postgresql_servers as servers
 from tests.postgresql_random import Call, Calls, everything
@@ -251,6 +252,42 @@ async def test_a_server_that_is_not_there_is_named() -> None:
         await opened(f"postgresql://user:{PASSWORD.replace(' ', '%20')}@127.0.0.1:1/db")
     assert refused.value.__cause__ is None
     assert refused.value.__context__ is None
+
+
+# A pool of the application's own ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+async def test_a_pool_that_is_handed_in_stays_the_applications(store: str, autocommit: bool) -> None:
+    url, _, schema = store.partition("?schema=")
+    async with AsyncConnectionPool(
+        url, min_size=1, max_size=3, open=False, kwargs={"autocommit": autocommit}
+    ) as pool:
+        backend = PostgreSQLBackend(pool, schema=schema)
+        assert "pool" in repr(backend)
+        for _ in range(2):
+            await backend.open()
+            tokens = [a_token(object_id=str(number)) for number in range(30)]
+            await asyncio.gather(*(backend.insert(token, InsertMode.REPLACE) for token in tokens))
+            used = await asyncio.gather(*(use_up(backend, token.keys[0].digest) for token in tokens))
+            assert used == [1] * 30
+            assert await backend.deactivate(Match(), NOW) == 0
+            await backend.close()
+        async with pool.connection() as connection:
+            assert connection.autocommit is autocommit
+            await connection.execute("SELECT 1")
+        with pytest.raises(BackendClosed):
+            await backend.find(Match(), 1)
+
+
+async def test_a_pool_that_is_closed_is_an_error_that_says_so(store: str) -> None:
+    url, _, schema = store.partition("?schema=")
+    async with AsyncConnectionPool(url, min_size=1, max_size=1, open=False) as pool:
+        backend = PostgreSQLBackend(pool, schema=schema)
+        await backend.open()
+    with pytest.raises(BackendUnavailable, match="PoolClosed"):
+        await backend.find(Match(), 1)
+    await backend.close()
 
 
 # Its life -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from vtoken.backend import Outcome, Presented, TokenBackend
 from vtoken.errors import BackendUnavailable, ConfigurationError, CorruptStore
@@ -21,12 +21,15 @@ from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.postgresql import schema as _schema
 from vtoken_backends.postgresql.board import Operation, Present
-from vtoken_backends.postgresql.connections import Connections
+from vtoken_backends.postgresql.connections import Connections, LentConnections
 from vtoken_backends.postgresql.rows import to_token
 from vtoken_backends.postgresql.statements import Statements
 from vtoken_backends.postgresql.store import BATCH_PATIENCE, PATIENCE, Blocked, Connection, Store
 from vtoken_backends.postgresql.transactions import Transaction
 from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
+
+if TYPE_CHECKING:
+    from psycopg_pool import AsyncConnectionPool
 
 _T = TypeVar("_T")
 
@@ -50,20 +53,25 @@ class PostgreSQLBackend(Store):
     :meth:`open`.
 
     Args:
-        url: as libpq takes it; what it leaves out, the ``PG*`` variables say.
+        url: as libpq takes it; what it leaves out, the ``PG*`` variables say. Or a pool of the application's
+            own (``psycopg_pool.AsyncConnectionPool``), which has to be open meanwhile and is never closed.
         schema: where the tables are; it is made if it is missing.
-        pool_size: how many connections at most, 1 or more.
+        pool_size: how many connections at most, 1 or more; a pool has a size of its own.
 
     Raises:
         ConfigurationError: an argument is not understood.
     """
 
     @without_locals(ConfigurationError)
-    def __init__(self, url: str, *, schema: str = DEFAULT_SCHEMA, pool_size: int = 10) -> None:
+    def __init__(
+        self, url: str | AsyncConnectionPool[Any], *, schema: str = DEFAULT_SCHEMA, pool_size: int = 10
+    ) -> None:
         if not isinstance(schema, str) or not 1 <= len(schema.encode()) <= 63 or "\0" in schema:
             raise ConfigurationError("schema must be the name of a PostgreSQL schema: 1 to 63 bytes")
         super().__init__(schema, Statements(schema))
-        self._connections: Final = Connections(url, pool_size)
+        self._connections: Final = (
+            Connections(url, pool_size) if isinstance(url, str) else LentConnections(url)
+        )
         self._writes: Final[Batcher[Operation, Any]] = Batcher(
             self._write, in_flight=_IN_FLIGHT, by_caller=True, outlast=True
         )

@@ -7,12 +7,12 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from select import POLLIN, poll
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 
 from vtoken.errors import (
     BackendClosed,
@@ -25,6 +25,9 @@ from vtoken.errors import (
 from vtoken_backends.postgresql.statements import CONFLICT, Statement
 from vtoken_backends.postgresql.store import Blocked, Connection, Rows
 from vtoken_backends.postgresql.urls import POOL_SIZE
+
+if TYPE_CHECKING:
+    from psycopg_pool import AsyncConnectionPool
 
 _T = TypeVar("_T")
 Driver = psycopg.AsyncConnection[tuple[Any, ...]]
@@ -245,7 +248,7 @@ class Connections:
             try:
                 yield OwnConnection(driver)
             finally:
-                if self._opens and driver.pgconn.transaction_status == TransactionStatus.IDLE:
+                if self._opens and _is_idle(driver):
                     self._idle.append(driver)
                 else:
                     driver.pgconn.finish()  # as driver.close() does, without an await
@@ -352,6 +355,42 @@ class Connections:
         return OutcomeUnknown(
             f"PostgreSQL at {self._place}: the connection was lost, the write may have happened ({said})"
         )
+
+
+class LentConnections(Connections):
+    """Connections of the application's own pool, which stays the application's: it opens and closes it.
+
+    Args:
+        pool: of psycopg's connections; whether these begin transactions by themselves does not matter.
+    """
+
+    def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
+        super().__init__("", pool.max_size)
+        self._pool = pool
+
+    @property
+    def _place(self) -> str:
+        return f"pool {self._pool.name}"
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[OwnConnection]:
+        async with self._slots, self._pool.connection() as driver:
+            is_automatic = driver.autocommit
+            await driver.set_autocommit(True)
+            try:
+                yield OwnConnection(driver)
+            finally:
+                if not _is_idle(driver):
+                    driver.pgconn.finish()  # the pool makes another one
+                elif not is_automatic:
+                    await driver.set_autocommit(False)  # which asks nobody
+
+
+def _is_idle(driver: Driver) -> bool:
+    pgconn = driver.pgconn
+    return (
+        pgconn.transaction_status == TransactionStatus.IDLE and pgconn.pipeline_status == PipelineStatus.OFF
+    )
 
 
 def refused(state: str, said: str) -> BackendError:

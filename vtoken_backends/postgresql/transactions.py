@@ -248,8 +248,8 @@ class Transaction(Store):
             if shared:
                 await self._outside.refund(spent.charges)
             full = inserted.spending.full
-            place = None if full is None else spends.index(own[full])
-            return inserted._replace(spending=inserted.spending._replace(full=place))
+            of_all = None if full is None else spends.index(own[full])
+            return inserted._replace(spending=inserted.spending._replace(full=of_all))
         charges = {charge.budget: charge for charge in (*spent.charges, *inserted.spending.charges)}
         lefts = [left for left in (spent.left, inserted.spending.left) if left is not None]
         spending = Spending(
