@@ -41,7 +41,6 @@ from vtoken_backends.sqlite.records import (
     AS_JSON,
     COLUMNS,
     budget_state,
-    from_json,
     from_row,
     has_running_hold,
     of_hold,
@@ -179,7 +178,7 @@ def _by_digest(digests: Sequence[bytes]) -> Steps[dict[bytes, StoredToken]]:
         WHERE id IN (SELECT token FROM vtoken_keys WHERE digest IN ({marks}))
     """
     [(text,)] = yield sql, Private((*digests, *[None] * (size - len(digests))))
-    tokens = [from_json(row) for row in json.loads(text)]
+    tokens = [from_row(row) for row in json.loads(text)]
     return {key.digest: token for token in tokens for key in token.keys}
 
 

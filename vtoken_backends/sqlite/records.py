@@ -38,10 +38,11 @@ COLUMNS: Final = {
 name.
 
 ``keys`` is a JSON array with one entry for each 32 bytes of ``digests``: :data:`KEY_ENTRY` of the key, or,
-where the token has lost the key since, the key's origin alone."""
+where the token has lost the key since, the key's origin alone. The origin 0 stands for the token itself, and
+a null ``expires_at`` for that of the token."""
 
 KEY_ENTRY: Final = ("scheme", "secret_id", "nonce", "plain_key", "kind", "expires_at", "origin")
-"""What the JSON array of a key consists of. A new field goes before ``origin``, by a migration."""
+"""What the JSON array of a key consists of. A new field goes before the last two, by a migration."""
 HOLD_ENTRY: Final = ("hold_id", "until", "origin")
 """What the JSON array of a hold consists of. A new field goes before ``origin``, by a migration."""
 
@@ -83,7 +84,7 @@ def to_row(token: StoredToken) -> dict[str, Any]:
     row = token._asdict()
     row["id"] = int(token.id, 16)
     row["state"] = token.state.value
-    row["keys"] = _dump([(*_fields_of_key(key), int(key.origin, 16)) for key in token.keys])
+    row["keys"] = _dump([_key_entry(key, token) for key in token.keys])
     row["digests"] = b"".join([key.digest for key in token.keys])
     row["holds"] = "[]"
     if token.holds:
@@ -92,7 +93,7 @@ def to_row(token: StoredToken) -> dict[str, Any]:
 
 
 def from_row(values: Sequence[Any]) -> StoredToken:
-    """The token of a row.
+    """The token of a row, or of a row that came as JSON (see :data:`AS_JSON`).
 
     Args:
         values: in the order of :data:`COLUMNS`.
@@ -100,27 +101,8 @@ def from_row(values: Sequence[Any]) -> StoredToken:
     Raises:
         Unreadable: it makes no sense.
     """
-    row = dict(zip(COLUMNS, values, strict=True))
     try:
-        row["keys"] = json.loads(row["keys"])
-        row["holds"] = json.loads(row["holds"]) if row["holds"] != "[]" else ()
-        return _token(row)
-    except (ValueError, TypeError, LookupError, RecursionError):
-        pass
-    raise Unreadable
-
-
-def from_json(values: list[Any]) -> StoredToken:
-    """The token of a row that came as JSON (see :data:`AS_JSON`).
-
-    Raises:
-        Unreadable: it makes no sense.
-    """
-    row = dict(zip(COLUMNS, values, strict=True))
-    try:
-        for name in _BLOBS:
-            row[name] = bytes.fromhex(row[name])
-        return _token(row)
+        return _token(*values)
     except (ValueError, TypeError, LookupError, RecursionError):
         pass
     raise Unreadable
@@ -137,26 +119,80 @@ def budget_state(spent: int | None, strikes: int, until: int) -> BudgetState | N
 
 
 _ACTIVE: Final = State.ACTIVE
+_NO_HOLDS: Final[tuple[str, list[Any]]] = ("[]", [])
+_decode: Final = json.JSONDecoder().raw_decode
+
+
+def expiry_to_store(key: StoredKey, token: StoredToken) -> int | None:
+    """When a key expires, or None for when its token does."""
+    return None if key.expires_at == token.expires_at else key.expires_at
+
+
 _STATES: Final = {state.value: state for state in State}
-_fields_of_key: Final = attrgetter(*KEY_ENTRY[:-1])
+_fields_of_key: Final = attrgetter(*KEY_ENTRY[:-2])
 _fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
 
 
-def _token(row: dict[str, Any]) -> StoredToken:
-    if row["id"] < 0:
+def _token(
+    id: int,  # noqa: A002  # the column's name, as of all of these
+    content_type: str,
+    object_id: str,
+    slug: str,
+    context: bytes | str,
+    is_beside: int,
+    created_at: int,
+    expires_at: int,
+    ends_at: int,
+    state: int,
+    extra_data: str | None,
+    max_uses: int | None,
+    uses: int,
+    used_at: int,
+    keys: str | list[Any],
+    digests: bytes | str,
+    holds: str | list[Any],
+) -> StoredToken:
+    """The token of the values of :data:`COLUMNS`, in their order. In a row that came as JSON, blobs are
+    hexadecimal text, and ``keys`` and ``holds`` were read already."""
+    if id < 0:
         raise ValueError
-    row["id"] = token_id(row["id"])
-    row["is_beside"] = (False, True)[row["is_beside"]]
-    row["state"] = _STATES[row["state"]]
-    row["keys"] = _keys(row["keys"], row.pop("digests"))
-    row["holds"] = _holds(row["holds"]) if row["holds"] else ()
-    token = StoredToken(**row)
+    token = StoredToken(
+        id=token_id(id),
+        content_type=content_type,
+        object_id=object_id,
+        slug=slug,
+        context=_blob(context) if context else b"",
+        is_beside=(False, True)[is_beside],
+        created_at=created_at,
+        expires_at=expires_at,
+        ends_at=ends_at,
+        state=_STATES[state],
+        extra_data=extra_data,
+        max_uses=max_uses,
+        uses=uses,
+        used_at=used_at,
+        keys=_keys(_read(keys), _blob(digests)),
+        holds=() if holds in _NO_HOLDS else _holds(_read(holds)),
+    )
     if not _is_sound(token):
         raise ValueError
     return token
 
 
-def _keys(entries: list[Any], digests: bytes) -> tuple[StoredKey, ...]:
+def _blob(value: bytes | str) -> bytes:
+    return bytes.fromhex(value) if isinstance(value, str) else value
+
+
+def _read(value: str | list[Any]) -> list[Any]:
+    if not isinstance(value, str):
+        return value
+    found, end = _decode(value)
+    if end != len(value) or not isinstance(found, list):
+        raise ValueError
+    return found
+
+
+def _keys(entries: list[Any], digests: bytes, own: str, expires_at: int) -> tuple[StoredKey, ...]:
     if len(digests) != 32 * len(entries):
         raise ValueError
     keys: list[StoredKey] = []

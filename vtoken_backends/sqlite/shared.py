@@ -37,7 +37,7 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import InvalidInput
-from vtoken_backends.sqlite.records import AS_JSON, budget_state, from_json
+from vtoken_backends.sqlite.records import AS_JSON, budget_state, from_row
 from vtoken_backends.sqlite.steps import Private, Steps
 
 _MOST_DIGESTS: Final = 1024
@@ -195,7 +195,7 @@ def _answer(values: list[Any]) -> Answer:
     outcome, row, at, states = values
     return Answer(
         outcome=outcome,
-        token=None if row is None else from_json(row),
+        token=None if row is None else from_row(row),
         at=at or 0,
         states=[budget_state(*state) for state in states] if states else [],
     )
