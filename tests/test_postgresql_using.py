@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import asyncpg  # type: ignore[import-untyped]  # it publishes no types
@@ -49,7 +50,7 @@ Begin = Callable[[str], AbstractAsyncContextManager[Own]]
 @asynccontextmanager
 async def on_psycopg(url: str) -> AsyncGenerator[Own]:
     async with await psycopg.AsyncConnection.connect(url) as connection, connection.transaction():
-        yield Own(connection, lambda text: connection.execute(text.encode()))
+        yield Own(connection, partial(_execute, connection))
 
 
 @asynccontextmanager
@@ -78,14 +79,18 @@ def on_session(driver: str) -> Begin:
         engine = create_async_engine(url.replace("postgresql://", f"postgresql+{driver}://"))
         try:
             async with AsyncSession(engine) as session, session.begin():
-                yield Own(session, lambda text: _exec(session, text))
+                yield Own(session, partial(_execute_in_session, session))
         finally:
             await engine.dispose()
 
     return begin
 
 
-async def _exec(session: AsyncSession, text: str) -> object:
+async def _execute(connection: psycopg.AsyncConnection[Any], text: str) -> object:
+    return await connection.execute(text.encode())
+
+
+async def _execute_in_session(session: AsyncSession, text: str) -> object:
     return await (await session.connection()).exec_driver_sql(text)
 
 
@@ -197,7 +202,7 @@ async def test_every_method_does_there_what_it_does_elsewhere(
     backend: PostgreSQLBackend, begin: Begin, url: str
 ) -> None:
     for seed in range(3):
-        memory, calls = MemoryBackend(), Calls(seed)
+        memory, calls = MemoryBackend(), Calls(seed, is_within=True)
         await memory.open()
         with pytest.raises(RolledBack):  # noqa: PT012  # raised within the transaction
             async with begin(url) as own:

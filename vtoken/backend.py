@@ -201,7 +201,8 @@ class UseHeld(NamedTuple):
 
     The token matches only while the hold is there and runs at ``at``, whatever the token's state and expiry:
     a token that was replaced, or deactivated with this hold spared, is still used once. A state that is not
-    ACTIVE becomes USED only when ``uses`` reaches ``max_uses``; ``ends_at`` never grows.
+    ACTIVE becomes USED only when ``uses`` reaches ``max_uses``; ``ends_at`` never grows. A token whose uses
+    are up does not match: a host whose clock is ahead may have used it after the hold ran out there.
     """
 
     hold_id: str
@@ -453,7 +454,9 @@ class TokenBackend(Protocol):
 
     def within(self, handle: object) -> TokenBackend:
         """The same store through a transaction of the application's own: a backend whose methods run on
-        ``handle`` and nowhere else, and commit nothing.
+        ``handle`` and nowhere else, and commit nothing. There is one exception, for stores that have more
+        than one writer: what :meth:`insert` takes from budgets that belong to no object is charged beforehand
+        and apart, because one slow transaction must not lock a budget that everybody shares.
 
         Raises:
             InvalidInput: this backend has no such thing, the handle is of another kind or another store, or
@@ -698,7 +701,8 @@ def changed(token: StoredToken, change: Change) -> StoredToken | None:
     """A token after a change of :meth:`TokenBackend.update`, or None where it does not match."""
     match change:
         case UseHeld(hold_id=hold_id, at=at):
-            if any(hold.hold_id == hold_id and runs(hold, at) for hold in token.holds):
+            is_left = token.max_uses is None or token.uses < token.max_uses
+            if is_left and any(hold.hold_id == hold_id and runs(hold, at) for hold in token.holds):
                 return with_use(token, change)
             return None
         case Release(hold_id=hold_id):
