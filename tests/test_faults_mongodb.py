@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -49,13 +49,23 @@ def _need_mongod() -> None:
 @asynccontextmanager
 async def losing_one_reply(
     server: servers.Mongod, driver: str
-) -> AsyncGenerator[tuple[TokenManager, Counter[str]]]:
-    """A manager that does not hear what became of its first use, and how many replies were lost."""
+) -> AsyncGenerator[tuple[TokenManager, Counter[str], Callable[[], None]]]:
+    """A manager, how many replies were lost, and what makes it miss the reply to its next use."""
     uses = iter([True])
-    async with proxy(server.port, lambda name: name == "findAndModify" and next(uses, False)) as way:
+    is_open = False
+
+    def loses(name: str) -> bool:
+        return is_open and name == "findAndModify" and next(uses, False)
+
+    async with proxy(server.port, loses) as way:
         url = f"mongodb://127.0.0.1:{way.port}/lost?directConnection=true"
         async with TokenManager(MongoDBBackend.from_url(url, driver=driver)) as manager:
-            yield manager, way.lost
+
+            def begin() -> None:
+                nonlocal is_open
+                is_open = True
+
+            yield manager, way.lost, begin
 
 
 async def test_what_was_acknowledged_outlives_a_killed_server(standalone: servers.Mongod) -> None:
@@ -89,8 +99,9 @@ async def test_a_lost_reply_is_made_good_or_told(standalone: servers.Mongod) -> 
 async def test_a_use_whose_reply_was_lost_is_settled_by_its_name(
     standalone: servers.Mongod, mongodb_driver: str
 ) -> None:
-    async with losing_one_reply(standalone, mongodb_driver) as (manager, lost):
+    async with losing_one_reply(standalone, mongodb_driver) as (manager, lost, begin):
         token = await manager.deactivate_and_create(USER, SLUG)
+        begin()
         with pytest.raises(OutcomeUnknown):
             await manager.consume(USER, SLUG, token.key, consume_id="mine")
         assert lost == {"findAndModify": 1}
@@ -102,8 +113,9 @@ async def test_a_use_whose_reply_was_lost_is_settled_by_its_name(
 async def test_a_use_whose_reply_was_lost_is_made_good_on_a_replica_set(
     replica_set: servers.ReplicaSet, mongodb_driver: str
 ) -> None:
-    async with losing_one_reply(replica_set.mend().primary(), mongodb_driver) as (manager, lost):
+    async with losing_one_reply(replica_set.mend().primary(), mongodb_driver) as (manager, lost, begin):
         token = await manager.deactivate_and_create(USER, SLUG)
+        begin()
         assert (await manager.consume(USER, SLUG, token.key)).id == token.id
         assert lost == {"findAndModify": 1}
         with pytest.raises(InvalidToken):

@@ -1,4 +1,4 @@
-"""Who may leak a socket: the tests that name MongoDB, and none into the next test."""
+"""Who may leak a socket: the tests that name MongoDB, and none into the next test. Nobody leaks a stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 LEAKING = """
-import gc, socket
+import asyncio, gc, socket
 
 class Leak:
     def __init__(self):
@@ -21,7 +21,23 @@ def test_first_mongodb():
 def test_second_mongodb():
     Leak()
 
+async def leave_a_stream():
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    server.close()
+    return writer
+
+def test_stream_mongodb():
+    Leak.writer = asyncio.run(leave_a_stream())
+
 def test_after_it():
+    gc.collect()
+
+def test_stream():
+    asyncio.run(leave_a_stream())
+
+def test_after_the_stream():
     gc.collect()
 
 def test_of_ours():
@@ -43,7 +59,12 @@ def test_a_leaked_socket_fails_its_own_test_and_no_other(tmp_path: Path) -> None
     assert {(name.partition("::")[2], outcome) for outcome, name, *_ in told} == {
         ("test_first_mongodb", "PASSED"),
         ("test_second_mongodb", "PASSED"),
+        ("test_stream_mongodb", "PASSED"),
+        ("test_stream_mongodb", "ERROR"),
         ("test_after_it", "PASSED"),
+        ("test_stream", "PASSED"),
+        ("test_stream", "ERROR"),
+        ("test_after_the_stream", "PASSED"),
         ("test_of_ours", "FAILED"),
         ("test_after_that", "PASSED"),
     }, done.stdout

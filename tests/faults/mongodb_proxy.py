@@ -28,30 +28,37 @@ class Proxy:
     def __init__(self, port: int, loses: Callable[[str], bool]) -> None:
         self._server_port = port
         self._loses = loses
-        self._links: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self.port = 0
         self.lost: Counter[str] = Counter()
         """How many replies were lost, by command."""
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._links.add(task)
-        ends, ways = [writer], set[asyncio.Task[None]]()
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+        # At once, and not in the task: that one may be cancelled before it begins.
+        self._writers.add(writer)
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
             downstream, upstream = await asyncio.open_connection("127.0.0.1", self._server_port)
-            ends.append(upstream)
+            self._writers.add(upstream)
             doomed: dict[int, str] = {}
-            ways.add(asyncio.create_task(self._ask(reader, upstream, doomed)))
-            ways.add(asyncio.create_task(self._answer(downstream, writer, doomed)))
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        for end in ends:
-            end.close()
-        self._links.discard(task)
+            ways = {
+                asyncio.create_task(self._ask(reader, upstream, doomed)),
+                asyncio.create_task(self._answer(downstream, writer, doomed)),
+            }
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+                for end in (upstream, writer):
+                    end.close()
+            await asyncio.gather(*ways, return_exceptions=True)
 
     async def _ask(
         self, client: asyncio.StreamReader, server: asyncio.StreamWriter, doomed: dict[int, str]
@@ -79,11 +86,17 @@ class Proxy:
             await client.drain()
 
     async def close(self) -> None:
-        """End all connections."""
-        links = [*self._links]
-        for link in links:
-            link.cancel()
-        await asyncio.gather(*links, return_exceptions=True)
+        """End all connections, and wait until they are closed."""
+        while self._connections or self._writers:
+            tasks, writers = [*self._connections], [*self._writers]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for writer in writers:
+                writer.close()
+            closing = (writer.wait_closed() for writer in writers)
+            await asyncio.gather(*closing, return_exceptions=True)
+            self._writers.difference_update(writers)
 
 
 async def _message(stream: asyncio.StreamReader) -> bytes:
@@ -97,7 +110,7 @@ async def _message(stream: asyncio.StreamReader) -> bytes:
 async def proxy(port: int, loses: Callable[[str], bool]) -> AsyncGenerator[Proxy]:
     """A proxy on a free port of 127.0.0.1. Arguments: as of :class:`Proxy`."""
     passing = Proxy(port, loses)
-    server = await asyncio.start_server(passing.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(passing.accept, "127.0.0.1", 0)
     passing.port = server.sockets[0].getsockname()[1]
     try:
         yield passing

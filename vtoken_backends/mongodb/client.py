@@ -46,6 +46,8 @@ _LIMITS: Final = {"serverSelectionTimeoutMS": 5_000, "connectTimeoutMS": 5_000, 
 _WRITE_CONCERN: Final = WriteConcern("majority", wtimeout=6_000, j=True)
 _RELAXED: Final = WriteConcern(1)
 """Acknowledged, not durable."""
+_REPLICATED: Final = WriteConcern("majority", wtimeout=6_000)
+"""For what no token may be without, its indexes for one, where tokens themselves need not be durable."""
 _IN_FLIGHT: Final = 32
 """Operations at once; with more, PyMongo gets slower and unfair."""
 NAMES: Final = [("names", 1)]
@@ -223,7 +225,10 @@ class Client:
         self.db = self._client.get_database(self._database, **options)
         self.tokens = self.db.get_collection(self.collection, **options)
         self.budgets = self.db.get_collection(f"{self.collection}.budgets", **options)
+        if self._write_concern is _RELAXED:
+            options["write_concern"] = _REPLICATED
         self.meta = self.db.get_collection(f"{self.collection}.meta", **options)
+        self.schema_concern = options["write_concern"]
 
     # Operations -----------------------------------------------------------------------------------
 

@@ -160,7 +160,8 @@ class Schema:
         ]
         failure: BackendError | None = None
         try:  # waits for those that another process is making
-            await self._client.run(lambda: collection.create_indexes(models), seconds=LONG)
+            made = collection.with_options(write_concern=self._client.schema_concern)
+            await self._client.run(lambda: made.create_indexes(models), seconds=LONG)
         except BackendError as error:
             failure = error  # of no matter if they are there: perhaps this user may not make any
         there = await self._indexes(collection)
