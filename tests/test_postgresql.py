@@ -1,5 +1,7 @@
 """PostgreSQL against the memory backend, alone and at once, and what only PostgreSQL has: its settings."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio

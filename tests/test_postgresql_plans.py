@@ -1,5 +1,7 @@
 """The plans: none reads a table or an index as a whole, even one that was made while the store was empty."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import re

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from select import POLLIN, poll
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import anyio
 import psycopg
@@ -69,9 +69,9 @@ class _Lost(BackendUnavailable):
 class OwnConnection:
     """A connection of ours. What it runs in one round trip outside of a transaction is one of its own."""
 
-    begin: Final = Statement("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-    commit: Final = Statement("COMMIT")
-    rollback: Final = Statement("ROLLBACK")
+    begin: ClassVar = Statement("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+    commit: ClassVar = Statement("COMMIT")
+    rollback: ClassVar = Statement("ROLLBACK")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver

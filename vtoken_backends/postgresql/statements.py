@@ -553,7 +553,7 @@ class Statements:
 
 def _use_row(place: int, operation: Present) -> Row:
     match, change = operation.key, cast("Use", operation.change)
-    [digest] = match.digests or ()
+    [digest] = cast("tuple[bytes, ...]", match.digests)
     return {
         "place": place,
         "digest": binary(digest),

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Final, Protocol, TypeVar, cast
 
 from vtoken.backend import (
     Budget,
@@ -66,20 +66,12 @@ class Blocked(Exception):
 class Connection(Protocol):
     """A connection that runs one operation."""
 
-    @property
-    def begin(self) -> Statement:
-        """Begins a transaction of several round trips."""
-        ...
-
-    @property
-    def commit(self) -> Statement:
-        """Ends it."""
-        ...
-
-    @property
-    def rollback(self) -> Statement:
-        """Undoes it."""
-        ...
+    begin: ClassVar[Statement]
+    """Begins a transaction of several round trips."""
+    commit: ClassVar[Statement]
+    """Ends it."""
+    rollback: ClassVar[Statement]
+    """Undoes it."""
 
     async def fetch(self, statement: Statement) -> Rows:
         """Run one statement."""

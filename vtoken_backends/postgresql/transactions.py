@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -145,9 +145,9 @@ def _handle(handle: object) -> Driver:
 class _Within:
     """A connection inside of a transaction: what would be one elsewhere is a savepoint here."""
 
-    begin: Final = Statement("SAVEPOINT vtoken")
-    commit: Final = Statement("RELEASE SAVEPOINT vtoken")
-    rollback: Final = Statement("ROLLBACK TO SAVEPOINT vtoken")
+    begin: ClassVar = Statement("SAVEPOINT vtoken")
+    commit: ClassVar = Statement("RELEASE SAVEPOINT vtoken")
+    rollback: ClassVar = Statement("ROLLBACK TO SAVEPOINT vtoken")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
