@@ -36,7 +36,7 @@ from vtoken.errors import ConfigurationError, CooldownActive, InvalidInput, KeyG
 from vtoken.ids import IdSequence
 from vtoken.keys import (
     CHECKSUM_LENGTH,
-    Digest,
+    Candidates,
     Hidden,
     KeyGenerator,
     Keyring,
@@ -82,7 +82,8 @@ class NewKey(NamedTuple):
 
     text: Hidden
     kind: str
-    digest: Digest
+    candidates: Candidates
+    """The first of them is stored."""
     nonce: str = ""
     also_taken: tuple[bytes, ...] = ()
     """The digests of the same key under previous secrets."""
@@ -162,7 +163,25 @@ class Issuer:
                 raise _limited(request, inserted, now)
             if inserted.token is not None:  # HAS_VALID, or ONCE has found an earlier run's
                 return self._found(request, inserted.token)
+            if (request.content_type, request.object_id) in request.policy.test_codes:
+                await self._make_way(store, new, mode)
         raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
+
+    async def _make_way(self, store: TokenBackend, new: NewToken, mode: InsertMode) -> None:
+        """End the active tokens that have the fixed code of a test account and that an insert does not replace:
+        those of other contexts, say. Another draw would give the same code."""
+        token = new.stored
+        own = tuple(key.digest for key in token.keys)
+        same_code = Match(
+            digests=own + new.also_taken,
+            kind="code",
+            content_type=token.content_type,
+            object_id=token.object_id,
+            slug=token.slug,
+        )
+        for other in await store.find(same_code, len(own + new.also_taken)):
+            if mode is InsertMode.ADD or other.context != token.context:
+                await store.deactivate(Match(id=other.id), token.created_at)
 
     def _found(self, request: IssueRequest, stored: StoredToken) -> Issued:
         now = self._now()
@@ -232,13 +251,13 @@ class Issuer:
         keys: list[StoredKey] = []
         also_taken: tuple[bytes, ...] = ()
         for new in new_keys:
-            key_expires_at = expires_at
+            (scheme, secret_id), key_expires_at = new.candidates.made[0], expires_at
             if new.kind == "code":
                 key_expires_at = min(expires_at, _expiry(now, request.code_lifetime))
             stored_key = StoredKey(
-                digest=new.digest.value,
-                scheme=new.digest.scheme,
-                secret_id=new.digest.secret_id,
+                digest=new.candidates.digests[0],
+                scheme=scheme,
+                secret_id=secret_id,
                 nonce=new.nonce,
                 plain_key=new.text.text() if is_plain else "",
                 kind=new.kind,
@@ -295,17 +314,17 @@ class Issuer:
             # A batch that began under a previous secret has stored its keys under that one's digests.
             older = [keyring.links(text.text()).digests for text in texts[1:]] if request.batch else []
             taken = tuple(digest for digests in older for digest in digests)
-            return NewKey(texts[0], "link", keyring.link(texts[0].text()), nonce, taken)
+            return NewKey(texts[0], "link", keyring.links(texts[0].text()), nonce, taken)
         limit = inputs.MAX_KEY_BYTES - _frame_length(policy) if policy.prefix else inputs.MAX_KEY_BYTES
         drawn = drawn_key(request.generator(**request.generator_kwargs), limit)
         text = Hidden(framed(policy, drawn.text())) if policy.prefix else drawn
         if request.generator is random_key:  # whose keys are too many to be drawn twice
-            return NewKey(text, "link", keyring.link(text.text()))
+            return NewKey(text, "link", keyring.links(text.text()))
         normal = Hidden(normalise_link(text.text()))  # which a presented key becomes, too
         if not normal.text():
             raise ConfigurationError("the key generator's key consists of white space")
-        taken = keyring.links(normal.text()).digests[1:]
-        return NewKey(text, "link", keyring.link(normal.text()), also_taken=taken)
+        candidates = keyring.links(normal.text())
+        return NewKey(text, "link", candidates, also_taken=candidates.digests[1:])
 
     def _new_code(self, request: IssueRequest, nonce: str) -> NewKey:
         policy, keyring = request.policy, self.keyring
@@ -327,9 +346,10 @@ class Issuer:
             raise ConfigurationError(
                 "the key generator's code is empty once spaces and separators are dropped"
             )
-        digest = keyring.code(*subject, normal.text())
-        others = keyring.codes(*subject, normal.text()).digests[1:]
-        return NewKey(text, "code", digest, nonce, others)
+        candidates = keyring.codes(*subject, normal.text())
+        if not candidates.digests:
+            raise ConfigurationError("codes need Settings(secret=...)")
+        return NewKey(text, "code", candidates, nonce, candidates.digests[1:])
 
 
 def _limited(request: IssueRequest, inserted: Inserted, now: int) -> CooldownActive:

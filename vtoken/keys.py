@@ -85,15 +85,15 @@ class Candidates:
     """
 
     # Not a tuple of Digest, because every request needs one of these (tests/benchmarks, memory).
-    __slots__ = ("_made", "digests")
+    __slots__ = ("digests", "made")
 
     def __init__(self, digests: tuple[bytes, ...], made: tuple[tuple[str, str], ...]) -> None:
         self.digests = digests
-        self._made = made
+        self.made = made
 
     def all(self) -> tuple[Digest, ...]:
         """Each with how it was made."""
-        return tuple([Digest(value, *made) for value, made in zip(self.digests, self._made, strict=True)])
+        return tuple([Digest(value, *made) for value, made in zip(self.digests, self.made, strict=True)])
 
     def fit(self, key: StoredKey) -> bool:
         """Whether a stored key is one of these in its scheme and secret, too.
@@ -101,7 +101,7 @@ class Candidates:
         A digest that was made without the secret does not pass for one that was made with it.
         """
         own = key.digest
-        return own in self.digests and self._made[self.digests.index(own)] == (key.scheme, key.secret_id)
+        return own in self.digests and self.made[self.digests.index(own)] == (key.scheme, key.secret_id)
 
     def __repr__(self) -> str:
         return "<candidate digests>"

@@ -136,7 +136,7 @@ class MemoryBackend:
         store = self._opened()
         with store.lock:
             line = [] if mode is _ADD else store.active_line(token)
-            digests = (*[key.digest for key in token.keys], *also_taken)
+            digests = tuple([key.digest for key in token.keys]) + also_taken
             owners = store.owners(digests)
             for owner in owners:
                 if not _is_superseded(owner, digests, token, mode, line):
