@@ -225,7 +225,7 @@ async def test_a_store_whose_tables_and_indexes_are_others_is_refused(path: Path
         "keys = '[[1]]'",
         "keys = replace(keys, '\"link\"', '\"?\"')",
         "keys = replace(keys, '\"link\"', '1')",
-        "keys = replace(keys, '17000', '\"17000\"')",
+        "keys = replace(keys, 'null', '\"17000\"')",
         "holds = '[[1]]'",
         'holds = \'[["h","1",1]]\'',
         "holds = 'h'",

@@ -173,11 +173,11 @@ async def test_a_handle_without_a_transaction_is_refused(path: Path) -> None:
     async with opened(SQLiteBackend(path, shared=True)) as backend:
         with plain(path) as connection, pytest.raises(InvalidInput, match="no transaction"):
             backend.within(connection)
-        async with aiosqlite.connect(path) as connection:
+        async with aiosqlite.connect(path) as other:
             with pytest.raises(InvalidInput, match="no transaction"):
-                backend.within(connection)
+                backend.within(other)
         with pytest.raises(InvalidInput, match="no transaction"):
-            backend.within(connection)  # closed
+            backend.within(other)  # closed
         engine = create_async_engine(f"sqlite+aiosqlite:///{path}", isolation_level="AUTOCOMMIT")
         async with AsyncSession(engine) as session:
             with pytest.raises(InvalidInput, match="no transaction"):

@@ -18,7 +18,15 @@ from vtoken.backend import (
     StoredToken,
     full_spending,
 )
-from vtoken_backends.sqlite.records import AS_JSON, COLUMNS, KEY_ENTRY, has_running_hold, of_key, to_row
+from vtoken_backends.sqlite.records import (
+    AS_JSON,
+    COLUMNS,
+    KEY_ENTRY,
+    expiry_to_store,
+    has_running_hold,
+    of_key,
+    to_row,
+)
 from vtoken_backends.sqlite.shared import (
     IS_FULL,
     LIMIT_COLUMNS,
@@ -83,7 +91,7 @@ def _row(request: Insert) -> dict[str, Any]:
     row["taken"] = row["digests"] + joined(request.also_taken) if request.also_taken else row["digests"]
     if request.token.keys:
         first = request.token.keys[0]
-        row["kind"], row["key_expires_at"] = first.kind, first.expires_at
+        row["kind"], row["key_expires_at"] = first.kind, expiry_to_store(first, request.token)
     return row | limits_of(request.spends) if request.spends else row
 
 
@@ -131,7 +139,7 @@ _VALID: Final = f"""CASE WHEN NEW.mode = {_IF_NONE_VALID} THEN (
     SELECT max(id) FROM vtoken_tokens AS other
     WHERE {_LINE} AND state = {_ACTIVE} AND expires_at >= NEW.wanted_until AND NOT EXISTS (
         SELECT 1 FROM json_each(other.keys)
-        WHERE {of_key("origin")} = other.id AND {of_key("expires_at")} < NEW.wanted_until
+        WHERE {of_key("origin")} = 0 AND {of_key("expires_at")} < NEW.wanted_until
     )
 ) END"""
 _IS_SUPERSEDED: Final = f"""
@@ -209,7 +217,7 @@ def _insert(values: Mapping[str, str]) -> str:
 
 _INSERT_KEY: Final = """
     INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
-    VALUES (NEW.digests, NEW.id, NEW.id, NEW.kind, NEW.key_expires_at);
+    VALUES (NEW.digests, NEW.id, 0, NEW.kind, NEW.key_expires_at);
 """
 _INSERT_KEYS: Final = f"""
     INSERT INTO vtoken_keys (digest, token, origin, kind, expires_at)
@@ -228,7 +236,8 @@ _PREDECESSOR: Final = f"""(
         AND NOT {has_running_hold("NEW.created_at")}
 )"""
 _OVERLAPPED: Final = "(SELECT predecessor FROM temp.vtoken_answers WHERE place = NEW.place)"
-_IS_TAKEN_OVER: Final = f"{of_key('origin')} = {_OVERLAPPED} AND {of_key('expires_at')} >= NEW.created_at"
+# One that expires with its token is not expired: neither is the token.
+_IS_TAKEN_OVER: Final = f"{of_key('origin')} = 0 AND ifnull({of_key('expires_at')} >= NEW.created_at, 1)"
 _TAKEN_OVER: Final = f"""
     vtoken_tokens AS predecessor CROSS JOIN json_each(predecessor.keys)
     WHERE predecessor.id = {_OVERLAPPED} AND {_IS_TAKEN_OVER}
@@ -238,7 +247,10 @@ _ALL_KEYS: Final = f"""(
         SELECT value AS entry FROM json_each(NEW.keys)
         UNION ALL
         SELECT json_set(
-            value, '$[{KEY_ENTRY.index("expires_at")}]', min({of_key("expires_at")}, NEW.keep_until)
+            value,
+            '$[{KEY_ENTRY.index("expires_at")}]',
+            min(ifnull({of_key("expires_at")}, predecessor.expires_at), NEW.keep_until),
+            '$[{KEY_ENTRY.index("origin")}]', predecessor.id
         ) FROM {_TAKEN_OVER}
     )
 )"""
@@ -251,10 +263,11 @@ _INSERT_OVERLAPPING: Final = f"""
     UPDATE vtoken_answers SET predecessor = {_PREDECESSOR} WHERE place = NEW.place;
     {_insert({"keys": _ALL_KEYS, "digests": _ALL_DIGESTS})}
     {_INSERT_KEYS}
-    UPDATE vtoken_keys SET token = NEW.id, expires_at = min(expires_at, NEW.keep_until)
-    WHERE digest IN (SELECT substr(predecessor.digests, 1 + 32 * key, 32) FROM {_TAKEN_OVER});
+    UPDATE vtoken_keys SET token = NEW.id, origin = token, expires_at = min(
+        ifnull(expires_at, (SELECT expires_at FROM vtoken_tokens WHERE id = token)), NEW.keep_until
+    ) WHERE digest IN (SELECT substr(predecessor.digests, 1 + 32 * key, 32) FROM {_TAKEN_OVER});
     UPDATE vtoken_tokens SET keys = (
-        SELECT json_group_array(json(iif({_IS_TAKEN_OVER}, {of_key("origin")}, value))) FROM json_each(keys)
+        SELECT json_group_array(json(iif({_IS_TAKEN_OVER}, 0, value))) FROM json_each(keys)
     ) WHERE id = {_OVERLAPPED};
     UPDATE vtoken_answers SET token_row = (SELECT {AS_JSON} FROM vtoken_tokens WHERE id = NEW.id)
     WHERE place = NEW.place;

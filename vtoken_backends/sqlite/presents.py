@@ -130,6 +130,7 @@ _COLUMNS: Final = (
     *("place", "digests", "kind", "id", "content_type", "object_id", "slug", "context", "now"),
 )
 _CHANGE_COLUMNS: Final = {"check": (), "use": ("use_id", "at", "resets"), "hold": ("use_id", "hold")}
+_ORIGIN: Final = "iif(presented.origin = 0, presented.token, presented.origin)"
 _HAS_FREE_USE: Final = f"""(
     max_uses IS NULL OR uses + iif(
         holds = '[]', 0, (SELECT count(*) FROM json_each(holds) WHERE {hold_runs("NEW.now")})
@@ -214,11 +215,11 @@ def _found(many_digests: bool, has_use_id: bool) -> str:
     token, at, receipt = "vtoken_tokens.id", "NULL", ""
     if has_use_id:
         token, at = "iif(receipt.at IS NULL, vtoken_tokens.id, receipt.token)", "receipt.at"
-        receipt = """LEFT JOIN vtoken_receipts AS receipt
-            ON receipt.origin = presented.origin AND receipt.use_id = NEW.use_id"""
+        receipt = f"""LEFT JOIN vtoken_receipts AS receipt
+            ON receipt.origin = {_ORIGIN} AND receipt.use_id = NEW.use_id"""
     if not many_digests:
         return f"""
-            SELECT {token} AS token, presented.origin AS origin, {at} AS at, {_REFUSAL} AS refusal
+            SELECT {token} AS token, {_ORIGIN} AS origin, {at} AS at, {_REFUSAL} AS refusal
             FROM vtoken_keys AS presented CROSS JOIN vtoken_tokens {receipt}
             WHERE presented.digest = NEW.digests AND {_MATCHES}
         """
@@ -226,7 +227,7 @@ def _found(many_digests: bool, has_use_id: bool) -> str:
     # refusal costs nothing if that of one of them costs nothing.
     return f"""
         SELECT token, origin, at, iif(refusal = {_RIGHT}, refusal, max(refusal) OVER ()) AS refusal FROM (
-            SELECT nth, {token} AS token, presented.origin AS origin, {at} AS at, {_REFUSAL} AS refusal
+            SELECT nth, {token} AS token, {_ORIGIN} AS origin, {at} AS at, {_REFUSAL} AS refusal
             FROM temp.vtoken_numbers CROSS JOIN vtoken_keys AS presented CROSS JOIN vtoken_tokens {receipt}
             WHERE nth < length(NEW.digests) / 32 AND presented.digest = {nth_of("NEW.digests")}
                 AND {_MATCHES}
@@ -238,7 +239,7 @@ def _found(many_digests: bool, has_use_id: bool) -> str:
 _USUAL_USE: Final = f"""
     {_COUNT_USE}
     WHERE id = (
-        SELECT token FROM vtoken_keys WHERE digest = NEW.digests AND expires_at >= NEW.now
+        SELECT token FROM vtoken_keys WHERE digest = NEW.digests AND ifnull(expires_at >= NEW.now, 1)
             AND (NEW.kind IS NULL OR kind = NEW.kind)
     ) AND {_FITS} AND state = {_ACTIVE} AND expires_at >= NEW.now AND {_HAS_FREE_USE};
     INSERT OR REPLACE INTO vtoken_answers (place, outcome, token_row)

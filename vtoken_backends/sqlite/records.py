@@ -133,6 +133,11 @@ _fields_of_key: Final = attrgetter(*KEY_ENTRY[:-2])
 _fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
 
 
+def _key_entry(key: StoredKey, token: StoredToken) -> tuple[Any, ...]:
+    origin = 0 if key.origin == token.id else int(key.origin, 16)
+    return (*_fields_of_key(key), expiry_to_store(key, token), origin)
+
+
 def _token(
     id: int,  # noqa: A002  # the column's name, as of all of these
     content_type: str,
@@ -156,8 +161,9 @@ def _token(
     hexadecimal text, and ``keys`` and ``holds`` were read already."""
     if id < 0:
         raise ValueError
+    own = token_id(id)
     token = StoredToken(
-        id=token_id(id),
+        id=own,
         content_type=content_type,
         object_id=object_id,
         slug=slug,
@@ -171,7 +177,7 @@ def _token(
         max_uses=max_uses,
         uses=uses,
         used_at=used_at,
-        keys=_keys(_read(keys), _blob(digests)),
+        keys=_keys(_read(keys), _blob(digests), own, expires_at),
         holds=() if holds in _NO_HOLDS else _holds(_read(holds)),
     )
     if not _is_sound(token):
@@ -192,28 +198,32 @@ def _read(value: str | list[Any]) -> list[Any]:
     return found
 
 
-def _keys(entries: list[Any], digests: bytes, own: str, expires_at: int) -> tuple[StoredKey, ...]:
+def _keys(entries: list[Any], digests: bytes, own: str, ends: int) -> tuple[StoredKey, ...]:
     if len(digests) != 32 * len(entries):
         raise ValueError
     keys: list[StoredKey] = []
     for place, entry in enumerate(entries):
         if isinstance(entry, int):  # the origin of a key that the token lost
             continue
-        keys.append(_key(digests[32 * place : 32 * place + 32], *entry))
+        keys.append(_key(own, ends, digests[32 * place : 32 * place + 32], *entry))
     return tuple(keys)
 
 
 def _key(
+    own: str,
+    ends: int,
     digest: bytes,
     scheme: str,
     secret_id: str,
     nonce: str,
     plain_key: str,
     kind: str,
-    expires_at: int,
+    expires_at: int | None,
     origin: int,
 ) -> StoredKey:
-    """A key, of its digest and what :data:`KEY_ENTRY` names."""
+    """A key, of the id and the expiry of its token, its digest and what :data:`KEY_ENTRY` names."""
+    if expires_at is None:
+        expires_at = ends
     if type(expires_at) is not int or kind not in ("link", "code"):
         raise ValueError
     return StoredKey(
@@ -224,7 +234,7 @@ def _key(
         plain_key=plain_key,
         kind=kind,
         expires_at=expires_at,
-        origin=token_id(origin),
+        origin=token_id(origin) if origin else own,
     )
 
 

@@ -30,9 +30,10 @@ _SCHEMA_1: Final = (
     # are not active are in an index of their own, which grows at its end.
     "CREATE INDEX vtoken_tokens_expires ON vtoken_tokens (expires_at)",
     f"CREATE INDEX vtoken_tokens_ends ON vtoken_tokens (ends_at) WHERE state <> {State.ACTIVE.value}",
+    # The origin 0 stands for the token itself, and no expires_at for that of the token.
     """CREATE TABLE vtoken_keys (
         digest BLOB PRIMARY KEY,
-        token INTEGER NOT NULL, origin INTEGER NOT NULL, kind TEXT NOT NULL, expires_at INTEGER NOT NULL
+        token INTEGER NOT NULL, origin INTEGER NOT NULL, kind TEXT NOT NULL, expires_at INTEGER
     ) STRICT, WITHOUT ROWID""",
     # `number` is how many uses the token had by then: the order of its receipts.
     """CREATE TABLE vtoken_receipts (

@@ -20,20 +20,20 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[_Job[object] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def run(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
         """Have a function run; await its result, or what it raised."""
         loop = asyncio.get_running_loop()
-        job = _Job(function, loop, loop.create_future())
-        self._jobs.put(job)
-        return job.result
+        result: asyncio.Future[_T] = loop.create_future()
+        self._jobs.put(_Job(function, loop, result).run)
+        return result
 
     def end(self, last: Callable[[], None]) -> None:
-        """Run a last function, for which nobody waits, and end. May be called in any thread."""
-        self._jobs.put(_Job(last, None, None))  # type: ignore[arg-type]  # as above
+        """Run a last function, which raises nothing and for which nobody waits. May be called in any thread."""
+        self._jobs.put(last)
         self._jobs.put(None)
 
     def join(self) -> None:
@@ -42,7 +42,7 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run()
+            job()
             del job  # what it was about is not kept while the thread waits
 
 
@@ -50,35 +50,28 @@ class _Job(Generic[_T]):
     """A function to run, and who waits for it. Its repr, which asyncio's debug mode logs, shows nothing."""
 
     def __init__(
-        self,
-        function: Callable[[], _T],
-        loop: asyncio.AbstractEventLoop | None,
-        result: asyncio.Future[_T],
+        self, function: Callable[[], _T], loop: asyncio.AbstractEventLoop, result: asyncio.Future[_T]
     ) -> None:
         self._function = function
         self._loop = loop
-        self.result = result
+        self._result = result
 
     def run(self) -> None:
+        outcome: _Success[_T] | _Failure
         try:
-            answer = self._function()
+            outcome = _Success(self._function())
         except Exception as error:
-            self._tell(_Failure(error))
-        else:
-            self._tell(_Success(answer))
-
-    def _tell(self, outcome: _Success[_T] | _Failure) -> None:
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
-                self._loop.call_soon_threadsafe(self._deliver, outcome)
+            outcome = _Failure(error)
+        with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._deliver, outcome)
 
     def _deliver(self, outcome: _Success[_T] | _Failure) -> None:
-        if self.result.done():  # the task that waited was cancelled
+        if self._result.done():  # the task that waited was cancelled
             return
         if isinstance(outcome, _Failure):
-            self.result.set_exception(outcome.error)
+            self._result.set_exception(outcome.error)
         else:
-            self.result.set_result(outcome.answer)
+            self._result.set_result(outcome.answer)
 
 
 class _Success(Generic[_T]):
