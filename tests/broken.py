@@ -37,6 +37,7 @@ from vtoken.backend import (
     matches,
     refusal,
     replaced,
+    runs,
     satisfies,
     with_hold,
     with_use,
@@ -915,6 +916,16 @@ class UsesHoldsThatRanOut(Broken):
             for token in self._store.matching(match):
                 holds = tuple(hold._replace(until=change.at + 1) for hold in token.holds)
                 self.save(token._replace(holds=holds))
+        return await super().update(match, change)
+
+
+class UsesHoldsOfUsedTokens(Broken):
+    """Counts the use of a hold although others have made all uses."""
+
+    async def update(self, match: Match, change: Change) -> StoredToken | None:
+        for token in self._store.matching(match) if isinstance(change, UseHeld) else ():
+            if token.max_uses is not None and any(runs(hold, change.at) for hold in token.holds):
+                self.save(token._replace(uses=min(token.uses, token.max_uses - 1)))
         return await super().update(match, change)
 
 

@@ -119,6 +119,7 @@ CAUGHT: list[tuple[type[MemoryBackend], str]] = [
     (broken.LimitsARepeatedUse, "test_a_repeated_use_comes_before_the_limit"),
     (broken.HoldsWithoutFence, "test_a_hold_is_used_while_it_runs"),
     (broken.UsesHoldsThatRanOut, "test_a_hold_is_used_while_it_runs"),
+    (broken.UsesHoldsOfUsedTokens, "test_a_hold_does_not_outlive_the_uses"),
     (broken.HoldsNothing, "test_a_hold_runs_until_its_end"),
     (broken.HoldsOnce, "test_of_concurrent_holds_as_many_as_uses_are_free"),
     (broken.BelievesStaleHolds, "test_a_stale_hold_does_not_count"),

@@ -338,6 +338,20 @@ class TestHooks:
                 await task
             assert len(await world.stored()) == 1
 
+    async def test_a_hook_that_waits_for_what_was_cancelled_has_failed(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def waiting(_: TokenEvent) -> None:
+            job = asyncio.get_running_loop().create_future()
+            job.cancel()
+            await job
+
+        async with TokenManager(world.backend, clock=world.clock, hooks=[waiting]) as manager:
+            issued = await manager.issue(USER)
+            async with manager.redeem(USER, None, issued.key):
+                pass
+        assert len([record for record in caplog.records if record.exc_info]) == 2
+
     async def test_without_hooks_no_clock_is_asked_for_an_event(self) -> None:
         asked: list[int] = []
 

@@ -210,3 +210,26 @@ class TestTypingErrors:
         assert await manager.consume(USER, "reset", issued.key) == issued
         kwargs = {"generator": lambda: "k" * 504}
         await refused(InvalidInput, manager.deactivate_and_create(USER, "reset", key_generator_kwargs=kwargs))
+
+
+class TestTestCodes:
+    def policy(self, **fields: Any) -> TokenPolicy:
+        return TokenPolicy.code(
+            "login", test_codes={USER: "123456"}, test_codes_why="app-store review", **fields
+        )
+
+    async def test_they_are_issued_again_in_every_context(self, world: World) -> None:
+        manager = await world.manager(self.policy(context="required"))
+        for context in ("phone", "tablet", "phone"):
+            issued = await manager.issue(USER, "login", context=context)
+            assert issued.key == "123456"
+            found = await manager.get_active_or_create(USER, "login", context=context)
+            assert found == issued
+        await manager.consume(USER, "login", "123456", context="phone")
+
+    async def test_they_are_issued_again_beside_the_first(self, world: World) -> None:
+        manager = await world.manager(self.policy())
+        await manager.issue(USER, "login")
+        issued = await manager.issue(USER, "login", replace=False)
+        assert await manager.consume(USER, "login", "123456") == issued
+        assert not await manager.exists_valid(USER, "login")

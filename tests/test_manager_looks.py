@@ -124,6 +124,13 @@ class TestExistsValid:
             assert await manager.exists_valid(Subject("auth.user"), "a", issued.key)
         assert await world.stored() == before
 
+    async def test_with_any_slug_no_context_is_heeded_and_none_is_taken(self, world: World) -> None:
+        manager = await world.manager(TokenPolicy("a", context="required"))
+        issued = await manager.issue(USER, "a", context="cookie")
+        assert await manager.exists_valid(USER)
+        await refused(InvalidInput, manager.exists_valid(USER, context="another cookie"))
+        await refused(InvalidInput, manager.exists_valid(USER, key=issued.key, context="another cookie"))
+
     async def test_a_used_and_a_leased_token_are_not_valid(self, world: World) -> None:
         manager = await world.manager()
         issued = await manager.deactivate_and_create(USER, "a")

@@ -536,6 +536,25 @@ class TestConsumeId:
         await refused(AlreadyUsed, redeem(manager, "a", issued.key, consume_id="form"))
 
 
+class TestTwoClocks:
+    @pytest.mark.parametrize("max_uses", [1, 2])
+    async def test_a_use_by_a_clock_that_is_ahead_is_not_counted_again(
+        self, world: World, max_uses: int
+    ) -> None:
+        manager = await world.manager(TokenPolicy("a", max_uses=max_uses))
+        issued = await manager.issue(USER, "a")
+        block = manager.redeem(USER, "a", issued.key, lease=LEASE)
+        await block.__aenter__()
+        world.clock.advance(LEASE)  # of another host, by which the hold has run out
+        for _ in range(max_uses):
+            await manager.consume(USER, "a", issued.key)
+        world.clock.advance(-LEASE)
+        await refused(LeaseLost, block.__aexit__(None, None, None))
+        found = await manager.get(issued.id)
+        assert found is not None
+        assert (found.uses, found.is_active) == (max_uses, False)
+
+
 class TestMarkUsed:
     async def test_only_inside_its_block(self, world: World) -> None:
         manager, other = await world.manager(), await world.manager()

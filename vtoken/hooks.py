@@ -5,6 +5,7 @@ An event never holds a key, a digest or a secret.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -156,6 +157,12 @@ class Hooks:
                 if inspect.isawaitable(answer):
                     await answer
             except Exception:
+                logger.exception("a hook failed on the event %r", event.name)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Nobody has cancelled the caller: the hook has waited for something that was cancelled.
                 logger.exception("a hook failed on the event %r", event.name)
 
 

@@ -168,7 +168,7 @@ class Issuer:
         raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
 
     async def _make_way(self, store: TokenBackend, new: NewToken, mode: InsertMode) -> None:
-        """End the active tokens that have the fixed code of a test account and that an insert does not replace:
+        """End the tokens that have the fixed code of a test account and that an insert does not replace:
         those of other contexts, say. Another draw would give the same code."""
         token = new.stored
         own = tuple(key.digest for key in token.keys)

@@ -851,7 +851,12 @@ class TokenManager:
     async def _has_free(self, obj: object, slug: str | Wildcard | None, context: Hidden) -> bool:
         content_type, object_id = self.content_types.resolve(obj)
         wanted = Match(content_type=content_type, object_id=object_id)
-        if not isinstance(slug, Wildcard):
+        if isinstance(slug, Wildcard):
+            if context.reveal() is not None:
+                raise InvalidInput(
+                    "context goes with a slug, whose policy asks for it: with any slug, leave it out"
+                )
+        else:
             slug_text = _slug_text(slug)
             policy = self.policies.of(slug_text)
             if context.reveal() is not None and not policy.needs_context:

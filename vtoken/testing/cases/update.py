@@ -72,6 +72,24 @@ class UpdateCases(Suite):
             token = used or token
         assert (token.uses, token.holds) == (1, ())
 
+    @case(1)
+    async def test_a_hold_does_not_outlive_the_uses(self, bench: Bench) -> None:
+        """``UseHeld`` finds no use where others have made them all, as they may have where their clock is
+        ahead and the hold had run out by it."""
+        backend = await bench.backend()
+        for max_uses in (1, 2):
+            token = await put(backend, holds=(MINE,), max_uses=max_uses)
+            for _ in range(max_uses):
+                answer = await backend.present(by_key(token), Use(at=NOW + 10), NOW + 10)
+                assert answer.outcome is Outcome.RIGHT
+            used = await one(backend, token)
+            assert await backend.update(Match(id=token.id), UseHeld(hold_id="mine", at=NOW + 9)) is None
+            assert (
+                await one(backend, token)
+                == used
+                == token._replace(uses=max_uses, used_at=NOW + 10, state=State.USED, ends_at=NOW + 9)
+            )
+
     @case(2)
     async def test_a_hold_outlives_what_ended_its_token(self, bench: Bench) -> None:
         """A token that expired, was replaced, or was deactivated with its hold spared is still used once; its
