@@ -682,13 +682,13 @@ def refusal(token: StoredToken, key: StoredKey | None, now: int) -> Reason | Non
 
 def with_use(token: StoredToken, change: Use | UseHeld) -> StoredToken:
     """A token after a use that was found to be allowed."""
-    uses, holds = token.uses + 1, token.holds
     if isinstance(change, UseHeld):
-        holds = tuple(hold for hold in holds if hold.hold_id != change.hold_id)
+        token = token._replace(holds=tuple(hold for hold in token.holds if hold.hold_id != change.hold_id))
+    uses = token.uses + 1
     if token.max_uses is None or uses < token.max_uses:
-        return token._replace(uses=uses, used_at=change.at, holds=holds)
+        return token._replace(uses=uses, used_at=change.at)
     ends_at = min(token.ends_at, change.at - 1)
-    return token._replace(uses=uses, used_at=change.at, holds=holds, state=_USED, ends_at=ends_at)
+    return token._replace(uses=uses, used_at=change.at, state=_USED, ends_at=ends_at)
 
 
 def with_hold(token: StoredToken, key: StoredKey, change: Hold, now: int) -> StoredToken:

@@ -21,7 +21,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import Any, Final, Self
 
 import anyio
@@ -1533,6 +1533,8 @@ class TokenManager:
 
     def _now(self) -> int:
         """The injected clock's time, in milliseconds."""
+        if self._clock is utc_now:  # the real clock, read without a datetime in between
+            return time_ns() // 1_000_000
         try:
             now = inputs.milliseconds(self._clock())
         except InvalidInput as error:

@@ -33,6 +33,7 @@ from vtoken.backend import (
     SlugCount,
     Spend,
     Spending,
+    State,
     StoredKey,
     StoredToken,
     TokenBackend,
@@ -64,6 +65,7 @@ _BUCKET: Final = 1 << 14
 """Milliseconds that share a bucket of :class:`_Ends`: 16 seconds."""
 _NOTHING_SPENT: Final = Spending()
 # A member of an enum costs twice as much as a global name, and these are asked for in every operation.
+_ACTIVE: Final = State.ACTIVE
 _RIGHT: Final = Outcome.RIGHT
 _INSERTED: Final = InsertResult.INSERTED
 _ADD: Final = InsertMode.ADD
@@ -182,8 +184,9 @@ class MemoryBackend:
                 if why is None:
                     if change is not None:
                         token = _changed_by(store, token, held, change, now)
-                    spending = store.left(spends, now) if spends else _NOTHING_SPENT
-                    return Presented(_RIGHT, token, spending=spending)
+                    if not spends:
+                        return Presented(_RIGHT, token)
+                    return Presented(_RIGHT, token, spending=store.left(spends, now))
                 free = free and why not in ("used", "leased")
             spending = store.spend(spends, now) if free else store.left(spends, now)
             return Presented(Outcome.REFUSED, found[0][0] if found else None, spending=spending)
@@ -436,7 +439,7 @@ class _Store:
         if old.ends_at != token.ends_at:
             self.ends.discard(old.id, old.ends_at)
             self.ends.add(token.id, token.ends_at)
-        if old.is_active is not token.is_active:
+        if (old.state is _ACTIVE) is not (token.state is _ACTIVE):
             of_object = self._objects[token.object_id]
             if not isinstance(of_object, str):
                 source, target = of_object.active, of_object.ended
