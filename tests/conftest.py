@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +89,7 @@ def mongodb_driver(request: pytest.FixtureRequest) -> str:
 
 
 @contextmanager
-def a_store(kind: str, request: pytest.FixtureRequest, directory: Path) -> Iterator[str]:
+def a_store(kind: str, request: pytest.FixtureRequest, directory: Path) -> Generator[str]:
     """The URL of an empty store of a kind, on the servers that this run shares."""
     if kind == "memory":
         yield "memory://"

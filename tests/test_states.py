@@ -7,8 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import aiosqlite
+import psycopg
 import pytest
 
+from . import postgresql_servers
 from .conftest import BACKENDS, a_store
 from .states import BLOCK, OPERATIONS, POLICIES, STATES, Cell, Handle, Player, new_world
 
@@ -38,7 +41,7 @@ async def test_each_cell(kind: str, request: pytest.FixtureRequest, tmp_path: Pa
     with a_store(kind, request, tmp_path) as url:
         async with new_world(url) as world:
             manager, other = await world.manager(*POLICIES), await world.manager(*POLICIES)
-            player = Player(world, manager, other, transactions(kind))
+            player = Player(world, manager, other, transactions(kind, tmp_path))
             differing: list[str] = []
             for cell in written():
                 played = await player.play(cell.operation, cell.state)
@@ -47,24 +50,25 @@ async def test_each_cell(kind: str, request: pytest.FixtureRequest, tmp_path: Pa
             assert not differing, "\n".join(differing)
 
 
-TRANSACTIONS: Final = ("postgresql",)
+TRANSACTIONS: Final = ("postgresql", "sqlite")
 """The backends on which this test opens a transaction of the application's own."""
 
 
-def transactions(kind: str) -> Handle | None:
-    if kind not in TRANSACTIONS:
-        return None
-    from . import postgresql_servers
-
+def transactions(kind: str, directory: Path) -> Handle | None:
     @asynccontextmanager
-    async def begun() -> AsyncGenerator[object]:
-        import psycopg
-
+    async def on_postgresql() -> AsyncGenerator[object]:
         url = postgresql_servers.shared_url()
         async with await psycopg.AsyncConnection.connect(url) as connection, connection.transaction():
             yield connection
 
-    return begun
+    @asynccontextmanager
+    async def on_sqlite() -> AsyncGenerator[object]:
+        async with aiosqlite.connect(directory / "tokens.db") as connection:
+            await connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            await connection.commit()
+
+    return {"postgresql": on_postgresql, "sqlite": on_sqlite}.get(kind)
 
 
 def without_transactions(cell: Cell) -> Cell:
