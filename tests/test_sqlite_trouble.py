@@ -28,7 +28,7 @@ import pytest
 from vtoken.backend import InsertResult, Match
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken_backends.sqlite import SQLiteBackend, file, schema
-from vtoken_backends.sqlite.diagnostics import release
+from vtoken_backends.sqlite.diagnostics import SQLiteDiagnostics, release
 
 from .sqlite_tools import NOW, ask, beside, insert, make_store, opened, plain, present, python, token, use
 
@@ -509,6 +509,18 @@ async def test_a_store_restored_from_a_dump_is_recognised(path: Path, tmp_path: 
     async with opened(SQLiteBackend(restored)) as backend:
         assert len(await stored(backend)) == 3
         assert await use(backend, present(1, "1")) is not None
+
+
+async def test_a_store_made_by_the_statements_that_are_shown_is_complete(path: Path) -> None:
+    statements = SQLiteDiagnostics(f"sqlite:///{path}").ddl()
+    with plain(path) as database:
+        database.executescript(";\n".join(" ".join(statement.split()) for statement in statements))
+        before = database.execute("SELECT * FROM sqlite_schema ORDER BY name").fetchall()
+    async with opened(SQLiteBackend(path)) as backend:
+        await backend.ping()
+        await insert(backend, token(1))
+    with plain(path) as database:
+        assert database.execute("SELECT * FROM sqlite_schema ORDER BY name").fetchall() == before
 
 
 async def test_a_store_beside_the_tables_of_an_application(path: Path) -> None:

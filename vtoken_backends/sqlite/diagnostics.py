@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from vtoken.diagnostics import Diagnostics, Finding
 from vtoken_backends.sqlite.file import has_wal_reset_bug
+from vtoken_backends.sqlite.schema import ddl
 
 
 class SQLiteDiagnostics(Diagnostics):
@@ -40,6 +41,9 @@ class SQLiteDiagnostics(Diagnostics):
 
     def before_opening(self) -> list[Finding]:
         return [_examined(self.path), release(sqlite3.sqlite_version_info)]
+
+    def ddl(self) -> list[str]:
+        return ddl()
 
     @property
     def folder(self) -> Path | None:

@@ -138,7 +138,7 @@ def check_schema(database: sqlite3.Connection, path: str) -> int:
     """
     database.execute("SAVEPOINT vtoken")  # the version and the objects of one moment
     version = _schema_version(database)
-    found = set(database.execute("SELECT name, sql FROM main.sqlite_schema WHERE sql IS NOT NULL"))
+    found = _objects(database)
     triggers = database.execute(
         "SELECT name FROM main.sqlite_schema WHERE type = 'trigger' AND tbl_name GLOB 'vtoken_*'"
     ).fetchall()
@@ -273,7 +273,13 @@ def _expected_objects(version: int) -> frozenset[tuple[str, str]]:
         return frozenset()
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
         _migrate(database, version)
-        return frozenset(database.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
+        return frozenset(_objects(database))
+
+
+def _objects(database: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Names and texts; in what white space a migration of the application's wrote them does not matter."""
+    rows = database.execute("SELECT name, sql FROM main.sqlite_schema WHERE sql IS NOT NULL").fetchall()
+    return {(name, " ".join(str(sql).split())) for name, sql in rows}
 
 
 def _check_pages(database: sqlite3.Connection, path: str, check: Check) -> None:

@@ -9,6 +9,7 @@ SQLite refuses functions of JSON in triggers that come with an untrusted file.
 
 from __future__ import annotations
 
+import textwrap
 from typing import Final
 
 from vtoken.backend import REMEMBERED_USES, State
@@ -51,6 +52,13 @@ _SCHEMA_1: Final = (
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1,)
 """The statements that make schema 1 of an empty file, schema 2 of schema 1, and so on: what was released is
 never changed. Processes of the older release must have ended: they look at the schema at open only."""
+
+
+def ddl() -> list[str]:
+    """The statements that make an empty store of the newest schema."""
+    steps = [textwrap.dedent(statement) for schema in MIGRATIONS for statement in schema]
+    return [*steps, f"INSERT INTO vtoken_schema (version) VALUES ({len(MIGRATIONS)})"]
+
 
 TRIGGERS: Final = (
     f"""CREATE TEMP TRIGGER vtoken_token_deleted AFTER DELETE ON main.vtoken_tokens

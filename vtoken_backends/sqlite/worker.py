@@ -32,7 +32,7 @@ class Worker:
         return result
 
     def end(self, last: Callable[[], None]) -> None:
-        """Run a last function, which raises nothing and for which nobody waits. May be called in any thread."""
+        """Run a last function, which raises nothing, and end. May be called in any thread."""
         self._jobs.put(last)
         self._jobs.put(None)
 
