@@ -6,7 +6,8 @@
 - ``commands``: operations that are one command.
 - ``writes``: every other operation: read, decide, compare and set; alone and in batches.
 - ``budgets``, ``purging``, ``schema``: what their names say.
-- ``client``, ``failures``, ``urls``: the driver's client, its errors, and its URLs.
+- ``client``, ``failures``, ``urls``, ``command_log``: the driver's client, its errors, URLs and log.
+- ``diagnostics``: what the command line asks about a server.
 """
 
 from vtoken_backends.mongodb.backend import MongoDBBackend

@@ -30,6 +30,7 @@ from vtoken.errors import (
 )
 from vtoken.redact import without_locals
 from vtoken_backends.batching import outlast
+from vtoken_backends.mongodb.command_log import hide
 from vtoken_backends.mongodb.failures import Duplicate, refusals, translated
 from vtoken_backends.mongodb.urls import check_name, check_url
 
@@ -212,6 +213,7 @@ class Client:
             raise BackendClosed("the MongoDB backend was opened in another event loop: open one in each loop")
 
     def _choose_collections(self) -> None:
+        hide(self.collection)
         if self._database is None:
             self._database = cast("str", self._client.get_default_database("vtoken").name)
         # Nothing is left to the client's own settings: they could change what is stored and read.
@@ -251,7 +253,8 @@ class Client:
                 with pymongo.timeout(seconds):
                     return await operation()
             except (errors.PyMongoError, BSONError, CorruptStore) as error:
-                failure = translated(error, writes=writes, names=self.names_index)
+                topology = getattr(self._client, "topology_description", None)
+                failure = translated(error, writes=writes, names=self.names_index, topology=topology)
         raise failure  # outside of the block: the driver's error quotes keys, and must not become the context
 
     @property

@@ -35,13 +35,14 @@ class Conflict(BackendError):
     """Another write of the same document was quicker; nothing happened. It never leaves the backend."""
 
 
-def translated(error: Exception, *, writes: bool, names: str) -> BackendError:
+def translated(error: Exception, *, writes: bool, names: str, topology: Any = None) -> BackendError:
     """What the caller is told instead of a driver's error.
 
     Args:
         error: the driver's, or one of ours about a document.
         writes: whether the operation would have left something behind.
         names: the index that look-ups go by, as the message shall name it.
+        topology: what the driver knows of each server.
     """
     if isinstance(error, CorruptStore):
         return CorruptStore(*error.args)
@@ -52,7 +53,7 @@ def translated(error: Exception, *, writes: bool, names: str) -> BackendError:
     if not isinstance(error, errors.PyMongoError):
         return BackendError(f"MongoDB: {type(error).__name__}")
     if isinstance(error, errors.ServerSelectionTimeoutError):
-        return BackendUnavailable(f"MongoDB: {_why_no_server(error)}")
+        return BackendUnavailable(f"MongoDB: {_why_no_server(error, topology)}")
     if isinstance(error, errors.ConfigurationError):
         return BackendUnavailable(_why_refused(error))
     return _translated_answer(error, writes, names)
@@ -140,6 +141,7 @@ _CAUSES: Final = (
         "certificate required|handshake failure|bad certificate",
         "it refused our TLS certificate: set tlsCertificateKeyFile",
     ),
+    ("ssl handshake failed", "the TLS handshake failed: does it speak TLS, as the URL says?"),
     ("connection refused|errno 111|connect call failed", "nothing listens on that port"),
     (
         "connection closed|connection reset|incomplete read",
@@ -151,16 +153,13 @@ _CAUSES: Final = (
 """What the driver knows of a server, by what its message says."""
 
 
-def _why_no_server(error: errors.ServerSelectionTimeoutError) -> str:
+def _why_no_server(error: errors.ServerSelectionTimeoutError, topology: Any) -> str:
     """What the driver knows of each server that it could not use."""
-    description: Any = error.details if hasattr(error.details, "server_descriptions") else None
-    servers = description.server_descriptions() if description is not None else {}
-    name = getattr(description, "replica_set_name", None)
-    said: list[str] = []
-    for (host, port), server in sorted(servers.items()):
-        said.append(f"{host}:{port}: {_why_not(server, name)}")
+    servers = topology.server_descriptions() if topology is not None else {}
+    name = getattr(topology, "replica_set_name", None)
+    said = [f"{host}:{port}: {_why_not(server, name)}" for (host, port), server in sorted(servers.items())]
     if not said and name is not None:
-        said.append(f"none of the hosts belongs to a replica set {name!r}: check replicaSet")
+        said.append(f"none of the hosts is a member of a replica set {name!r}: check replicaSet in the URL")
     why = "; ".join(said) or cause_of(str(error)) or "none was found"
     return f"no server answers ({why})"
 
@@ -175,8 +174,9 @@ def _why_not(server: Any, set_name: str | None) -> str:
 
 def cause_of(message: str) -> str | None:
     """A cause in plain words, of a message of the driver or the operating system."""
+    said = message.partition("(configured timeouts")[0]
     for pattern, cause in _CAUSES:
-        if re.search(pattern, message, re.IGNORECASE):
+        if re.search(pattern, said, re.IGNORECASE):
             return cause
     return None
 
