@@ -106,9 +106,9 @@ def vtoken(folder: Path) -> VToken:
 
     async def look() -> list[Row]:
         # Each of these tokens has the one key that it was issued with.
-        sql = f"SELECT object_id, digests, state = {State.ACTIVE.value} FROM vtoken_tokens"  # noqa: S608
+        sql = "SELECT object_id, digests, state FROM vtoken_tokens"
         with contextlib.closing(sqlite3.connect(path)) as database:
             found = database.execute(sql).fetchall()
-        return [Row(object_id, digest, bool(active)) for object_id, digest, active in found]
+        return [Row(object_id, digest, state == State.ACTIVE.value) for object_id, digest, state in found]
 
     return VToken(f"sqlite:///{path}", look)
