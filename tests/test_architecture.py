@@ -55,7 +55,7 @@ THIRD_PARTY = {
 DRIVERS = {
     "memory": set[str](),
     "batching": {"anyio"},
-    "sqlite": {"aiosqlite", "anyio"},
+    "sqlite": {"anyio"},
     "mongodb": {"anyio", "bson", "motor", "pymongo"},
     "postgresql": {"anyio", "psycopg", "psycopg_pool"},
 }
