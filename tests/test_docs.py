@@ -40,12 +40,12 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(text.count("\n", 0, found.start("code")), found["info"].strip(), found["code"])
 
 
-def run_python(page: Path, marked: str = "python") -> dict[str, Any]:
-    """Run the blocks with a mark in their order; they may ``await`` anywhere, as in a REPL."""
+def run_python(page: Path) -> dict[str, Any]:
+    """Run the blocks marked ``python`` in their order; they may ``await`` anywhere, as in a REPL."""
     namespace: dict[str, Any] = {"__name__": page.stem}
     with asyncio.Runner() as runner:
         for block in blocks(page):
-            if block.info != marked:
+            if block.info != "python":
                 continue
             code = compile(
                 "\n" * block.line + block.code,
@@ -101,7 +101,7 @@ def test_code_fits_the_page(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_blocks_that_do_not_run_say_why(page: Path) -> None:
     for block in blocks(page):
-        if block.info.startswith("python") and block.info not in ("python", "python postgresql"):
+        if block.info.startswith("python") and block.info != "python":
             assert re.fullmatch(r"python no-run: .{10,}", block.info), (
                 f"{page.name}:{block.line}: {block.info!r}"
             )

@@ -1,4 +1,4 @@
-"""What the documentation shows of PostgreSQL, runs, on a real server."""
+"""The pages on transactions of an application's own, on a real PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import os
 import secrets
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from tests import postgresql_servers as servers
-from tests.test_docs import ROOT, blocks, run_python
-
-MARK = "python postgresql"
-PAGES = [
-    page for page in sorted(ROOT.glob("docs/**/*.md")) if any(block.info == MARK for block in blocks(page))
-]
+from tests.test_docs import ROOT, run_python
 
 
 @contextmanager
@@ -33,13 +27,9 @@ def fresh_database() -> Generator[str]:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_sqlalchemy(monkeypatch: pytest.MonkeyPatch) -> None:
     with fresh_database() as url:
-        monkeypatch.setenv("DATABASE_URL", url)
+        monkeypatch.setenv("VTOKEN_URL", url)
+        monkeypatch.setenv("DATABASE_URL", url.replace("postgresql://", "postgresql+psycopg://"))
         monkeypatch.setenv("VTOKEN_SECRET", secrets.token_urlsafe(32))
-        run_python(page, MARK)
-
-
-def test_there_are_some() -> None:
-    assert PAGES
+        run_python(ROOT / "docs" / "how-to" / "with-sqlalchemy.md")
