@@ -38,7 +38,7 @@ async def _database(server_url: str, count: int) -> AsyncGenerator[VToken]:
 
 def _like(first: Document, copy: Copy) -> Document:
     """The document of a copy of the one token in a line."""
-    line = line_of(first["content_type"], copy.object_id, first["slug"], first["context"])
+    line = line_of(first["content_type"], copy.object_id, first["slug"], first.get("context", b""))
     key = first["token"]["keys"][0] | {"digest": copy.digest, "origin": copy.id}
     return first | {
         "names": [line, copy.digest, id_name(copy.id)],
