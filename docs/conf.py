@@ -45,7 +45,10 @@ nitpick_ignore_regex = [
     # Names that are imported for type checkers only, and so are not resolved.
     ("py:.*", r"timedelta|HTTPConnection|InitPlugin|Middleware|web\..*|\w+Provider|CollectorRegistry"),
     # Aliases and helpers that are shown as they are.
-    ("py:.*", r"InvalidStatus|Handler|Render|Duration|Reason|vtoken\.inputs\.(?:Unset|Wildcard)"),
+    (
+        "py:.*",
+        r"AsyncConnectionPool|InvalidStatus|Handler|Render|Duration|Reason|vtoken\.inputs\.(?:Unset|Wildcard)",
+    ),
     ("py:.*", r"vtoken\.(?:sync|subject)\.[PT]|vtoken\.policy\.\w+Options"),
 ]
 
