@@ -137,6 +137,38 @@ async def test_a_damaged_document_is_told(mongodb_url: str) -> None:
         assert await backend.find(Match(), 1) == [token(1)]
 
 
+async def test_a_damaged_document_harms_no_neighbour(mongodb_url: str) -> None:
+    async with opened(mongodb_url) as backend:
+        await asyncio.gather(*(insert(backend, of(n)) for n in range(10)))
+        with documents(mongodb_url) as stored:
+            stored.update_one({"object_id": "5"}, {"$set": {"token.uses": "x"}})
+        calls: list[Callable[[int], Awaitable[object]]] = [
+            lambda n: backend.find(key(n), 1),
+            lambda n: backend.present(key(n), None, LATER),
+            lambda n: use(backend, n),
+            lambda n: insert(backend, of(100 + n, object_id=str(n))),
+        ]
+        for call in calls:
+            answers = await asyncio.gather(*(call(n) for n in range(10)), return_exceptions=True)
+            damaged = [n for n, answer in enumerate(answers) if isinstance(answer, BaseException)]
+            assert damaged == [5]
+            assert isinstance(answers[5], CorruptStore)
+
+
+async def test_a_shard_that_is_connected_directly_is_refused() -> None:
+    if servers.declared_url():
+        pytest.skip(f"{servers.DECLARED_URL} names a server that is no shard")
+    with servers.start_mongod("shard", args=["--shardsvr"]) as server:
+        url = servers.with_database(server.url, "sharded")
+        async with opened(url):
+            pass
+        with server.direct_client() as client:  # as a shard knows of collections that are sharded
+            client["config"]["cache.collections"].insert_one({"_id": "sharded.vtoken"})
+        with pytest.raises(CorruptStore, match="connect to mongos"):
+            async with opened(url):
+                pass
+
+
 async def backend_answers(call: Awaitable[object]) -> type[BaseException] | None:
     try:
         await call

@@ -259,15 +259,13 @@ class MongoDBBackend:
 
     async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
         self._client.check_place()
-        if match.digests is not None and match.id is None and after is None:
-            return await self._finds.submit(Find(match, limit))
         if match.id is not None:
             if after is not None and match.id >= after:
                 return []
             return await self._client.apart(self._reads.by_id(match), writes=False)
         if match.digests is not None:
-            [found] = await self._reads.by_digest([Find(match, len(match.digests))])
-            return [token for token in found if after is None or token.id < after][:limit]
+            found = await self._finds.submit(Find(match, limit if after is None else len(match.digests)))
+            return found if after is None else [token for token in found if token.id < after][:limit]
         return await self._client.apart(self._reads.page(match, limit, after), writes=False)
 
     async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:

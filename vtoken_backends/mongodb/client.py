@@ -224,6 +224,7 @@ class Client:
             "read_concern": ReadConcern("local"),
         }
         self.admin = self._client.get_database("admin", **options)
+        self.config = self._client.get_database("config", **options)
         self.db = self._client.get_database(self._database, **options)
         self.tokens = self.db.get_collection(self.collection, **options)
         self.budgets = self.db.get_collection(f"{self.collection}.budgets", **options)

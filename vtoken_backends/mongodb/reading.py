@@ -12,7 +12,7 @@ from inspect import isawaitable
 from typing import Any, Final, NamedTuple
 
 from vtoken.backend import PRETENDED, Match, SlugCount, State, StoredToken, matches
-from vtoken.errors import BackendError
+from vtoken.errors import BackendError, CorruptStore
 from vtoken_backends.mongodb.client import LONG, NAMES, Client, Document
 from vtoken_backends.mongodb.documents import (
     Stored,
@@ -44,15 +44,26 @@ class Reads:
         self._client = client
         self._writes = writes
 
-    async def by_digest(self, finds: Sequence[Find]) -> list[list[StoredToken]]:
+    async def by_digest(self, finds: Sequence[Find]) -> list[list[StoredToken] | BaseException]:
         """Many look-ups by digest at once."""
-        digests = list({bytes(digest): None for find in finds for digest in find.match.digests or ()})
-        documents = await self._named(digests)
-        found: list[list[StoredToken]] = []
-        for find in finds:
-            holders = documents.holders(bytes(digest) for digest in find.match.digests or ())
-            found.append(_newest((h.kept.token for h in holders), find.match, find.limit))
-        return found
+        digests = list({digest: None for find in finds for digest in find.match.digests or ()})
+        try:
+            documents = await self._named(digests)
+        except CorruptStore as error:
+            failure = error
+        else:
+            return [
+                _newest(
+                    (h.kept.token for h in documents.holders(find.match.digests or ())),
+                    find.match,
+                    find.limit,
+                )
+                for find in finds
+            ]
+        if len(finds) == 1:
+            return [failure]
+        # One document is damaged. Nobody may fail for a neighbour's reason.
+        return [answer for find in finds for answer in await self.by_digest([find])]
 
     async def by_id(self, match: Match) -> list[StoredToken]:
         """The token that has the id of a match."""

@@ -106,19 +106,18 @@ class Schema:
 
     async def _check_shard(self) -> None:
         """Refuse a shard that is connected directly and has only a part of a sharded collection."""
+        name = f"{self._client.db.name}.{self._client.collection}"
 
         async def ask() -> Any:
-            command = {"getShardVersion": f"{self._client.db.name}.{self._client.collection}"}
             try:
-                return await self._client.admin.command(command)
-            except errors.OperationFailure:  # no shard, or no right to ask
-                return {}
+                return await self._client.config["cache.collections"].find_one({"_id": name}, {"_id": 1})
+            except errors.OperationFailure:  # no right to ask
+                return None
 
-        version = (await self._client.run(ask, writes=False)).get("global")
-        if version is not None and version.time:
+        if await self._client.run(ask, writes=False) is not None:
             raise CorruptStore(
-                f"MongoDB: {self._client.collection!r} is a sharded collection, and this server is one of its"
-                " shards: connect to mongos"
+                f"MongoDB: {name!r} is a sharded collection, and this server is a shard that has a part of it."
+                " Tokens need a collection that is not sharded: connect to mongos, and name another one"
             )
 
     async def _check_options(self) -> None:

@@ -45,7 +45,7 @@ from vtoken.backend import (
     key_of,
     matches,
 )
-from vtoken.errors import BackendError, OutcomeUnknown
+from vtoken.errors import BackendClosed, BackendError, BackendUnavailable, OutcomeUnknown
 from vtoken_backends.mongodb.client import NAMES, Bulk, Client, Document, after_a_write
 from vtoken_backends.mongodb.documents import (
     LIGHT,
@@ -144,12 +144,25 @@ class Writes:
         ops = list(ops)
         left = list(range(len(ops)))
         pause = Patience()
-        while True:
-            left = await self._round(ops, left, answers, is_whole)
-            if not left:
-                break
-            is_whole = True
-            await pause()
+        failure: BackendError | None = None
+        is_later = False
+        try:
+            while left:
+                left = await self._round(ops, left, answers, is_whole)
+                is_whole = is_later = True
+                if left:
+                    await pause()
+        except BackendError as error:
+            failure = error
+        if failure is not None and len(left) > 1 and not isinstance(failure, _OF_ALL):
+            # Refused as a whole, perhaps for the sake of one. Nobody may fail for a neighbour's reason.
+            found = await asyncio.gather(*(self.flush([ops[number]], is_whole=True) for number in left))
+            answers |= {number: answer for number, [answer] in zip(left, found, strict=True)}
+        elif failure is not None:
+            # What came before may have changed something.
+            is_half_done = is_later and isinstance(failure, BackendUnavailable)
+            kind = OutcomeUnknown if is_half_done else type(failure)
+            answers |= {number: kind(*failure.args) for number in left}
         in_order = [answers[number] for number in range(len(ops))]
         await self.end_what_they_end(ops, in_order)
         await self._confirm_replays(in_order)
@@ -165,8 +178,10 @@ class Writes:
     async def replayed(self, op: Present) -> Presented | None:
         """The answer to a key whose use was counted before under the same id; nothing is written."""
         answer = replayed(op, await self._read([op], is_whole=True))
-        if answer is not None:
-            await self._confirm_replays([answer])
+        answers: list[Answer | BaseException] = [answer]
+        await self._confirm_replays(answers)
+        if isinstance(answers[0], BaseException):
+            raise answers[0]
         return answer
 
     async def _round(
@@ -457,14 +472,23 @@ class Writes:
             return await self.change(await self.named(names, is_whole=True), end)
         return await self.change_all({"$and": [condition(match), _ENDABLE]}, end)
 
-    async def _confirm_replays(self, answers: Sequence[Answer | BaseException]) -> None:
+    async def _confirm_replays(self, answers: list[Answer | BaseException]) -> None:
         """Wait until a majority has what was read, before it is said that a use was counted: what was read
         may be something that a fail-over undoes."""
-        if not any(isinstance(a, Presented) and a.outcome is Outcome.REPLAYED for a in answers):
+        replayed = [
+            number
+            for number, answer in enumerate(answers)
+            if isinstance(answer, Presented) and answer.outcome is Outcome.REPLAYED
+        ]
+        if not replayed:
             return
         # A write that changes nothing waits for all that the server has written before.
         nothing: Document = {"_id": "nothing"}
-        await self._client.run(lambda: self._client.meta.update_one(nothing, {"$set": {"text": ""}}))
+        try:
+            await self._client.run(lambda: self._client.meta.update_one(nothing, {"$set": {"text": ""}}))
+        except BackendError as error:
+            for number in replayed:
+                answers[number] = type(error)(*error.args)
 
     async def end_what_they_end(
         self, ops: Sequence[Operation], answers: list[Answer | BaseException]
@@ -491,6 +515,8 @@ class Writes:
         await self.change_all(condition(same) | {"token.state": 0}, end)
 
 
+_OF_ALL: Final = (BackendClosed, BackendUnavailable, OutcomeUnknown)
+"""What is true of every operation of a batch, if it is of one."""
 _ENDABLE: Final[Document] = {
     "$or": [
         {"token.state": 0},
