@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 from pymongo import MongoClient
 
-from vtoken_backends.mongodb.documents import Document, id_name, line_of, object_of
+from vtoken_backends.mongodb.documents import Document, Kept, Stored, line_of, shared_of, stored_of, whole
 
 from . import mongodb
 from .cells import opened
@@ -28,22 +28,20 @@ async def _database(server_url: str, count: int) -> AsyncGenerator[VToken]:
         await contender.issue("the first")
         with MongoClient[Document](url) as client:
             collection = client.get_default_database()["vtoken"]
-            first = collection.find_one() or {}
-            first.pop("_id")
+            first = stored_of(collection.find_one() or {}, is_whole=True).kept
+            assert first is not None, "it has the token that was issued"
             for start in range(0, count, 10_000):
                 some = copies(start, min(10_000, count - start))
                 collection.insert_many(_like(first, copy) for copy in some)
         yield contender
 
 
-def _like(first: Document, copy: Copy) -> Document:
-    """The document of a copy of the one token in a line."""
-    line = line_of(first["content_type"], copy.object_id, first["slug"], first.get("context", b""))
-    key = first["token"]["keys"][0] | {"digest": copy.digest, "origin": copy.id}
-    return first | {
-        "names": [line, copy.digest, id_name(copy.id)],
-        "line": line,
-        "object": object_of(first["content_type"], copy.object_id),
-        "object_id": copy.object_id,
-        "token": first["token"] | {"id": copy.id, "keys": [key]},
-    }
+def _like(first: Kept, copy: Copy) -> Document:
+    """The document of a copy of a token, in a line of its own."""
+    token = first.token
+    [key] = token.keys
+    key = key._replace(digest=copy.digest, origin=copy.id)
+    token = token._replace(id=copy.id, object_id=copy.object_id, keys=(key,))
+    line = line_of(token.content_type, token.object_id, token.slug, token.context)
+    stored = Stored(shared=shared_of(token), line=line, kept=Kept(token))
+    return whole(stored, stored.oid)
