@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import json
 import random
 import shutil
 import sqlite3
@@ -23,7 +22,6 @@ from typing import Final, NamedTuple
 
 from vtoken import Subject, TokenManager
 from vtoken.keys import Keyring
-from vtoken_backends.sqlite.records import KEY_ENTRY
 
 from . import sqlite
 from .cells import opened
@@ -83,16 +81,12 @@ class SQLiteFile:
             first = dict(database.execute(sql, (_FIRST,)).fetchone())
             sql = "SELECT * FROM vtoken_keys WHERE token = ?"
             first_key = dict(database.execute(sql, (first["id"],)).fetchone())
-            [entry] = json.loads(first["keys"])
-            if ends_at is not None:
-                first |= {"expires_at": ends_at, "ends_at": ends_at}
-                first_key |= {"expires_at": ends_at}
-                entry[KEY_ENTRY.index("expires_at")] = ends_at
+            first |= {} if ends_at is None else {"expires_at": ends_at, "ends_at": ends_at}
             # Plain inserts, which set off no trigger.
             for table, row in ("vtoken_tokens", first), ("vtoken_keys", first_key):
                 marks = ", ".join(f":{name}" for name in row)
                 sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})"  # noqa: S608  # the tables' own
-                rows = (row | _values(copy, entry) for copy in copies(start, count))
+                rows = (row | _values(copy) for copy in copies(start, count))
                 database.executemany(sql, rows)
             database.commit()
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -110,23 +104,15 @@ class SQLiteFile:
             shutil.rmtree(folder)
 
 
-def _values(copy: Copy, entry: list[object]) -> dict[str, object]:
-    """What is different in the rows of a copy, of the token and of its key.
-
-    Args:
-        copy: which.
-        entry: the key of the first token, as its row has it.
-    """
+def _values(copy: Copy) -> dict[str, object]:
+    """What is different in the rows of a copy, of the token and of its key."""
     number = int(copy.id, 16)
-    own = [number if name == "origin" else value for name, value in zip(KEY_ENTRY, entry, strict=True)]
     return {
         "id": number,
         "object_id": copy.object_id,
-        "keys": json.dumps([own]),
         "digests": copy.digest,
         "digest": copy.digest,
         "token": number,
-        "origin": number,
     }
 
 
