@@ -80,6 +80,20 @@ end
 return there or ''
 """
 
+# Forgets budgets of an object: those that ARGV names after the object, or all of them.
+RESET: Final = """
+local names = {unpack(ARGV, 2)}
+if #names == 0 then names = redis.call('SMEMBERS', KEYS[1]) end
+local count = 0
+for _, name in ipairs(names) do
+  local member = ARGV[1] .. ':' .. name
+  count = count + redis.call('DEL', 'vtoken:budget:' .. member)
+  redis.call('ZREM', 'vtoken:budget-ends', member)
+  redis.call('SREM', KEYS[1], name)
+end
+return count
+"""
+
 
 class ValkeyBackend:
     """A :class:`~vtoken.backend.TokenBackend` in one database of a Valkey server, for any number of
@@ -100,7 +114,7 @@ class ValkeyBackend:
     def __init__(self, url: str, *, durable: bool = True) -> None:
         if not isinstance(durable, bool):
             raise ConfigurationError("durable must be True or False")
-        self._connection = Connection(url, durable, (COMMIT, NOTE))
+        self._connection = Connection(url, durable, (COMMIT, NOTE, RESET))
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
@@ -314,20 +328,12 @@ class ValkeyBackend:
         return [load_budget(raw) for raw in raws]
 
     async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
-        if names is None:
-            members = await self._connection.read(
-                lambda client: client.smembers(f"vtoken:budgets-of:{budgets_of.hex()}")
-            )
-            names = tuple(bytes.fromhex(member.decode()) for member in members)
-
-        def work(draft: Draft) -> int:
-            there = [budget for budget, state in draft.budgets.items() if state is not None]
-            for budget in there:
-                draft.budgets[budget] = None
-            return len(there)
-
-        budgets = [Budget(object=budgets_of, name=name) for name in names]
-        return await self._step(work, budgets=budgets) if budgets else 0
+        if names is not None and not names:
+            self._connection.check_place()
+            return 0
+        arguments = [budgets_of.hex(), *(name.hex() for name in names or ())]
+        run = self._connection.script
+        return int(await run(RESET, [f"vtoken:budgets-of:{budgets_of.hex()}"], arguments, writes=True))
 
     # One step ----------------------------------------------------------------------------------
 

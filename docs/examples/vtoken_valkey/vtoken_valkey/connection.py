@@ -159,11 +159,17 @@ class Connection:
             self._digests[script] = await self.read(lambda client: client.script_load(script))  # noqa: B023  # awaited at once
 
     async def _run(self, command: Callable[[Any], Awaitable[_T]], *, writes: bool) -> _T:
-        self.check_place()
-        try:
-            return await _to_the_end(command(self._client))
-        except (ValkeyError, OSError, UnicodeError) as error:
-            failure = _translated(error, writes)
+        # Each operation begins with a read. One that meets a connection whose server has gone is tried again
+        # on a new one; a write is not, because it may have happened.
+        failure = BackendError("Valkey: nothing was tried")
+        for _ in range(1 if writes else 2):
+            self.check_place()
+            try:
+                return await _to_the_end(command(self._client))
+            except (ValkeyError, OSError, UnicodeError) as error:
+                failure = _translated(error, writes)
+                if not isinstance(error, ConnectionError):
+                    break
         raise failure  # after the except block: the driver's error quotes values
 
 
