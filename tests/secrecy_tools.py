@@ -34,9 +34,10 @@ WRONG_KEY: Final = "canaryWrongKeyOfThirtyTwoLetter2"
 CODE: Final = "8675309421"
 WRONG_CODE: Final = "8675309422"
 CONTEXT: Final = "canary-context-of-a-browser"
+CONSUME_ID: Final = "canary-consume-id-of-a-form"
 SECRET: Final = "canary-secret-of-32-bytes-or-more"
 OLD_SECRET: Final = "canary-secret-of-times-gone-by-32"
-CANARIES: Final = (KEY, WRONG_KEY, CODE, WRONG_CODE, CONTEXT, SECRET, OLD_SECRET)
+CANARIES: Final = (KEY, WRONG_KEY, CODE, WRONG_CODE, CONTEXT, CONSUME_ID, SECRET, OLD_SECRET)
 TESTS: Final = str(Path(__file__).parent)
 SETTINGS: Final = Settings(secret=SECRET, previous_secrets=[OLD_SECRET])
 

@@ -36,6 +36,7 @@ from vtoken.backend import Match
 from .core_tools import USER, refused
 from .secrecy_tools import (
     CODE,
+    CONSUME_ID,
     CONTEXT,
     KEY,
     POLICIES,
@@ -182,8 +183,8 @@ def presenting(slug: str, key: Any) -> list[Failing]:
     context: dict[str, Any] = {"context": CONTEXT} if slug == "bound" else {}
     return [
         lambda m: m.verify(USER, slug, key, **context),
-        lambda m: m.consume(USER, slug, key, consume_id="id", **context),
-        redeeming(slug, key, **context),
+        lambda m: m.consume(USER, slug, key, consume_id=CONSUME_ID, **context),
+        redeeming(slug, key, consume_id=CONSUME_ID, **context),
     ]
 
 
@@ -222,6 +223,8 @@ def calls_in(bad: Any) -> list[Failing]:
         lambda m: m.exists_valid(USER, "bound", WRONG_KEY, context=bad),
         lambda m: m.consume(USER, "bound", WRONG_KEY, context=bad),
         lambda m: m.consume(USER, "bound", WRONG_KEY, consume_id="\0", context=CONTEXT),
+        lambda m: m.consume(USER, "bound", WRONG_KEY, consume_id=CONSUME_ID * 9, context=CONTEXT),
+        redeeming("bound", WRONG_KEY, consume_id=CONSUME_ID * 9, context=CONTEXT),
         redeeming("bound", WRONG_KEY, context=bad),
         lambda m: m.deactivate_and_create(USER, "bound", context=bad),
         lambda m: m.get_active_or_create(USER, "bound", context=bad),

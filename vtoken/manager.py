@@ -1106,8 +1106,9 @@ class TokenManager:
             OutcomeUnknown: the connection broke; the use may have been counted.
         """
         presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
-        del key, context
-        name = "" if consume_id is None else _use_id(consume_id)
+        use_name = NOTHING if consume_id is None else Hidden(consume_id)
+        del key, context, consume_id
+        name = "" if use_name is NOTHING else _use_id(use_name)
         asked = self._check_presented(obj, _one_slug(slug), presented, hidden)
         if by is not None or asked.policy.is_guarded:
             await self._complete(asked, hidden, by)
@@ -1164,10 +1165,11 @@ class TokenManager:
             BackendClosed: on exit: the manager was closed meanwhile, and the use was not counted.
         """
         presented, hidden = Hidden(key), NOTHING if context is None else Hidden(context)
-        del key, context
+        use_name = NOTHING if consume_id is None else Hidden(consume_id)
+        del key, context, consume_id
         checked = self._check_presented(obj, _one_slug(slug), presented, hidden)
         checked_by(by)
-        name = "" if consume_id is None else _use_id(consume_id)
+        name = "" if use_name is NOTHING else _use_id(use_name)
         length = inputs.duration("lease", lease, most=timedelta(milliseconds=MAX_LEASE))
         patience = inputs.duration("wait", wait, least=timedelta(0))
 
@@ -1587,9 +1589,12 @@ def _one_slug(slug: str | Wildcard | None) -> str | None:
     return slug
 
 
-def _use_id(consume_id: str) -> str:
-    """What is stored of a checked ``consume_id``."""
-    return use_id(inputs.check_text("consume_id", consume_id, inputs.MAX_CONSUME_ID_BYTES))
+def _use_id(consume_id: Hidden) -> str:
+    """What is stored of a ``consume_id``, which is as secret as a key while it is answered again."""
+    problem = inputs.text_problem(consume_id.reveal(), inputs.MAX_CONSUME_ID_BYTES)
+    if problem is not None:
+        raise InvalidInput(f"consume_id {problem}")
+    return use_id(consume_id.text())
 
 
 def _token_id(token: VerificationToken) -> str:
