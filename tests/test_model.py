@@ -6,27 +6,30 @@ from collections.abc import Generator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import Phase
 
 from vtoken.backend import (
-    Budget,
     Change,
+    Hold,
+    Inserted,
     InsertMode,
-    InsertResult,
     Match,
-    Spent,
+    Presented,
+    Spend,
     StoredToken,
     TokenBackend,
+    Use,
+    running_holds,
 )
+from vtoken.registry import create_backend
 from vtoken.testing.model import BackendModel
 from vtoken_backends.memory import MemoryBackend
-from vtoken_backends.mongodb import MongoDBBackend
-from vtoken_backends.sqlite import SQLiteBackend
 
 from . import broken
-from .servers import databases
+from .conftest import a_store
 
 _numbers = count()
 
@@ -39,80 +42,109 @@ class TestMemory(BackendModel):
         return MemoryBackend.from_url(store)
 
 
-class TestSQLite(BackendModel):
-    def new_store(self, directory: Path) -> str:
-        return f"sqlite:///{directory}/tokens.db"
+class _OnServer(BackendModel):
+    """On a database that is emptied and used again from history to history."""
 
-    def backend(self, store: str) -> TokenBackend:
-        return SQLiteBackend.from_url(store)
+    kind: ClassVar[str]
+    examples = 60
 
-
-class TestMongoDB(BackendModel):
     @pytest.fixture(autouse=True)
-    def _server(self, mongodb_replica_set: str) -> Generator[None]:
-        self._databases = databases(mongodb_replica_set)
+    def _server(self, request: pytest.FixtureRequest, tmp_path: Path) -> Generator[None]:
+        self._request = request
         with ExitStack() as self._used:
             yield
 
     def new_store(self, directory: Path) -> str:
-        self._used.close()  # what the history before has used is empty again, and used again
-        return self._used.enter_context(self._databases.one())
+        self._used.close()
+        return self._used.enter_context(a_store(self.kind, self._request, directory))
 
     def backend(self, store: str) -> TokenBackend:
-        return MongoDBBackend.from_url(store)
+        return create_backend(store)
 
 
-class ForgetsTheSecondSecret(MemoryBackend):
-    """Looks only under the current secret."""
-
-    async def update(self, match: Match, change: Change) -> StoredToken | None:
-        return await super().update(match._replace(digests=match.digests and match.digests[:1]), change)
+class TestSQLite(_OnServer):
+    kind = "sqlite"
 
 
-class RenewsTheWindow(MemoryBackend):
-    """Counts an attempt window from the latest guess, and not from the first."""
-
-    async def spend(self, budget: Budget, now: int, limit: int, window: int, max_window: int) -> Spent:
-        spent = await super().spend(budget, now, limit, window, max_window)
-        if not spent.allowed:
-            return spent
-        counted, strikes, until = self._store.budgets[budget]
-        self._store.budgets[budget] = counted, strikes, max(until, now + window)
-        return Spent(True, self._store.budgets[budget][2])
+class TestMongoDB(_OnServer):
+    kind = "mongodb"
 
 
-class SparesTheLeased(MemoryBackend):
-    """Replaces tokens, but for those that are leased."""
-
-    async def insert(self, token: StoredToken, mode: InsertMode, keep_until: int = 0) -> InsertResult:
-        match = Match(content_type=token.content_type, object_id=token.object_id, slug=token.slug)
-        old = {t.id: t for t in await self.find(match, 1000)}
-        result = await super().insert(token, mode, keep_until)
-        for now in await self.find(match, 1000):
-            if now.id in old and now.lease_until > token.created_at:
-                self._store.put(old[now.id])
-        return result
+class TestPostgreSQL(_OnServer):
+    kind = "postgresql"
 
 
-class KeepsTheExpiryOfUsed(MemoryBackend):
+class ForgetsTheSecondSecret(broken.Broken):
+    """Compares only under the current secret."""
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        first = key._replace(digests=key.digests and key.digests[:1])
+        return await super().present(first, change, now, spends)
+
+
+class RenewsTheWindow(broken.Broken):
+    """Counts an attempt window from the latest attempt, and not from the first."""
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        answer = await super().present(key, change, now, spends)
+        for spend in spends if answer.spending.charges else ():
+            state = self._store.budget(spend.budget)
+            if state is not None:
+                self._store.keep(spend.budget, state._replace(until=max(state.until, now + spend.window)))
+        return answer
+
+
+class SparesTheHeld(broken.Broken):
+    """Replaces tokens, but for those that are held."""
+
+    async def insert(self, token: StoredToken, mode: InsertMode, **named: object) -> Inserted:
+        old = await self.line(token)
+        inserted = await super().insert(token, mode, **named)
+        for one in old:
+            if running_holds(one, token.created_at):
+                self.save(one)
+        return inserted
+
+
+class KeepsTheExpiryOfUsed(broken.Broken):
     """Purges what was used by its expiry, as if it were still good."""
 
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        answer = await super().present(key, change, now, spends)
+        if isinstance(change, Use) and answer.token is not None and not answer.token.is_active:
+            used = self.token(answer.token.id)
+            self.save(used._replace(ends_at=used.expires_at))
+        return answer
+
+
+class ReleasesEverybody(broken.Broken):
+    """Drops all holds where one is given back."""
+
     async def update(self, match: Match, change: Change) -> StoredToken | None:
-        changed = await super().update(match, change)
-        if changed is None or changed.is_active:
-            return changed
-        self._store.put(changed._replace(ends_at=changed.expires_at))
-        return self._store.by_id[changed.id]
+        token = await super().update(match, change)
+        if token is not None:
+            self.save(token._replace(holds=()))
+        return token
 
 
 PLANTED: list[type[MemoryBackend]] = [
     ForgetsTheSecondSecret,
     RenewsTheWindow,
-    SparesTheLeased,
+    SparesTheHeld,
     KeepsTheExpiryOfUsed,
+    ReleasesEverybody,
     broken.ExclusiveBoundary,
     broken.IgnoresUseId,
     broken.RevivesOnRelease,
+    broken.KeepsEveryOverlap,
+    broken.LeavesOtherContexts,
+    broken.RevokesNoHold,
 ]
 
 

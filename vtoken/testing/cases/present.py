@@ -186,6 +186,14 @@ class PresentCases(Suite):
             match = by_key(token)._replace(digests=digests)
             assert (await backend.present(match, Use(at=NOW), NOW)).outcome is RIGHT
         assert (await one(backend, token)).uses == 2
+        # What is over under one secret is no reason against what is good under another.
+        over = await put(backend, state=State.ENDED, ends_at=NOW - 1)
+        for digests in ((over.keys[0].digest, digest), (digest, over.keys[0].digest)):
+            match = by_key(token)._replace(digests=digests)
+            for change in (None, Use(at=NOW), Hold(hold_id=digests[0].hex(), until=NOW + 9)):
+                answer = await backend.present(match, change, NOW)
+                assert answer.outcome is RIGHT
+                assert answer.token == await one(backend, token)
 
     @case(1)
     async def test_of_concurrent_uses_as_many_win_as_are_left(self, bench: Bench) -> None:
