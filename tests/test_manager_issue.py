@@ -267,6 +267,28 @@ async def test_a_failing_store_leaves_the_old_token(world: World) -> None:
     assert await manager.verify(USER, "mail", old.key) == old
 
 
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_cancelled_while_the_hooks_are_told_it_leaves_no_token_without_an_owner(
+    world: World, cancels: int
+) -> None:
+    reached = asyncio.Event()
+
+    async def slow(_: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    async with TokenManager(world.backend, SECRETS, clock=world.clock, hooks=[slow]) as manager:
+        world.backend.before["deactivate"] = lambda: asyncio.sleep(0)
+        task = asyncio.create_task(manager.issue(USER, "a"))
+        await reached.wait()
+        for _ in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert not await manager.exists_valid(USER)
+
+
 async def test_two_clocks_may_disagree(world: World) -> None:
     ahead = Clock(START + 10 * MINUTE)
     first = await world.manager()

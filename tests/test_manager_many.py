@@ -151,12 +151,23 @@ class TestWithoutABatch:
             reached.set()
             await asyncio.Event().wait()
 
-        world.backend.after["insert"] = hang
         task = asyncio.create_task(all_of(manager, people(5)))
+        inserted = 0
+
+        async def hang_at_the_fourth() -> None:
+            nonlocal inserted
+            inserted += 1
+            if inserted == 4:
+                await hang()
+
+        world.backend.before["insert"] = hang_at_the_fourth
         await reached.wait()
+        await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
+        assert len(await world.stored()) == 4
+        assert not [stored for stored in await world.stored() if stored.is_active]  # nobody has their keys
 
 
 class TestABatch:

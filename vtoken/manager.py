@@ -9,7 +9,6 @@ work on one store.
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -465,19 +464,21 @@ class TokenManager:
         done = 0
         async with aclosing(_groups(subjects, _AT_ONCE, self.content_types.resolve)) as groups:
             async for group in groups:
-                results = deque(await _all_of(one, group))
-                done += next((n for n, made in enumerate(results) if isinstance(made, Exception)), len(group))
+                results: dict[int, Issued | Exception] = {}
                 try:
+                    await _all_of(one, group, results)
+                    failed = [place for place, made in results.items() if isinstance(made, Exception)]
+                    done += min(failed, default=len(group))
                     if progress is not None:
                         progress(done)
-                    while results:
-                        made = results.popleft()
+                    for place in range(len(group)):
+                        made = results.pop(place)
                         if isinstance(made, Exception):
                             raise made
                         yield loaded(made.stored) if made.key is None else self._with_keys(made)
                 finally:
-                    rest = [made for made in results if isinstance(made, Issued) and batch is None]
-                    if rest:
+                    rest = [made for made in results.values() if isinstance(made, Issued)]
+                    if rest and batch is None:
                         await to_the_end(partial(self._take_back_all, rest))
 
     async def pretend(
@@ -745,7 +746,12 @@ class TokenManager:
                     store if using is None else store.within(using), request, mode
                 )
                 if self._hooks and made.is_new:
-                    await self._tell_issued(store, request, made, in_transaction=using is not None)
+                    try:
+                        await self._tell_issued(store, request, made, in_transaction=using is not None)
+                    except BaseException:  # cancelled: nobody will ever have this token's key
+                        if using is None and request.batch is None:
+                            await to_the_end(partial(self._take_back, made, ()))
+                        raise
         except CooldownActive as error:
             await self._tell_limited(request, error)
             raise
@@ -1637,10 +1643,12 @@ async def _each(subjects: Iterable[object] | AsyncIterable[object]) -> AsyncGene
 
 
 async def _all_of(
-    one: Callable[[object], Awaitable[Issued]], group: list[object]
-) -> list[Issued | Exception]:
-    """What became of each object of a group, in their order."""
-    results: dict[int, Issued | Exception] = {}
+    one: Callable[[object], Awaitable[Issued]],
+    group: list[object],
+    results: dict[int, Issued | Exception],
+) -> None:
+    """Issue for each object of a group, and write down what became of it, by its place. Where this is
+    cancelled, what was issued by then is written down all the same."""
 
     async def run(place: int) -> None:
         try:
@@ -1651,4 +1659,3 @@ async def _all_of(
     async with anyio.create_task_group() as tasks:
         for place in range(len(group)):
             tasks.start_soon(run, place)
-    return [results[place] for place in range(len(group))]
