@@ -1,5 +1,8 @@
 """Rows of the SQLite backend are read by name, though their values come in an order."""
 
+# pyright: reportPrivateUsage=false
+# How a row is read can be seen from within only.
+
 from __future__ import annotations
 
 from inspect import signature
