@@ -103,5 +103,5 @@ async def test_removing_goes_by_indexes(backend: PostgreSQLBackend) -> None:
 )
 async def test_finding_goes_by_indexes(backend: PostgreSQLBackend, match: Match) -> None:
     made = statements(backend)
-    for statement in (made.find(match, 10, None), made.lock_page(match, 1, 10)):
+    for statement in (made.find(match, 10, None), made.page(match, 1, 10, is_locking=True)):
         assert whole_reads(await plan(backend, statement)) == []

@@ -172,6 +172,11 @@ class Board:
         if old is None:
             self._of_purpose.setdefault(purpose_of(token), set()).add(token.id)
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether a token is not as it was loaded."""
+        return any(self.tokens[token_id] is not before for token_id, before in self.tokens_before.items())
+
     def matching(self, match: Match) -> list[StoredToken]:
         """The loaded tokens that match, by ``digests`` or ``id``."""
         if match.digests is not None:

@@ -452,13 +452,14 @@ class Statements:
     def tune(self, patience: int) -> Statement:
         return Statement(f"WITH {self._tuned.replace('$2', '$1')} SELECT FROM tuned", [str(patience)])
 
-    def lock_page(self, match: Match, after: int, limit: int) -> Statement:
-        """Lock the next of the tokens that ``deactivate`` may have to change. Returns rows as :meth:`find`.
+    def page(self, match: Match, after: int, limit: int, *, is_locking: bool) -> Statement:
+        """The next of the tokens that ``deactivate`` may have to change. Returns rows as :meth:`find`.
 
         Args:
             match: as of ``deactivate``.
             after: the number of the last one of the page before; -1 for the first page.
             limit: how many at most.
+            is_locking: whether they are locked.
         """
         where, parameters = _where(match)
         parameters += [after, limit]
@@ -467,8 +468,10 @@ class Statements:
         text = (
             f"{_FOUND} WHERE {where} AND {to_change}"
             f" AND t.id > ${len(parameters) - 1}::bigint"
-            f" ORDER BY t.id LIMIT ${len(parameters)}::bigint FOR UPDATE OF t"
+            f" ORDER BY t.id LIMIT ${len(parameters)}::bigint"
         )
+        if is_locking:
+            text += " FOR UPDATE OF t"
         return Statement(self._text(text), parameters)
 
     # Writing --------------------------------------------------------------------------------------

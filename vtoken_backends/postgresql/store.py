@@ -254,28 +254,34 @@ class Store(ABC):
     async def _deactivate(
         self, match: Match, at: int, sparing: tuple[str, ...], connection: Connection
     ) -> int:
-        """End the tokens page by page in one transaction, and begin again until a pass finds nothing.
+        """End the tokens page by page in one transaction, and again until a look finds nothing left to end.
 
-        Only then has it seen the tokens that took the place of those for whose locks it had to wait.
+        1. Rows are locked before they are changed. Where that has to wait, the row may not match any more
+           afterwards, and the one that took its place was not there yet for this statement.
+        2. A look that waits for nobody is of one moment. Where it finds nothing to end, that is the moment at
+           which this method has happened.
         """
+        end = partial(_end, match=match, at=at, sparing=sparing)
         count = 0
         statements = [connection.begin, self._statements.tune(PATIENCE)]
+        after: int | None
         while True:
-            has_changed = False
             after = -1
-            while True:
-                rows = await connection.fetch_all(
-                    [*statements, self._statements.lock_page(match, after, _PAGE)]
-                )
-                board = _board_of(rows)
-                for token in list(board.tokens.values()):
-                    count += _end(board, token, match, at, sparing)
+            while after is not None:
+                page = self._statements.page(match, after, _PAGE, is_locking=True)
+                board, after = _page(await connection.fetch_all([*statements, page]))
+                count += sum([end(board, token) for token in list(board.tokens.values())])
                 statements = self._statements.write(board, PATIENCE)
-                has_changed = has_changed or bool(statements)
-                if len(rows) < _PAGE:
-                    break
-                after = max(cast("int", number_of(token_id)) for token_id in board.tokens)
-            if not has_changed:
+            after = -1
+            is_left = False
+            while after is not None and not is_left:
+                page = self._statements.page(match, after, _PAGE, is_locking=False)
+                board, after = _page(await connection.fetch_all([*statements, page]))
+                statements = []
+                for token in list(board.tokens.values()):
+                    end(board, token)
+                is_left = board.has_changed
+            if not is_left:
                 await connection.fetch(connection.commit)
                 return count
 
@@ -308,11 +314,14 @@ def _board(needs: Needs, rows: Rows) -> Board:
     return board
 
 
-def _board_of(rows: Rows) -> Board:
+def _page(rows: Rows) -> tuple[Board, int | None]:
+    """A page of tokens, and after which number the next one begins; None where this is the last one."""
     board = Board()
     for version, row in rows:
         board.load(to_token(row), version)
-    return board
+    if len(rows) < _PAGE:
+        return board, None
+    return board, number_of(max(board.tokens))
 
 
 def _end(board: Board, token: StoredToken, match: Match, at: int, sparing: tuple[str, ...]) -> int:
@@ -324,7 +333,7 @@ def _end(board: Board, token: StoredToken, match: Match, at: int, sparing: tuple
         after = ended(token, at, sparing)
         count = int(token.is_active)
     else:
-        after = key_ended(token, key, at)
+        after = key_ended(token, key)
         count = int(token.is_active and key.expires_at >= at)
     if after != token:
         board.save(after)
