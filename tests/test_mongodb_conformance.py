@@ -11,13 +11,22 @@ from pymongo import MongoClient
 
 from vtoken.backend import TokenBackend
 from vtoken.testing import DurableBackendConformance
+from vtoken.testing.cases.budgets import SpendingCases
+from vtoken.testing.cases.cancelled import CancelledCases
+from vtoken.testing.cases.durable import DurableCases
+from vtoken.testing.cases.find import FindCases
+from vtoken.testing.cases.insert import InsertCases
+from vtoken.testing.cases.life import CancellationCases, LifeCases
+from vtoken.testing.cases.overlap import OverlapCases
+from vtoken.testing.cases.present import PresentCases, PresentLimitCases, ReplayCases
+from vtoken.testing.cases.sweep import SweepCases
 from vtoken_backends.mongodb import MongoDBBackend
 
 from .servers import databases
 
 
-class _MongoDB(DurableBackendConformance):
-    """Each case on a database of its own; each driver and each kind of server in one of the classes below."""
+class _MongoDB:
+    """Each case on a database of its own."""
 
     driver: ClassVar[str]
     server: ClassVar[str]
@@ -41,9 +50,26 @@ class _MongoDB(DurableBackendConformance):
             return b"".join(encode(found) for name in names for found in database[name].find())
 
 
-class TestPyMongoOnReplicaSet(_MongoDB):
+class TestPyMongoOnReplicaSet(_MongoDB, DurableBackendConformance):
     driver, server = "pymongo", "mongodb_replica_set"
 
 
-class TestMotorOnStandalone(_MongoDB):
+class TestMotorOnStandalone(
+    _MongoDB,
+    DurableCases,
+    CancelledCases,
+    CancellationCases,
+    LifeCases,
+    InsertCases,
+    OverlapCases,
+    PresentCases,
+    ReplayCases,
+    PresentLimitCases,
+    SpendingCases,
+    FindCases,
+    SweepCases,
+):
+    """What another driver or another kind of server might change. All code above the driver has its cases in
+    the other class; the rest of the suite would only cost time here."""
+
     driver, server = "motor", "mongodb_standalone"

@@ -329,7 +329,7 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
     """
     try:
         values = _SHARED_VALUES(found)
-        shared = dict(zip(SHARED, values, strict=True))
+        shared: Document = dict(zip(SHARED, values, strict=True))
         if tuple(map(type, values)) != _SHARED_TYPES:
             kinds = zip(SHARED, values, _SHARED_TYPES, strict=True)
             damaged = next(name for name, value, kind in kinds if type(value) is not kind)

@@ -116,7 +116,7 @@ class Schema:
 
         if await self._client.run(ask, writes=False) is not None:
             raise CorruptStore(
-                f"MongoDB: {name!r} is a sharded collection, and this server is a shard that has a part of it."
+                f"MongoDB: {name!r} is a sharded collection, and this server is a shard with a part of it."
                 " Tokens need a collection that is not sharded: connect to mongos, and name another one"
             )
 

@@ -464,7 +464,7 @@ class Writes:
             if key is None or key.origin == token.id:
                 after, counts = ended(token, at, sparing), token.is_active
             else:
-                after, counts = key_ended(token, key, at), token.is_active and key.expires_at >= at
+                after, counts = key_ended(token, key), token.is_active and key.expires_at >= at
             return None if after == token else (kept._replace(token=after), counts)
 
         if match.id is not None or match.digests is not None:
