@@ -149,8 +149,8 @@ class Budgets:
 
             async def find() -> list[Document]:
                 due = {"due": {"$lte": Int64(before)}}
-                cursor = self._client.budgets.find(due).sort([("due", 1)]).limit(limit - count)  # noqa: B023
-                return list(await cursor.to_list(limit - count))  # noqa: B023
+                cursor = self._client.budgets.find(due).sort([("due", 1)]).limit(limit - count)  # noqa: B023  # awaited at once
+                return list(await cursor.to_list(limit - count))  # noqa: B023  # awaited at once
 
             found = await self._client.run(find, writes=False)
             if not found:

@@ -156,7 +156,7 @@ class _Shape(Generic[_Record]):
         self.defaults = defaults
         fields: tuple[str, ...] = getattr(cls, "_fields")  # noqa: B009  # of a NamedTuple
         self.names = fields
-        self.make: Callable[[Iterable[Any]], _Record] = getattr(cls, "_make")  # noqa: B009
+        self.make: Callable[[Iterable[Any]], _Record] = getattr(cls, "_make")  # noqa: B009  # of a NamedTuple
         self.values = itemgetter(*fields)
         self.left_out = tuple((name, defaults.get(name, ...)) for name in fields if name not in SHARED)
         self.stored_values = attrgetter(*(name for name, _ in self.left_out))

@@ -234,7 +234,7 @@ class Stage:
             if not self.in_steps:
                 await self.turn()
             if fails:
-                raise _Failed  # noqa: TRY301
+                raise _Failed  # noqa: TRY301  # the block itself fails, inside of it
         except BaseException as error:
             await self._noted(partial(block.__aexit__, type(error), error, None))
             raise
