@@ -991,6 +991,21 @@ class EndsTheWholeOverlap(Broken):
         )
 
 
+class EndsAKeyByTheClock(Broken):
+    """Ends a key that was taken over as of now, so that it is good again for a clock that is behind."""
+
+    async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...] = ()) -> int:
+        before = {token.id: token for token in self._store.matching(match)}
+        count = await super().deactivate(match, at, sparing)
+        for token in self._store.matching(match) if match.digests is not None else ():
+            ends = {key.digest: min(key.expires_at, at - 1) for key in before[token.id].keys}
+            keys = tuple(
+                key if key.expires_at else key._replace(expires_at=ends[key.digest]) for key in token.keys
+            )
+            self.save(token._replace(keys=keys))
+        return count
+
+
 class RevivesOnRelease(Broken):
     """Makes the token active again when its hold is given back."""
 

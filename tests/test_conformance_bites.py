@@ -126,6 +126,7 @@ CAUGHT: list[tuple[type[MemoryBackend], str]] = [
     (broken.RevokesNoHold, "test_deactivate_ends_every_match"),
     (broken.SparesNoHold, "test_deactivate_spares_named_holds"),
     (broken.EndsTheWholeOverlap, "test_deactivate_by_a_key"),
+    (broken.EndsAKeyByTheClock, "test_deactivate_by_a_key"),
     (broken.RevivesOnRelease, "test_giving_back_changes_nothing_else"),
     (broken.RevivesOnSave, "test_a_change_touches_its_own_fields_alone"),
     (broken.PurgesHeld, "test_purge_deletes_what_ended_and_no_more"),

@@ -108,8 +108,10 @@ class TestDeactivate:
         assert await manager.verify(USER, "a", old.key) == new
         assert await manager.deactivate(USER, "a", old.key) == 1
         assert await manager.deactivate(USER, "a", old.key) == 0
-        assert await reason(manager.verify(USER, "a", old.key)) == "expired"
-        assert await manager.verify(USER, "a", new.key) == new
+        for _ in range(2):
+            assert await reason(manager.verify(USER, "a", old.key)) == "expired"
+            assert await manager.verify(USER, "a", new.key) == new
+            world.clock.advance(-MINUTE)
 
     @pytest.mark.parametrize("key", ["a\0", "\ud800", "a" * 513])
     async def test_an_impossible_key_is_nobodys(self, world: World, key: str) -> None:

@@ -219,6 +219,21 @@ async def test_what_was_replaced_in_the_source_since_is_replaced_in_the_copy(sto
         assert len(await two.find(active, 5)) == 2, "a token that was added beside stays"
 
 
+async def test_a_predecessors_key_that_ended_in_the_source_since_ends_in_the_copy(store: str) -> None:
+    async with opened("memory://") as one, opened(store) as two:
+        await fill(one, [token(1)])
+        await one.insert(token(2, created_at=NOW + 1), InsertMode.REPLACE, keep_until=NOW + 60_000)
+        await copy(one, two)
+        (old,) = token(1).keys
+        assert await one.deactivate(Match(digests=(old.digest,)), NOW + 2) == 1
+        again = await copy(one, two)
+        assert_equal(again, 2)
+        assert again.ended == 1
+        assert await everything(two) == await everything(one)
+        refused = await two.present(Match(digests=(old.digest,)), None, NOW + 3)
+        assert refused.outcome is Outcome.REFUSED
+
+
 async def test_nothing_comes_back_to_life(store: str) -> None:
     twice = token(2, max_uses=5)
     async with opened("memory://") as one, opened(store) as two:

@@ -560,8 +560,8 @@ class TokenBackend(Protocol):
         ``sparing``.
 
         Where ``match`` names ``digests`` and the key was taken over (``origin`` is not the token's id), only
-        the key ends: its ``expires_at`` becomes ``min(expires_at, at - 1)``. That counts as one if the token
-        is active and the key was not over at ``at``.
+        the key ends: its ``expires_at`` becomes 0, so that no clock that is behind finds it good again. That
+        counts as one if the token is active and the key was not over at ``at``.
         """
         ...
 
@@ -722,9 +722,9 @@ def ended(token: StoredToken, at: int, sparing: tuple[str, ...] = ()) -> StoredT
     return token._replace(state=State.ENDED, ends_at=min(token.ends_at, at - 1), holds=left)
 
 
-def key_ended(token: StoredToken, key: StoredKey, at: int) -> StoredToken:
+def key_ended(token: StoredToken, key: StoredKey) -> StoredToken:
     """A token after :meth:`TokenBackend.deactivate` by a key that it had taken over."""
-    over = key._replace(expires_at=min(key.expires_at, at - 1))
+    over = key._replace(expires_at=0)
     return token._replace(keys=tuple(over if other is key else other for other in token.keys))
 
 

@@ -224,7 +224,7 @@ class MemoryBackend:
                     store.save(ended(token, at, sparing))
                 else:
                     count += token.is_active and key.expires_at >= at
-                    store.save(key_ended(token, key, at))
+                    store.save(key_ended(token, key))
         return count
 
     async def erase(self, content_type: str, object_id: str, budgets_of: bytes) -> int:

@@ -239,8 +239,14 @@ class _Run:
 
     async def _ended_like(self, token: StoredToken, copied: StoredToken) -> StoredToken:
         """Let a copy end as its original has. Only ever in this direction: nothing comes back to life."""
-        if not copied.is_active or (token.is_active and token.uses <= copied.uses):
+        # A predecessor's key that was deactivated alone has the expiry 0.
+        over = {key.digest for key in token.keys if key.expires_at == 0}
+        ended = [key for key in copied.keys if key.digest in over and key.expires_at > 0]
+        if not copied.is_active or (token.is_active and token.uses <= copied.uses and not ended):
             return copied
+        for key in ended:
+            match = Match(id=copied.id, digests=(key.digest,))
+            await self._destination.deactivate(match, copied.created_at)
         for _ in range(token.uses - copied.uses):
             await self._use(copied, token.used_at)
         if not token.is_active:

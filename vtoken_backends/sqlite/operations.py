@@ -229,7 +229,7 @@ def deactivate(match: Match, at: int, sparing: tuple[str, ...]) -> Steps[int]:
             yield from _save(token, ended(token, at, sparing))
         else:
             count += token.is_active and key.expires_at >= at
-            yield from _save(token, key_ended(token, key, at))
+            yield from _save(token, key_ended(token, key))
     return count
 
 

@@ -306,21 +306,22 @@ class DeactivateCases(Suite):
 
     @case(2)
     async def test_deactivate_by_a_key(self, bench: Bench) -> None:
-        """By one of its own keys the whole token ends; by a key that it took over only that key does, which
-        counts if it was still good."""
+        """By one of its own keys the whole token ends; by a key that it took over only that key does, for a
+        clock that is behind as well, and it counts if it was still good."""
         backend = await bench.backend()
         token = await put(
             backend, {}, {"origin": f"{1:016x}"}, {"kind": "code"}, max_uses=9, holds=(a_hold("h"),)
         )
         own, taken, code = token.keys
         assert await backend.deactivate(by_key(token, 1), NOW + 5) == 1
-        token = token._replace(keys=(own, taken._replace(expires_at=NOW + 4), code))
+        token = token._replace(keys=(own, taken._replace(expires_at=0), code))
         assert await one(backend, token) == token
         for at in (NOW + 5, NOW + 9):
             assert await backend.deactivate(by_key(token, 1), at) == 0
         assert await one(backend, token) == token
         for place, outcome in ((0, Outcome.RIGHT), (1, Outcome.REFUSED), (2, Outcome.RIGHT)):
-            assert (await backend.present(by_key(token, place), None, NOW + 5)).outcome is outcome
+            for now in (NOW, NOW + 5):
+                assert (await backend.present(by_key(token, place), None, now)).outcome is outcome
         assert await backend.deactivate(by_key(token, 2), NOW + 6) == 1
         token = token._replace(state=State.ENDED, ends_at=NOW + 5, holds=())
         assert await one(backend, token) == token

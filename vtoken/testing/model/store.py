@@ -161,7 +161,7 @@ class ReferenceStore:
             key = _the_key(token, match) if match.digests is not None else None
             if key is not None and key.origin != token.id:
                 count += token.is_active and key.expires_at >= at
-                self._save(key_ended(token, key, at))
+                self._save(key_ended(token, key))
             else:
                 count += token.is_active
                 self._save(ended(token, at, sparing))

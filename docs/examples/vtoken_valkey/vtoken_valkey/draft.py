@@ -187,7 +187,7 @@ class Draft:
                 of.tokens[token.id] = ended(token, at, sparing)
             else:
                 count += token.is_active and key.expires_at >= at
-                of.tokens[token.id] = key_ended(token, key, at)
+                of.tokens[token.id] = key_ended(token, key)
         return count
 
 
