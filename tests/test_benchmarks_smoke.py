@@ -22,6 +22,7 @@ from .benchmarks import (
     slow_disk,
     sqlite,
     targets,
+    valkey,
 )
 from .benchmarks.atomicity import NotAtomicError
 from .benchmarks.by_hand import CHECK, CONSUME, DEACTIVATE, HandWritten
@@ -66,6 +67,14 @@ def test_each_postgresql_contender_runs_and_is_atomic(workload: Workload) -> Non
     entries = _entries(postgresql.Stores(postgresql_servers.shared_url()).cells(full=True))
     assert len(entries) == 3
     _run_each(entries, workload)
+
+
+@pytest.mark.parametrize("workload", _WORKLOADS)
+def test_set_and_getdel_runs_and_is_atomic_as_far_as_it_goes(tmp_path: Path, workload: Workload) -> None:
+    if valkey.absent():
+        return
+    with valkey.server() as url:
+        _run_each(_entries(valkey.cells(url, sqlite.Stores(tmp_path).ours, full=True)), workload)
 
 
 @pytest.mark.parametrize("workload", _WORKLOADS)

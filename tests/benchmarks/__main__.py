@@ -14,13 +14,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from . import machine, memory, plot, report, scale, slow_disk, sqlite
+from . import machine, memory, plot, report, scale, slow_disk, sqlite, valkey
 from .cells import Cell, Entry
 from .figures import Figure
 from .rounds import Effort, Result, run
 from .targets import verdicts
 
-_STORES = ("sqlite", "memory", "postgresql", "mongodb")
+_STORES = ("sqlite", "memory", "postgresql", "mongodb", "valkey")
 
 
 def _arguments() -> argparse.Namespace:
@@ -151,6 +151,8 @@ def _run_all(session: _Session, folder: Path) -> None:
         _run_postgresql(session)
     if session.wants("mongodb"):
         _run_mongodb(session)
+    if session.wants("valkey"):
+        _run_valkey(session, folder)
 
 
 def _run_sqlite_scale(session: _Session, folder: Path) -> None:
@@ -197,6 +199,17 @@ def _run_mongodb(session: _Session) -> None:
             session.measure(mongodb.Stores(url).cells(session.options.full))
             if session.options.full and session.options.match in "growth":
                 session.add(asyncio.run(mongodb_scale.measure_growth(url, 1_000_000, session.effort.rounds)))
+    except FileNotFoundError as error:
+        session.skip(str(error))
+
+
+def _run_valkey(session: _Session, folder: Path) -> None:
+    for why in valkey.absent():
+        session.skip(why)
+        return
+    try:
+        with valkey.server() as url:
+            session.measure(valkey.cells(url, sqlite.Stores(folder).ours, session.options.full))
     except FileNotFoundError as error:
         session.skip(str(error))
 

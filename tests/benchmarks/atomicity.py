@@ -16,7 +16,9 @@ class NotAtomicError(Exception):
     """A contender has broken what every contender must keep."""
 
 
-async def verify(contender: Contender, filled: Sequence[str], ops: Sequence[Op], run: Run) -> None:
+async def verify(
+    contender: Contender, filled: Sequence[str], ops: Sequence[Op], run: Run, *, keeps_ended: bool
+) -> None:
     """Check the answers of a cell and what is stored afterwards; then race for single tokens.
 
     Args:
@@ -24,6 +26,7 @@ async def verify(contender: Contender, filled: Sequence[str], ops: Sequence[Op],
         filled: the objects whose tokens were there.
         ops: what was asked of it.
         run: what it answered.
+        keeps_ended: whether a used or replaced token is still stored.
 
     Raises:
         NotAtomicError: an operation failed that had to succeed, a key was used twice, an object has another
@@ -31,7 +34,7 @@ async def verify(contender: Contender, filled: Sequence[str], ops: Sequence[Op],
     """
     _check_answers(contender.name, ops, run)
     rows = await contender.rows()
-    _check_rows(contender.name, rows, filled, ops)
+    _check_rows(contender.name, rows, filled, ops, keeps_ended)
     await _race_to_consume(contender)
     await _race_to_issue(contender)
     await _replay(contender, ops)
@@ -50,10 +53,13 @@ def _check_answers(name: str, ops: Sequence[Op], run: Run) -> None:
     _require(len(set(keys)) == len(keys), name, "a key was issued twice")
 
 
-def _check_rows(name: str, rows: Sequence[Row], filled: Sequence[str], ops: Sequence[Op]) -> None:
+def _check_rows(
+    name: str, rows: Sequence[Row], filled: Sequence[str], ops: Sequence[Op], keeps_ended: bool
+) -> None:
     issued = [op.object_id for op in ops if op.kind == "issue"]
     used = {op.object_id for op in ops if op.kind == "consume"}
-    _require(len(rows) == len(filled) + len(issued), name, f"{len(rows)} rows are stored")
+    left = len(filled) + len(issued) if keeps_ended else len({*filled, *issued} - used)
+    _require(len(rows) == left, name, f"{len(rows)} rows are stored")
     _require(len({row.digest for row in rows}) == len(rows), name, "two rows have one digest")
     active = Counter(row.object_id for row in rows if row.is_active)
     expected = Counter(dict.fromkeys({*filled, *issued} - used, 1))

@@ -28,7 +28,7 @@ class Cell:
     """What is measured.
 
     Args:
-        store: ``"sqlite"``, ``"postgresql"``, ``"mongodb"`` or ``"memory"``.
+        store: ``"sqlite"``, ``"postgresql"``, ``"mongodb"``, ``"memory"`` or ``"valkey"``.
         workload: one kind of operation, or a mix of them.
         tasks: how many of the application's tasks ask at once.
         beside: what else goes on.
@@ -60,6 +60,8 @@ class Entry(NamedTuple):
     fresh: Callable[[], AbstractAsyncContextManager[Contender]]
     new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
     """Makes the event loop it runs in; None for asyncio's own."""
+    keeps_ended: bool = True
+    """Whether a used or replaced token is still stored."""
 
 
 @asynccontextmanager
@@ -167,7 +169,8 @@ async def _measure(entry: Entry, cell: Cell, count: int) -> Sample:
         processor, written_after = process_time() - processor, machine.bytes_written()
         synced = None if syncs is None else ((slow_disk.syncs() or 0) - syncs) / len(ops)
         both = Run([*warm_run.answers, *run.answers], warm_run.waits + run.waits, run.seconds)
-        await verify(contender, [*warm.filled, *planned.filled], [*warm_ops, *ops], both)
+        filled = [*warm.filled, *planned.filled]
+        await verify(contender, filled, [*warm_ops, *ops], both, keeps_ended=entry.keeps_ended)
     counted = None if written is None or written_after is None else (written_after - written) / len(ops)
     return Sample(
         rate=len(ops) / run.seconds,

@@ -13,7 +13,13 @@ from .targets import verdicts
 
 BEGIN: Final = "<!-- Written by `python -m tests.benchmarks plot FILE`; what stands outside is kept. -->"
 END: Final = "<!-- The end of what was written. -->"
-_STORES: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "mongodb": "MongoDB", "memory": "Memory"}
+_STORES: Final = {
+    "sqlite": "SQLite",
+    "postgresql": "PostgreSQL",
+    "mongodb": "MongoDB",
+    "memory": "Memory",
+    "valkey": "Valkey beside vtoken on SQLite",
+}
 
 
 class Measured(NamedTuple):
