@@ -39,7 +39,8 @@ def _remember(cls: Any, made: WeakSet[Any]) -> None:
     cls.__init__ = remembering
 
 
-# A private class of asyncio: every transport of a selector event loop is one, and nothing public tells of them.
+# A private class of asyncio: every transport of a selector event loop is one, and nothing public tells of
+# them.
 _remember(selector_events._SelectorTransport, _transports)  # type: ignore[attr-defined]  # pyright: ignore  # private
 _remember(asyncio.StreamWriter, _writers)
 
