@@ -317,6 +317,40 @@ async def test_others_wait_for_the_commit_and_only_they(backend: PostgreSQLBacke
     assert waiting.result().result is InsertResult.INSERTED or waiting.result().token is not None
 
 
+async def waits_for_a_lock(url: str, name: str) -> None:
+    """Return once a connection with this application name waits for a lock."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        for _ in range(1000):
+            waiting = await connection.execute(
+                "SELECT FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'",
+                [name],
+            )
+            if await waiting.fetchall():
+                return
+            await connection.execute("SELECT pg_sleep(0.01)")
+    pytest.fail("nobody waits for a lock")
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+async def test_deactivating_ends_what_took_the_place_of_what_it_waited_for(url: str, by_key: bool) -> None:
+    with servers.fresh_store(f"{url}?application_name=waiting") as store:
+        backend = PostgreSQLBackend.from_url(store)
+        await backend.open()
+        old, new = a_token(), a_token(created_at=NOW + 1)
+        await backend.insert(old, InsertMode.REPLACE)
+        match = Match(digests=(old.keys[0].digest,)) if by_key else Match(object_id=old.object_id)
+        async with on_psycopg(url) as own:
+            await backend.within(own.handle).insert(new, InsertMode.REPLACE, keep_until=NOW + MINUTE)
+            deactivating = asyncio.create_task(backend.deactivate(match, NOW + 1))
+            await waits_for_a_lock(url, "waiting")
+        assert await deactivating == 1
+        [stored] = await backend.find(Match(id=new.id), 1)
+        assert stored.is_active is by_key  # by a key that was taken over, the key alone ends
+        presented = await backend.present(Match(digests=(old.keys[0].digest,)), None, NOW + 1)
+        assert presented.outcome is Outcome.REFUSED
+        await backend.close()
+
+
 async def test_a_serialization_failure_is_the_applications_to_repeat(
     backend: PostgreSQLBackend, url: str
 ) -> None:
