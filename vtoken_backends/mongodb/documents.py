@@ -37,7 +37,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, get_args, get_type_
 
 from bson.int64 import Int64
 
-from vtoken.backend import Budget, Match, SlugCount, State, StoredHold, StoredKey, StoredToken
+from vtoken.backend import Match, SlugCount, State, StoredHold, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
 
 Document = dict[str, Any]
@@ -267,7 +267,6 @@ class Stored:
     pushed: list[Kept] = field(default_factory=list)
     spill: list[Kept] = field(default_factory=list)
     spill_id: bytes | None = None
-    names: list[object] = field(default_factory=list)
     oid: bytes = field(default_factory=new_id)
     revision: int | None = None
     """None: it is not stored yet."""
@@ -345,7 +344,6 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
             spill=[kept_of(one, shared) for one in found.get("spill", ())] if is_whole else [],
             spill_id=found.get("spill_id"),
-            names=found["names"] if is_whole else [],
             oid=bytes(found["_id"]),
             revision=int(found["revision"]),
             claims=found["claims"] if is_whole else [],
@@ -409,11 +407,6 @@ def condition(match: Match) -> Document:
     if match.content_type is not None and match.object_id is not None:
         query["object"] = object_of(match.content_type, match.object_id)
     return query
-
-
-def budget_id(budget: Budget) -> bytes:
-    """The ``_id`` of the document of a budget: one for each object, and one for each that belongs to none."""
-    return budget.object if any(budget.object) else budget.object + budget.name
 
 
 def slug_count(found: Document) -> SlugCount:
