@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks`` runs them, ``python -m tests.benchmarks plot FILE`` shows the results."""
+"""``python -m tests.benchmarks`` runs them, ``python -m tests.benchmarks plot FILE...`` shows the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description="How fast vtoken is, beside others.",
-        epilog="plot FILE: show what was measured",
+        epilog="plot FILE...: show what was measured",
     )
     parser.add_argument("--full", action="store_true", help="all cells, longer rounds (a quick pass without)")
     parser.add_argument("--only", choices=_STORES, help="one store")
@@ -126,12 +126,14 @@ def main() -> None:
 
 def _plot(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks plot")
-    parser.add_argument("file", type=Path, help="the JSON of a run")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="the JSON of a run, or of runs of one store each, on one machine"
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="the folder of the documentation")
     options = parser.parse_args(arguments)
     if find_spec("matplotlib") is None:
         sys.exit('no matplotlib: pip install "vtoken[bench]"')
-    for written in plot.render(options.file, options.docs):
+    for written in plot.render(options.files, options.docs):
         _say(str(written))
 
 

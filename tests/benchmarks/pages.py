@@ -11,7 +11,7 @@ from .figures import Figure
 from .rounds import Result
 from .targets import verdicts
 
-BEGIN: Final = "<!-- Written by `python -m tests.benchmarks plot FILE`; what stands outside is kept. -->"
+BEGIN: Final = "<!-- Written by `python -m tests.benchmarks plot FILE...`; what stands outside is kept. -->"
 END: Final = "<!-- The end of what was written. -->"
 _STORES: Final = {
     "sqlite": "SQLite",
@@ -100,7 +100,9 @@ def _machine(data: dict[str, Any], results: Sequence[Result]) -> str:
     loads = [result.load for result in results] or [0.0]
     rows = [(name.replace("_", " "), str(value)) for name, value in machine.items()]
     rows.append(("packages", ", ".join(f"{name} {value}" for name, value in packages.items() if value)))
-    rows.append(("run", f"{data['mode']}, {data['rounds']} rounds of about {data['seconds']:g} s"))
+    rounds = sorted({len(samples) for result in results for samples in result.samples.values()})
+    spread = " to ".join(str(number) for number in dict.fromkeys((rounds[0], rounds[-1]))) if rounds else "0"
+    rows.append(("run", f"{data['mode']}, {spread} rounds of about {data['seconds']:g} s"))
     rows.append(("load average while measuring", f"{min(loads):g} to {max(loads):g}"))
     return _table(("", ""), rows)
 

@@ -43,11 +43,11 @@ _MEASURES: Final = (
 )
 
 
-def render(source: Path, docs: Path) -> list[Path]:
+def render(sources: Sequence[Path], docs: Path) -> list[Path]:
     """Write the pages and the pictures.
 
     Args:
-        source: the JSON of a run.
+        sources: the JSON of a run, or of several on one machine.
         docs: the folder of the documentation.
 
     Returns:
@@ -56,9 +56,10 @@ def render(source: Path, docs: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; it is in the extra ``bench``.
     """
-    data: dict[str, Any] = json.loads(source.read_text())
-    results = [Result.from_json(cell) for cell in data["cells"]]
-    figures = [Figure(**figure) for figure in data["figures"]]
+    runs: list[dict[str, Any]] = [json.loads(source.read_text()) for source in sources]
+    data = runs[0] | {"absent": [why for run in runs for why in run["absent"]]}
+    results = [Result.from_json(cell) for run in runs for cell in run["cells"]]
+    figures = [Figure(**figure) for run in runs for figure in run["figures"]]
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
     drawn = [path for path in (_bars(results, store, images) for store in _STORES) if path]
