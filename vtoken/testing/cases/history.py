@@ -192,10 +192,10 @@ class HistoryCases(Suite):
         """Each of a long row of calls of all methods answers what the reference store answers, and leaves
         what it leaves."""
         backends = await bench.two_backends()
-        for seed in range(3):
+        for seed in range(max(1, self.rounds // 4)):
             reference = ReferenceStore()
             story = Storyteller(seed, reference)
-            for step in range(120):
+            for step in range(150):
                 told = story.next()
                 expected = told.by(reference)
                 answer = await told.on(backends[step % 2])
@@ -204,7 +204,8 @@ class HistoryCases(Suite):
                 stored = await find_all(backends[(step + 1) % 2])
                 assert stored == reference.find(Match(), 9_999), f"after step {step} of {seed}: {told!r}"
                 assert await backends[step % 2].budgets(BUDGETS) == reference.budgets(BUDGETS), told
-                assert sorted(await backends[0].count(story.now)) == sorted(reference.count(story.now))
+                if step % 10 == 0:
+                    assert sorted(await backends[0].count(story.now)) == sorted(reference.count(story.now))
             await backends[0].deactivate(Match(), 0)
             await backends[0].purge(NOW * 2, NOW, 9_999, NOW * 2)
 

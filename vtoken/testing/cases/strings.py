@@ -57,11 +57,14 @@ class StringCases(Suite):
         or numbers."""
         backend = await bench.backend()
         for field in FIELDS:
-            tokens = {name: await put(backend, **{field: name}) for name in NAMES}
-            for name, token in tokens.items():
-                assert await backend.find(where(**{field: name}), 99) == [token], (field, name)
-                assert await backend.find(_named(token, field, name), 9) == [token]
-                assert await backend.find(_named(token, field, name + "x"), 9) == []
+            stored = await at_once(put(backend, **{field: name}) for name in NAMES)
+            tokens = dict(zip(NAMES, stored, strict=True))
+            found = await at_once(backend.find(where(**{field: name}), 99) for name in tokens)
+            assert found == [[token] for token in tokens.values()], field
+            found = await at_once(backend.find(_named(t, field, name), 9) for name, t in tokens.items())
+            assert found == [[token] for token in tokens.values()], field
+            found = await at_once(backend.find(_named(t, field, f"{n}x"), 9) for n, t in tokens.items())
+            assert found == [[]] * len(tokens), field
 
     @case(6)
     async def test_replace_minds_exact_strings(self, bench: Bench) -> None:
