@@ -309,7 +309,7 @@ class ForgetsWhatBeganAnew(Broken):
     async def purge(self, before: int, now: int, limit: int, budgets_before: int) -> Purged:
         due = [
             Budget(of, name)
-            for of, names in self._store._budgets.items()
+            for of, names in self._store.budgets_of.items()
             for name, state in names.items()
             if state.until <= budgets_before
         ][:limit]
@@ -803,7 +803,7 @@ class RemembersSixteenUses(Broken):
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
         answer = await super().present(key, change, now, spends)
-        for uses in self._store._uses_of.values():
+        for uses in self._store.uses_of.values():
             while len(uses) > 16:
                 self._store.uses.pop(uses.popleft(), None)
         return answer
@@ -923,9 +923,10 @@ class UsesHoldsOfUsedTokens(Broken):
     """Counts the use of a hold although others have made all uses."""
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
-        for token in self._store.matching(match) if isinstance(change, UseHeld) else ():
-            if token.max_uses is not None and any(runs(hold, change.at) for hold in token.holds):
-                self.save(token._replace(uses=min(token.uses, token.max_uses - 1)))
+        if isinstance(change, UseHeld):
+            for token in self._store.matching(match):
+                if token.max_uses is not None and any(runs(hold, change.at) for hold in token.holds):
+                    self.save(token._replace(uses=min(token.uses, token.max_uses - 1)))
         return await super().update(match, change)
 
 
@@ -1093,7 +1094,7 @@ class ResetsOnReissue(Broken):
     """Gives every new token fresh budgets."""
 
     async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
-        for of in list(self._store._budgets):
+        for of in list(self._store.budgets_of):
             self._store.forget(of, None)
         return await super().insert(token, mode, **named)
 
