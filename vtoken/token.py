@@ -6,13 +6,12 @@ import contextlib
 import json
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, Self
 
 from vtoken import inputs
 from vtoken.backend import NEVER, STALE_HOLD, State, StoredKey, StoredToken
 from vtoken.errors import CorruptStore
 
-_T = TypeVar("_T", bound="VerificationToken")
 _ACTIVE: Final = State.ACTIVE
 _TOO_LATE: Final = "a stored token has a time past the year 9999"
 
@@ -94,6 +93,40 @@ class VerificationToken:
         self.used_at = used_at
         self.is_replay = is_replay
         self._held_until = held_until
+
+    @classmethod
+    def _made(
+        cls,
+        stored: StoredToken,
+        link: StoredKey | None,
+        own_code: StoredKey | None,
+        key: str | None,
+        code: str | None,
+        own_holds: AbstractSet[str] = frozenset(),
+        is_replay: bool = False,
+    ) -> Self:
+        """A token of its record; see :func:`loaded`."""
+        # Half the cost of the constructor with as many named arguments, and every operation makes one.
+        token = cls.__new__(cls)
+        token.id = stored.id
+        token.created_at, token.expires_at, token.used_at = _moments(stored)
+        token.content_type = stored.content_type
+        token.object_id = stored.object_id
+        token._key = key
+        token._code = code
+        token.slug = stored.slug or None
+        token.is_active = stored.state is _ACTIVE
+        token.extra_data = stored.extra_data
+        token.max_uses = stored.max_uses
+        token.uses = stored.uses
+        token.is_replay = is_replay
+        token.code_expires_at = None
+        if own_code is not None and link is not None:
+            token.code_expires_at = _moment(own_code.expires_at)
+        token._held_until = ()
+        if stored.holds:
+            token._held_until = tuple(hold.until for hold in stored.holds if hold.hold_id not in own_holds)
+        return token
 
     @property
     def key(self) -> str | None:
@@ -203,7 +236,8 @@ def issued(stored: StoredToken, key: str, code: str | None = None) -> IssuedToke
         key: its key, of a code policy the code.
         code: the code of a pair.
     """
-    return _made(IssuedToken, stored, *_own_keys(stored), key, code)
+    own = _own_keys(stored)
+    return IssuedToken._made(stored, *own, key, code)  # pyright: ignore[reportPrivateUsage]  # this module's own
 
 
 def loaded(
@@ -229,7 +263,8 @@ def loaded(
         key = first.plain_key or None
     if code is None and link is not None and own_code is not None:
         code = own_code.plain_key or None
-    return _made(VerificationToken, stored, link, own_code, key, code, own_holds, is_replay)
+    made = VerificationToken._made  # pyright: ignore[reportPrivateUsage]  # this module's own
+    return made(stored, link, own_code, key, code, own_holds, is_replay)
 
 
 def loaded_without_keys(stored: StoredToken) -> VerificationToken:
@@ -247,39 +282,6 @@ def _own_keys(stored: StoredToken) -> tuple[StoredKey | None, StoredKey | None]:
             else:
                 code = key
     return link, code
-
-
-def _made(
-    kind: type[_T],
-    stored: StoredToken,
-    link: StoredKey | None,
-    own_code: StoredKey | None,
-    key: str | None,
-    code: str | None,
-    own_holds: AbstractSet[str] = frozenset(),
-    is_replay: bool = False,
-) -> _T:
-    # Half the cost of the constructor with as many named arguments, and every operation makes one.
-    token = kind.__new__(kind)
-    token.id = stored.id
-    token.created_at, token.expires_at, token.used_at = _moments(stored)
-    token.content_type = stored.content_type
-    token.object_id = stored.object_id
-    token._key = key
-    token._code = code
-    token.slug = stored.slug or None
-    token.is_active = stored.state is _ACTIVE
-    token.extra_data = stored.extra_data
-    token.max_uses = stored.max_uses
-    token.uses = stored.uses
-    token.is_replay = is_replay
-    token.code_expires_at = None
-    if own_code is not None and link is not None:
-        token.code_expires_at = _moment(own_code.expires_at)
-    token._held_until = ()
-    if stored.holds:
-        token._held_until = tuple(hold.until for hold in stored.holds if hold.hold_id not in own_holds)
-    return token
 
 
 def _moments(stored: StoredToken) -> tuple[datetime, datetime | None, datetime | None]:
