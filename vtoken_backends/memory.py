@@ -415,8 +415,8 @@ class _Store:
         self._owners: dict[bytes, str] = {}  # digest -> id of the token that has the key
         # By object id. Most objects have one token: for these, its id takes the place of an _OfObject.
         self._objects: dict[str, str | _OfObject] = {}
-        self._uses_of: dict[str, deque[tuple[str, str]]] = {}  # token id -> keys of `uses`, oldest first
-        self._budgets: dict[bytes, dict[bytes, BudgetState]] = {}  # object -> name -> state
+        self.uses_of: dict[str, deque[tuple[str, str]]] = {}  # token id -> keys of `uses`, oldest first
+        self.budgets_of: dict[bytes, dict[bytes, BudgetState]] = {}  # object -> name -> state
 
     # Tokens
 
@@ -463,7 +463,7 @@ class _Store:
             of_object.ended.pop(token.id, None)
             if not of_object.active and not of_object.ended:
                 del self._objects[token.object_id]
-        for use in self._uses_of.pop(token.id, ()):
+        for use in self.uses_of.pop(token.id, ()):
             del self.uses[use]
 
     def owners(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
@@ -504,7 +504,7 @@ class _Store:
         if (origin, use_id) in self.uses:
             return
         self.uses[origin, use_id] = _Remembered(token_id, at)
-        uses = self._uses_of.setdefault(token_id, deque())
+        uses = self.uses_of.setdefault(token_id, deque())
         uses.append((origin, use_id))
         if len(uses) > REMEMBERED_USES:
             del self.uses[uses.popleft()]
@@ -539,11 +539,11 @@ class _Store:
     # Budgets
 
     def budget(self, name: Budget) -> BudgetState | None:
-        return self._budgets.get(name.object, {}).get(name.name)
+        return self.budgets_of.get(name.object, {}).get(name.name)
 
     def keep(self, name: Budget, state: BudgetState) -> None:
         """Store what has become of a budget."""
-        of_object = self._budgets.setdefault(name.object, {})
+        of_object = self.budgets_of.setdefault(name.object, {})
         old = of_object.get(name.name)
         of_object[name.name] = state
         if old is None or old.until != state.until:
@@ -553,7 +553,7 @@ class _Store:
 
     def forget(self, budgets_of: bytes, names: Iterable[bytes] | None) -> int:
         """Forget some or all budgets of an object; how many there were."""
-        of_object = self._budgets.get(budgets_of, {})
+        of_object = self.budgets_of.get(budgets_of, {})
         chosen = list(of_object if names is None else dict.fromkeys(names))
         count = 0
         for name in chosen:
@@ -562,7 +562,7 @@ class _Store:
                 self.budget_ends.discard(Budget(object=budgets_of, name=name), state.until)
                 count += 1
         if not of_object:
-            self._budgets.pop(budgets_of, None)
+            self.budgets_of.pop(budgets_of, None)
         return count
 
     def full(self, spends: tuple[Spend, ...], now: int) -> Spending | None:

@@ -159,8 +159,10 @@ class AgainCases(Suite):
                 assert key is None or key.encode() not in raw or len(key) < 9
             await issuer.consume(USER, policy.slug, issued.key)
             assert await worker.reveal(loaded) is None
+        await issuer.reset_limits(USER)
+        erased = await issuer.issue(USER, "link")
         await issuer.erase(USER)
-        assert await worker.reveal(loaded) is None
+        assert await worker.reveal(erased) is None
         plain = await issuer.issue(USER, "plain")
         await refused(ConfigurationError, worker.reveal(plain))
 

@@ -68,9 +68,9 @@ def with_types(value: Any) -> Any:
 async def insert(backend: TokenBackend, token: StoredToken, mode: InsertMode, **named: Any) -> StoredToken:
     """Insert a token, which must succeed, and return it as it is stored."""
     inserted = await backend.insert(token, mode, **named)
-    assert inserted.result is INSERTED
-    assert inserted.token == await one(backend, token)
-    return inserted.token
+    stored = await one(backend, token)
+    assert (inserted.result, inserted.token) == (INSERTED, stored)
+    return stored
 
 
 class InsertCases(Suite):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final
@@ -19,6 +20,7 @@ from vtoken.manager import TokenManager
 from vtoken.policy import TokenPolicy
 from vtoken.testing.cases.once import active_ids, stored_as
 from vtoken.testing.harness import USER, Bench, Suite, at_once, case, refused
+from vtoken.token import IssuedToken, VerificationToken
 
 LEASE: Final = timedelta(seconds=60)
 MILLISECOND: Final = timedelta(milliseconds=1)
@@ -157,8 +159,8 @@ class RedeemCases(Suite):
         """Of blocks that are cancelled while the manager closes, as in a deploy, no hold outlives
         ``aclose``; one that still runs normally ends with ``BackendClosed``, never silently."""
         other = await bench.manager()
+        issued = await other.issue(USER, "reset")
         for _ in range(3):
-            issued = await other.issue(USER, "reset")
             manager = bench.new_manager()
             await manager.open()
             block = await hanging(manager, issued.key)
@@ -279,7 +281,7 @@ class RedeemCases(Suite):
         """``deactivate`` inside the block, by the object, the token or in a task that the block started, ends
         the token and lets the block end as used; so does a nested block's own."""
         manager = await bench.manager(TokenPolicy("invite", max_uses=3))
-        ways: list[Any] = [
+        ways: list[Callable[[VerificationToken], Awaitable[object]]] = [
             lambda token: manager.deactivate(USER),
             lambda token: manager.deactivate(token),
             lambda token: asyncio.create_task(manager.deactivate(USER)),
@@ -303,7 +305,7 @@ class RedeemCases(Suite):
         """``deactivate`` from outside, in another manager or task, and ``erase``, revoke the hold:
         ``LeaseLost``; and giving back revives nothing."""
         manager, other = await bench.two_managers()
-        ways: list[Any] = [
+        ways: list[Callable[[IssuedToken], Awaitable[object]]] = [
             lambda issued: other.deactivate(USER),
             lambda issued: manager.deactivate(USER, "reset", issued.key),
             lambda issued: manager.deactivate(issued),

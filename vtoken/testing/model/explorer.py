@@ -451,18 +451,14 @@ SCENES: Final = (
 # Actors -------------------------------------------------------------------------------------------
 
 
-async def _get_or_create(stage: Stage) -> None:
-    await stage.call(lambda: stage.manager.get_active_or_create(USER, stage.slug))
+def _in_steps(make: Callable[[Stage], Awaitable[object]]) -> Script:
+    """A script of one call that is documented not to be a single step."""
 
+    async def script(stage: Stage) -> None:
+        _loose.set(True)
+        await stage.call(lambda: make(stage))
 
-async def _status(stage: Stage) -> None:
-    _loose.set(True)  # it looks at tokens and at budgets
-    await stage.call(lambda: stage.manager.status(USER, stage.slug))
-
-
-async def _erase(stage: Stage) -> None:
-    _loose.set(True)
-    await stage.call(lambda: stage.manager.erase(USER))
+    return script
 
 
 def _redeem(
@@ -476,29 +472,40 @@ def _redeem(
     return script
 
 
-SENDER: Final = Actor("send and fail", lambda s: s.block(s.manager.issuing(USER, s.slug), fails=True))
+def _calling(make: Callable[[Stage], Awaitable[object]]) -> Script:
+    """A script of one call."""
+
+    async def script(stage: Stage) -> None:
+        await stage.call(lambda: make(stage))
+
+    return script
+
+
+async def _send(stage: Stage) -> None:
+    await stage.block(stage.manager.issuing(USER, stage.slug), fails=True)
+
+
+SENDER: Final = Actor("send and fail", _send)
 ACTORS: Final = (
-    Actor("issue", lambda s: s.call(lambda: s.manager.issue(USER, s.slug))),
-    Actor("add", lambda s: s.call(lambda: s.manager.issue(USER, s.slug, replace=False))),
-    Actor("get or create", _get_or_create),
+    Actor("issue", _calling(lambda s: s.manager.issue(USER, s.slug))),
+    Actor("add", _calling(lambda s: s.manager.issue(USER, s.slug, replace=False))),
+    Actor("get or create", _calling(lambda s: s.manager.get_active_or_create(USER, s.slug))),
     SENDER,
-    Actor("consume", lambda s: s.call(lambda: s.manager.consume(USER, s.slug, s.key()))),
-    Actor(
-        "consume as me", lambda s: s.call(lambda: s.manager.consume(USER, s.slug, s.key(), consume_id="me"))
-    ),
-    Actor("present a wrong key", lambda s: s.call(lambda: s.manager.consume(USER, s.slug, _wrong(s.key())))),
-    Actor("check", lambda s: s.call(lambda: s.manager.verify(USER, s.slug, s.key()))),
+    Actor("consume", _calling(lambda s: s.manager.consume(USER, s.slug, s.key()))),
+    Actor("consume as me", _calling(lambda s: s.manager.consume(USER, s.slug, s.key(), consume_id="me"))),
+    Actor("present a wrong key", _calling(lambda s: s.manager.consume(USER, s.slug, _wrong(s.key())))),
+    Actor("check", _calling(lambda s: s.manager.verify(USER, s.slug, s.key()))),
     Actor("redeem", _redeem()),
     Actor("redeem as me", _redeem(consume_id="me")),
     Actor("redeem and fail", _redeem(fails=True)),
-    Actor("redeem and deactivate", _redeem(lambda s: s.call(lambda: s.manager.deactivate(USER)))),
-    Actor("redeem and issue", _redeem(lambda s: s.call(lambda: s.manager.issue(USER, s.slug)))),
-    Actor("deactivate", lambda s: s.call(lambda: s.manager.deactivate(USER, s.slug))),
-    Actor("deactivate the token", lambda s: s.call(lambda: s.manager.deactivate(s.tokens["first"]))),
-    Actor("ask for the status", _status),
-    Actor("reset the limits", lambda s: s.call(lambda: s.manager.reset_limits(USER))),
-    Actor("erase", _erase),
-    Actor("close", lambda s: s.call(s.manager.aclose), reaches_others=True),
+    Actor("redeem and deactivate", _redeem(_calling(lambda s: s.manager.deactivate(USER)))),
+    Actor("redeem and issue", _redeem(_calling(lambda s: s.manager.issue(USER, s.slug)))),
+    Actor("deactivate", _calling(lambda s: s.manager.deactivate(USER, s.slug))),
+    Actor("deactivate the token", _calling(lambda s: s.manager.deactivate(s.tokens["first"]))),
+    Actor("ask for the status", _in_steps(lambda s: s.manager.status(USER, s.slug))),
+    Actor("reset the limits", _calling(lambda s: s.manager.reset_limits(USER))),
+    Actor("erase", _in_steps(lambda s: s.manager.erase(USER))),
+    Actor("close", _calling(lambda s: s.manager.aclose()), reaches_others=True),
 )
 
 

@@ -345,13 +345,15 @@ class ReferenceManager:
                 raise InvalidToken("unknown")
 
     def _opened(self, now: int, fitting: list[tuple[ModelToken, ModelKey]]) -> tuple[ModelToken, ModelKey]:
-        refusals = [token.refusal(now, key) for token, key in fitting]
-        if None in refusals:
-            return fitting[refusals.index(None)]
-        for (token, _), refusal in zip(fitting, refusals, strict=True):
+        for token, key in fitting:
+            if token.refusal(now, key) is None:
+                return token, key
+        for token, key in fitting:
+            refusal = token.refusal(now, key)
             if refusal == "leased":
                 raise TokenBusy((min(until for until in token.holds.values() if now < until) - now) / 1000)
-            raise InvalidToken(refusal or "unknown")
+            if refusal is not None:
+                raise InvalidToken(refusal)
         raise InvalidToken("unknown")
 
     def _fitting(self, presented: Presented) -> Iterator[tuple[ModelToken, ModelKey]]:
