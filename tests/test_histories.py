@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.histories import MONGODB, SQLITE, Round
+from tests.faults.histories import MONGODB, POSTGRESQL, SQLITE, Round
 from tests.faults.journal import Journal, Tail, histories, unanswered
 from tests.faults.linear import NEVER_RETURNED, Operation
 from tests.faults.tokens import is_sound
 
+from .conftest import a_store
 from .servers import fresh_database
 
 
@@ -173,6 +174,16 @@ def test_processes_on_one_sqlite_store_are_linearizable(tmp_path: Path) -> None:
 def test_processes_on_one_mongodb_store_are_linearizable(tmp_path: Path, mongodb_replica_set: str) -> None:
     with fresh_database(mongodb_replica_set) as url:
         outcome = Round(MONGODB, url, tmp_path, seed=1).play(500, kills=1)
+    assert not outcome.violations, "\n".join(outcome.violations)
+    assert (outcome.kills, outcome.operations >= 500) == (1, True)
+    assert outcome.unanswered >= 1
+
+
+def test_processes_on_one_postgresql_store_are_linearizable(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with a_store("postgresql", request, tmp_path) as url:
+        outcome = Round(POSTGRESQL, url, tmp_path, seed=1).play(500, kills=1)
     assert not outcome.violations, "\n".join(outcome.violations)
     assert (outcome.kills, outcome.operations >= 500) == (1, True)
     assert outcome.unanswered >= 1

@@ -22,6 +22,7 @@ from tests.faults.tokens import is_sound
 from vtoken import Subject
 
 SQLITE: Final = "vtoken_backends.sqlite:SQLiteBackend"
+POSTGRESQL: Final = "vtoken_backends.postgresql:PostgreSQLBackend"
 MONGODB: Final = "vtoken_backends.mongodb:MongoDBBackend"
 ROOT: Final = Path(__file__).parent.parent.parent
 """From where ``tests`` can be imported."""
