@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import aiosqlite
 import pytest
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from tests.test_sqlite_reference import Player, check_store
 from vtoken import Subject, TokenManager
-from vtoken.backend import Hold, InsertResult, Match, Outcome, Use, UseHeld
+from vtoken.backend import Budget, Hold, InsertResult, Match, Outcome, Spend, Use, UseHeld
 from vtoken.errors import BackendUnavailable, InvalidInput
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.sqlite import SQLiteBackend
@@ -208,6 +209,36 @@ async def test_an_error_undoes_its_own_operation_alone(path: Path, begin: Begin)
             await own.execute("INSERT INTO users VALUES ('Ada')")
         assert await backend.find(Match(), 9) == [token(1)]
         assert users(path) == 1
+
+
+@pytest.mark.parametrize("statement", range(1, 12))
+async def test_a_cancelled_operation_has_happened_wholly_or_not_at_all(path: Path, statement: int) -> None:
+    """An application may catch a timeout inside its transaction, and commit."""
+    spends = tuple(
+        Spend(budget=Budget(object=b"o" * 16, name=bytes([n]) * 16), limit=5, window=9, max_window=9)
+        for n in range(3)
+    )
+    async with opened(SQLiteBackend(path, shared=True)) as backend, on_aiosqlite(path) as own:
+        connection = cast("aiosqlite.Connection", own.handle)
+        target, fetch, asked = backend.within(connection), connection.execute_fetchall, 0
+        assert await target.budgets(()) == []
+
+        def cancelling(sql: str, values: Iterable[Any] | None = None) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == statement:
+                task.cancel()
+            return fetch(sql, values)
+
+        connection.execute_fetchall = cancelling  # type: ignore[method-assign]
+        task = asyncio.create_task(target.spend(spends, NOW))
+        await asyncio.wait([task])
+        connection.execute_fetchall = fetch  # type: ignore[method-assign]
+        assert task.cancelled() or asked < statement
+        await connection.commit()
+        states = await backend.budgets(tuple(spend.budget for spend in spends))
+        assert len({state is None for state in states}) == 1
+        await connection.execute("BEGIN IMMEDIATE")
 
 
 async def test_inside_a_write_transaction_others_wait_and_are_told(path: Path) -> None:

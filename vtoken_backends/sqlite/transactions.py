@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import sqlite3
 import sys
@@ -17,6 +18,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 from vtoken.backend import Match, StoredToken, TokenBackend
 from vtoken.errors import ConfigurationError, InvalidInput, VTokenError
+from vtoken_backends.batching import outlast
 from vtoken_backends.sqlite import operations
 from vtoken_backends.sqlite.batch import Operation, SharedOperation
 from vtoken_backends.sqlite.connections import Connections
@@ -172,13 +174,22 @@ class Transaction(Store):
             try:
                 answer = await self._carry_out(operation)
             except Exception:
-                await self._driver.fetch("ROLLBACK TO vtoken")
-                await self._driver.fetch("RELEASE vtoken")
+                await self._undo()
+                raise
+            except asyncio.CancelledError:
+                # The application may go on after a timeout, and must not commit half of an operation.
+                undoing = contextvars.Context().run(asyncio.get_running_loop().create_task, self._undo())
+                await outlast(undoing)
+                undoing.exception()  # a connection that is gone undoes it as well
                 raise
             await self._driver.fetch("RELEASE vtoken")
             return answer
 
         return await self._translated(write())
+
+    async def _undo(self) -> None:
+        await self._driver.fetch("ROLLBACK TO vtoken")
+        await self._driver.fetch("RELEASE vtoken")
 
     async def _carry_out(self, operation: Operation | SharedOperation) -> Any:
         if isinstance(operation, Operation):
@@ -225,8 +236,6 @@ class Transaction(Store):
                 failure = as_backend_error(error, self._path)
             else:
                 failure = InvalidInput("using: make the sqlite3 connection with check_same_thread=False")
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             failure = as_backend_error(error, self._path)
         raise failure  # after the except block, so that the driver's own error is not chained to it
