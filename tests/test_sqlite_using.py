@@ -230,10 +230,10 @@ async def test_a_cancelled_operation_has_happened_wholly_or_not_at_all(path: Pat
                 task.cancel()
             return fetch(sql, values)
 
-        connection.execute_fetchall = cancelling  # type: ignore[method-assign]
+        connection.execute_fetchall = cancelling  # type: ignore[method-assign]  # cancels the n-th statement
         task = asyncio.create_task(target.spend(spends, NOW))
         await asyncio.wait([task])
-        connection.execute_fetchall = fetch  # type: ignore[method-assign]
+        connection.execute_fetchall = fetch  # type: ignore[method-assign]  # as it was
         assert task.cancelled() or asked < statement
         await connection.commit()
         states = await backend.budgets(tuple(spend.budget for spend in spends))

@@ -518,7 +518,7 @@ class TokenBackend(Protocol):
         2. A spend is not allowed: LIMITED, whatever the key.
         3. A token matches, and :func:`refusal` finds nothing against it: the change is made, RIGHT.
         4. Otherwise REFUSED. All spends are charged, unless a token matches and :func:`refusal` says
-           ``"used"`` or ``"leased"``: a right key that came too late or too early is no guess.
+           ``"used"`` or ``"leased"``: a right key that came too late or too early is no wrong key.
 
         A backend whose store cannot do this in one step *reserves*: it charges all spends first, compares,
         and refunds them after a right key. A reservation that nobody settles stays charged. Where a limit is

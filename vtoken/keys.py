@@ -300,11 +300,6 @@ class Keyring:
         return f"<Keyring of {len(self._secrets)} secrets>"
 
     @property
-    def has_secret(self) -> bool:
-        """Whether codes and derived keys can be made."""
-        return bool(self._secrets)
-
-    @property
     def secret_ids(self) -> tuple[str, ...]:
         """Which secrets there are, the current one first: what a stored key's ``secret_id`` says."""
         return self._ids

@@ -3,6 +3,11 @@
 A limit is what a policy says; a budget is what the store counts. A budget's name is a digest of fixed size,
 made with a random value that the store keeps, so that nothing personal and nothing of an attacker's length is
 stored, and rotating secrets renames none.
+
+This module says which budgets a request spends from; the store decides whether they allow it, in the same
+step as the request (:func:`vtoken.backend.budget_step`). A policy's ``cooldown`` is a limit of one in its
+window: :meth:`Limiter.issues` names its budget, and :meth:`TokenBackend.insert` charges it together with the
+new token, or refuses both.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ from vtoken.limits import (
     allowed_at,
     attempts_left,
     checked_by,
+    full_limit,
+    seconds,
     window_end,
 )
 from vtoken.opening import Opening, to_the_end
@@ -579,7 +581,7 @@ class TokenManager:
             with self._opening.calls() as store:
                 made = await self._issuer.get_or_issue(store, request, least)
                 if made.is_new:
-                    if self._hooks and made.is_new:
+                    if self._hooks:
                         await self._tell_issued(store, request, made)
                     return self._with_keys(made)
                 now = self._now()
@@ -658,8 +660,7 @@ class TokenManager:
         spends = self._limiter.issues(policy, stored.slug, *subject, stored.context, {}, lenient=True)
         spending = await store.spend(spends.spends, now)
         if spending.full is not None:
-            wait = max(spending.until - now, 1) / 1000
-            raise CooldownActive(wait, spends.limits[spending.full])
+            raise CooldownActive(seconds(spending.until - now), full_limit(spends, spending))
 
     async def generate_key(
         self, generator: KeyGenerator | str | None = None, *args: Any, **kwargs: Any
@@ -1232,7 +1233,7 @@ class TokenManager:
         return presented_key(self._keyring, policy, subject, slug_text, key)
 
     def _spends_of(self, asked: PresentedKey, by: By) -> Spends:
-        """What a wrong key costs. Of a pair, only what has the shape of a code is a guess."""
+        """What a wrong key costs. Of a pair, only what has the shape of a code costs an attempt."""
         match = asked.match
         if match.content_type is None or match.slug is None:
             return NOTHING_TO_SPEND
@@ -1453,7 +1454,7 @@ class TokenManager:
 
             deleted = await manager.purge(keep="1d")
 
-        Used tokens that are kept for a while (``keep``) let a second use be told from a guess.
+        Used tokens that are kept for a while (``keep``) let a second use be told from a wrong key.
 
         Args:
             batch_size: how many tokens are deleted in one step, beside which live traffic goes on.

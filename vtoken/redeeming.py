@@ -5,6 +5,10 @@
 2. :meth:`Redeemer.present` asks the store, in one step, to compare the key and to use the token, to hold it,
    or only to look, and turns the answer into a token or an error.
 3. :class:`Redemption` is the two-phase use of ``redeem``: a hold on entry, a use or a release on exit.
+
+A key that was used already is refused with the reason "used" and costs no attempt, as step 4 of
+:meth:`TokenBackend.present` says; the hooks hear "reused". With the ``consume_id`` of that use, the first
+answer is given again for :data:`REPLAY_WINDOW`.
 """
 
 from __future__ import annotations
@@ -492,14 +496,14 @@ class Redemption:
         """Find out what became of the transaction that the use was marked in, by a read that waits for
         nobody. Where the block has failed, its own exception is raised whatever is found here."""
         if not has_failed:
-            return await self._settle_transaction()
+            return await self._conclude_transaction()
         try:
-            await to_the_end(self._settle_transaction)
+            await to_the_end(self._conclude_transaction)
         except (BackendError, InvalidInput) as error:
             logger.warning("a redeem block failed after mark_used: %r", error)
         return None
 
-    async def _settle_transaction(self) -> None:
+    async def _conclude_transaction(self) -> None:
         stored, key, marked = self.stored, self._key, self._marked
         assert stored is not None  # noqa: S101  # __aenter__ and mark_used have set them
         assert key is not None  # noqa: S101  # likewise
