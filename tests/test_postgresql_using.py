@@ -31,6 +31,10 @@ from vtoken.errors import BackendClosed, BackendError, BackendUnavailable, Inval
 from vtoken.testing.harness import MINUTE, NOW, a_token
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.postgresql import PostgreSQLBackend
+from vtoken_backends.postgresql.statements import Statement
+from vtoken_backends.postgresql.transactions import (
+    _Within,  # pyright: ignore[reportPrivateUsage]  # what a cancellation is timed by
+)
 
 
 class Own(NamedTuple):
@@ -299,6 +303,37 @@ async def test_how_durable_a_commit_is_stays_the_handles_affair(backend: Postgre
             "SELECT current_setting('synchronous_commit'), current_setting('lock_timeout')"
         )
         assert await asked.fetchone() == ("off", "7s")
+
+
+@pytest.mark.parametrize("statement", range(2, 7))
+async def test_a_cancelled_operation_has_happened_wholly_or_not_at_all(
+    backend: PostgreSQLBackend, url: str, begin: Begin, statement: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application may catch a timeout inside its transaction, and commit."""
+    fetch, asked = _Within.fetch, 0
+
+    async def cancelled_afterwards(within: _Within, one: Statement) -> list[Any]:
+        nonlocal asked
+        asked += 1
+        rows = await fetch(within, one)
+        if asked == statement:
+            inserting.cancel()
+            await asyncio.sleep(0)
+        return rows
+
+    token = a_token()
+    async with begin(url) as own:
+        with monkeypatch.context() as patch:
+            patch.setattr(_Within, "fetch", cancelled_afterwards)
+            target = backend.within(own.handle)
+            inserting = asyncio.create_task(target.insert(token, InsertMode.REPLACE))
+            await asyncio.wait([inserting])
+        assert inserting.cancelled()
+        await own.execute("INSERT INTO passwords VALUES ('new')")
+    assert len(await passwords(url)) == 1
+    found = await backend.find(Match(), 9)
+    assert found == await backend.find(Match(digests=(token.keys[0].digest,)), 9)
+    assert bool(found) is (statement == 6)
 
 
 async def test_others_wait_for_the_commit_and_only_they(backend: PostgreSQLBackend, url: str) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from contextvars import Context
 from typing import Any, ClassVar, Final, Protocol, Self, TypeVar
 
 import psycopg
@@ -26,6 +28,7 @@ from vtoken.backend import (
     TokenBackend,
 )
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, InvalidInput
+from vtoken_backends.batching import outlast
 from vtoken_backends.postgresql import schema as _schema
 from vtoken_backends.postgresql.board import Operation
 from vtoken_backends.postgresql.connections import GAVE_WAY, TIME_LIMIT, Connections, refused
@@ -40,6 +43,8 @@ _KINDS: Final = (
     "using must be a psycopg AsyncConnection, an asyncpg connection, or SQLAlchemy's AsyncSession or"
     " AsyncConnection on one of these"
 )
+_UNDOING: Final = 5.0
+"""Seconds that a cancelled operation may take to be undone."""
 _NO_TRANSACTION: Final = "using: no transaction is under way on it: begin one, and commit it afterwards"
 
 
@@ -151,18 +156,30 @@ class _Within:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._has_begun = False
 
     async def fetch(self, statement: Statement) -> Rows:
-        return await self._driver.fetch(statement)
+        self._has_begun = self._has_begun or statement is self.begin
+        rows = await self._driver.fetch(statement)
+        self._has_begun = self._has_begun and statement is not self.commit
+        return rows
 
     async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
         rows: Rows = []
         for statement in statements:
-            rows = await self._driver.fetch(statement)
+            rows = await self.fetch(statement)
         return rows
 
+    async def undo(self) -> None:
+        """Take back what an operation that was cancelled has written so far. Where that cannot be done, the
+        transaction cannot be committed either."""
+        if self._has_begun:
+            with suppress(Exception):
+                async with asyncio.timeout(_UNDOING):
+                    await self._driver.fetch(self.rollback)
+
     async def try_to(self, statements: Sequence[Statement]) -> bool:
-        await self._driver.fetch(self.begin)
+        await self.fetch(self.begin)
         try:
             await self.fetch_all([*statements, self.commit])
         except Exception as error:
@@ -286,6 +303,8 @@ class Transaction(Store):
         except (BackendError, InvalidInput) as error:
             failure = type(error)(*error.args)  # whose traceback shows no rows
         except asyncio.CancelledError as cancelled:
+            # The application may go on after a timeout, and must not commit half of an operation.
+            await outlast(Context().run(asyncio.get_running_loop().create_task, self._handle.undo()))
             raise cancelled.with_traceback(None)  # noqa: B904  # the driver's frames show digests
         except TimeoutError:
             failure = BackendUnavailable(
