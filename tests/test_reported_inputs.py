@@ -184,7 +184,7 @@ async def test_fault_20_a_fixed_code_can_be_issued_again(world: World, store: To
         {"key_generator_kwargs": {"allowed_chars": "01"}},
         {"key_generator_kwargs": {"generator": lambda: "1"}},
     ],
-    ids=str,
+    ids=["for ever", "11 minutes", "length", "alphabet", "generator"],
 )
 async def test_fault_21_a_call_is_held_to_the_floors(
     world: World, store: TokenBackend, arguments: dict[str, Any]
