@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -267,9 +268,10 @@ async def test_a_failing_store_leaves_the_old_token(world: World) -> None:
     assert await manager.verify(USER, "mail", old.key) == old
 
 
+@pytest.mark.parametrize("method", ["issue", "get_active_or_create"])
 @pytest.mark.parametrize("cancels", [1, 2])
 async def test_cancelled_while_the_hooks_are_told_it_leaves_no_token_without_an_owner(
-    world: World, cancels: int
+    world: World, cancels: int, method: str
 ) -> None:
     reached = asyncio.Event()
 
@@ -279,7 +281,8 @@ async def test_cancelled_while_the_hooks_are_told_it_leaves_no_token_without_an_
 
     async with TokenManager(world.backend, SECRETS, clock=world.clock, hooks=[slow]) as manager:
         world.backend.before["deactivate"] = lambda: asyncio.sleep(0)
-        task = asyncio.create_task(manager.issue(USER, "a"))
+        call: Coroutine[Any, Any, object] = getattr(manager, method)(USER, "a")
+        task = asyncio.create_task(call)
         await reached.wait()
         for _ in range(cancels):
             task.cancel()

@@ -582,7 +582,9 @@ class TokenManager:
                 made = await self._issuer.get_or_issue(store, request, least)
                 if made.is_new:
                     if self._hooks:
-                        await self._tell_issued(store, request, made)
+                        # Under derived or plain keys another caller may have been given the key already.
+                        keeps = request.policy.storage != "digest"
+                        await self._tell_issued(store, request, made, keeps=keeps)
                     return self._with_keys(made)
                 now = self._now()
                 key, code = reveal(self._keyring, request.policy, made.stored, at=now)
@@ -747,37 +749,51 @@ class TokenManager:
                     store if using is None else store.within(using), request, mode
                 )
                 if self._hooks and made.is_new:
-                    try:
-                        await self._tell_issued(store, request, made, in_transaction=using is not None)
-                    except BaseException:  # cancelled: nobody will ever have this token's key
-                        if using is None and request.batch is None:
-                            await to_the_end(partial(self._take_back, made, ()))
-                        raise
+                    is_in_transaction = using is not None
+                    await self._tell_issued(
+                        store,
+                        request,
+                        made,
+                        in_transaction=is_in_transaction,
+                        keeps=is_in_transaction or request.batch is not None,
+                    )
         except CooldownActive as error:
             await self._tell_limited(request, error)
             raise
         return made
 
     async def _tell_issued(
-        self, store: TokenBackend, request: IssueRequest, made: Issued, *, in_transaction: bool = False
+        self,
+        store: TokenBackend,
+        request: IssueRequest,
+        made: Issued,
+        *,
+        in_transaction: bool = False,
+        keeps: bool = False,
     ) -> None:
-        """Tell the hooks of a new token."""
+        """Tell the hooks of a new token. Where this is cancelled, nobody will ever have its key: it ends,
+        unless ``keeps`` says that the key can be had again, or that somebody else decides about the token."""
         policy = request.policy
-        resets_at: int | None = None
-        if policy.is_capped and not in_transaction:
-            resets_at = await self._locked_until(store, request)
-        await self._hooks.tell(
-            "issued",
-            content_type=request.content_type,
-            object_id=request.object_id,
-            slug=request.slug or None,
-            token_id=made.stored.id,
-            channel=policy.channel,
-            batch=request.batch,
-            attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
-            in_transaction=in_transaction,
-            is_test_code=(request.content_type, request.object_id) in policy.test_codes,
-        )
+        try:
+            resets_at: int | None = None
+            if policy.is_capped and not in_transaction:
+                resets_at = await self._locked_until(store, request)
+            await self._hooks.tell(
+                "issued",
+                content_type=request.content_type,
+                object_id=request.object_id,
+                slug=request.slug or None,
+                token_id=made.stored.id,
+                channel=policy.channel,
+                batch=request.batch,
+                attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
+                in_transaction=in_transaction,
+                is_test_code=(request.content_type, request.object_id) in policy.test_codes,
+            )
+        except BaseException:
+            if not keeps:
+                await to_the_end(partial(self._take_back, made, ()))
+            raise
 
     async def _locked_until(self, store: TokenBackend, request: IssueRequest) -> int | None:
         """Until when the object's attempts are spent, or None: the new token cannot be used before."""
