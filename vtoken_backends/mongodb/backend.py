@@ -10,7 +10,6 @@ the moment it is elected; "majority" can lag behind that after a fail-over and s
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, Final, Self, cast
 
@@ -38,12 +37,13 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import ConfigurationError, InvalidInput
+from vtoken.inputs import nearest
 from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.mongodb import commands
 from vtoken_backends.mongodb.budgets import Budgets
 from vtoken_backends.mongodb.client import Client, after_a_write
-from vtoken_backends.mongodb.lines import Answer, Insert, Present, Update, is_guess
+from vtoken_backends.mongodb.lines import Answer, Insert, Present, Update, is_to_be_charged
 from vtoken_backends.mongodb.purging import Removals
 from vtoken_backends.mongodb.reading import Find, Reads
 from vtoken_backends.mongodb.schema import Schema
@@ -114,8 +114,7 @@ class MongoDBBackend:
             raise ConfigurationError(f"the URL must be text, not {type(url).__name__}")
         for option in options:
             if option not in _OPTIONS:
-                near = difflib.get_close_matches(option, _OPTIONS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_OPTIONS)}"
+                hint = nearest(option, _OPTIONS) or f"it has {', '.join(_OPTIONS)}"
                 raise ConfigurationError(f"the MongoDB backend has no option {option!r}: {hint}")
         url, named = split_url(url)
         return cls(url=url, **cast("dict[str, Any]", named | options))
@@ -206,7 +205,7 @@ class MongoDBBackend:
                 return Presented(Outcome.LIMITED, spending=spending)
             return replayed._replace(spending=await self._budgets.left(spends, op.now))
         presented = await self._submit(op)
-        if presented.outcome is Outcome.REFUSED and is_guess(op, presented):
+        if presented.outcome is Outcome.REFUSED and is_to_be_charged(op, presented):
             await self._budgets.settle(spending.charges)
             return presented._replace(spending=spending)
         resets: tuple[Budget, ...] = ()

@@ -237,7 +237,7 @@ class Budgets:
             await pause()
         if not found["allowed"]:
             return None
-        return {spend.budget: _read(found, spend.budget, 0).state for spend in spends}
+        return {spend.budget: _read(found, spend.budget).state for spend in spends}
 
     async def _found(self, names: Sequence[Budget]) -> list[_Found | None]:
         async def find() -> dict[bytes, Document]:
@@ -250,7 +250,7 @@ class Budgets:
         for name in names:
             document = documents.get(_id_of(name))
             is_there = document is not None and name.name.hex() in document["budgets"]
-            found.append(_read(document, name, 0) if document is not None and is_there else None)
+            found.append(_read(document, name) if document is not None and is_there else None)
         return found
 
 
@@ -278,13 +278,13 @@ def _undoing(budget: Budget, reserved: int) -> list[Document]:
     return [{"$set": {path: {"$cond": [is_only, before, {"$mergeObjects": [f"${path}", less]}]}}}]
 
 
-def _read(document: Document, budget: Budget, default: int) -> _Found:
+def _read(document: Document, budget: Budget) -> _Found:
     try:
         found = document["budgets"][budget.name.hex()]
         state = BudgetState(
             spent=int(found["spent"]), strikes=int(found["strikes"]), until=int(found["until"])
         )
-        return _Found(state, int(found.get("reserved", default)))
+        return _Found(state, int(found.get("reserved", 0)))
     except (KeyError, TypeError, ValueError):
         pass
     raise CorruptStore("MongoDB: a stored budget is damaged")

@@ -307,16 +307,13 @@ class Client:
     async def find_all(
         self, query: Document, limit: int, fields: Document | None = None, **more: Any
     ) -> list[Document]:
-        """All documents of a query of tokens, in one answer of the server. To be called within :meth:`run`.
+        """All documents of a query of tokens. To be called within :meth:`run`.
 
         Args:
             query: its condition.
             limit: at most so many.
             fields: which ones; ``None``: all.
             **more: of the command ``find``.
-
-        Raises:
-            BackendError: they do not fit into one answer.
         """
         # By the bare command, which takes the drivers a tenth less time than a cursor does.
         command: Document = {"find": self.collection, "filter": query, "limit": limit, "batchSize": limit + 1}

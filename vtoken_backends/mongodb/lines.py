@@ -274,7 +274,7 @@ def _fitting(op: Present, documents: Documents) -> list[_Fitting]:
     return found
 
 
-def is_guess(op: Present, presented: Presented) -> bool:
+def is_to_be_charged(op: Present, presented: Presented) -> bool:
     """Whether a refused key is to be charged for."""
     token = presented.token
     if token is None:
