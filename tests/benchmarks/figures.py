@@ -40,6 +40,11 @@ class Figure:
         return asdict(self)
 
 
+def shown(value: float) -> str:
+    """A value as people read it: four digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def ratio(
     title: str, values: dict[str, list[float]], bound: float, *, at_least: bool, load: float = 0.0
 ) -> Figure:

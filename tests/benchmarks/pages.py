@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any, Final, NamedTuple
 
 from .cells import Sample
-from .figures import Figure
+from .figures import Figure, shown
 from .rounds import Result
 from .targets import verdicts
 
@@ -167,7 +167,7 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 
 def _spread(values: Sequence[float], unit: str) -> str:
-    return f"{median(values):,.4g} {unit} ({min(values):,.4g} to {max(values):,.4g})"
+    return f"{shown(median(values))} {unit} ({shown(min(values))} to {shown(max(values))})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

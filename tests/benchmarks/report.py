@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
-from .figures import Figure
+from .figures import Figure, shown
 from .rounds import Result
 from .targets import Verdict
 
@@ -50,7 +50,7 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
 def figure_line(figure: Figure) -> str:
     """A figure: the median and spread of each contender, and the bound."""
     parts = [
-        f"{name} {median(values):,.4g} {figure.unit} ({min(values):,.4g} to {max(values):,.4g})"
+        f"{name} {shown(median(values))} {figure.unit} ({shown(min(values))} to {shown(max(values))})"
         for name, values in figure.values.items()
     ]
     line = f"{figure.title}: {', '.join(parts)}"
