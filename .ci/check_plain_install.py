@@ -33,7 +33,8 @@ def what_is_missing(url: str) -> str:
 
 
 def main() -> None:
-    there = [name for name in ("pymongo", "motor", "psycopg", "cyclopts", "rich", "pytest") if find_spec(name)]
+    unwanted = ("pymongo", "motor", "psycopg", "cyclopts", "rich", "pytest")
+    there = [name for name in unwanted if find_spec(name)]
     assert not there, f"a plain installation brings {there}"
     assert "site-packages" in vtoken.__file__, vtoken.__file__
     assert version("vtoken") == vtoken.__version__
