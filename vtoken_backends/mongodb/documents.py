@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter, itemgetter
-from typing import Any, Final, Generic, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 from bson.int64 import Int64
 
@@ -237,15 +237,28 @@ def kept_of(found: Document, shared: Document) -> Kept:
         CorruptStore: it is damaged.
     """
     values = {**_TOKEN.defaults, **found, **shared}
-    values["state"] = _STATES.get(values["state"])
+    state = values.get("state")
+    values["state"] = _STATES.get(state) if type(state) is int else None
     defaults = _KEY.defaults
-    values["keys"] = tuple([_KEY.read({**defaults, **key}) for key in values["keys"]])
+    values["keys"] = tuple([_KEY.read({**defaults, **key}) for key in _documents(values, "keys")])
     if values["holds"]:
-        values["holds"] = tuple([_HOLD.read(hold) for hold in values["holds"]])
+        values["holds"] = tuple([_HOLD.read(hold) for hold in _documents(values, "holds")])
     receipts = found.get("receipts", "")
     if type(receipts) is not str or len(receipts) % RECEIPT:
         raise CorruptStore("the field 'receipts' of a stored StoredToken is damaged")
     return Kept(_TOKEN.read(values), receipts)
+
+
+def _documents(found: Document, name: str) -> list[Document]:
+    """A list of documents within a document.
+
+    Raises:
+        CorruptStore: it is something else.
+    """
+    documents: Any = found.get(name)
+    if type(documents) is list and all(isinstance(each, dict) for each in documents):
+        return cast("list[Document]", documents)
+    raise CorruptStore(f"the field {name!r} of a stored StoredToken is damaged")
 
 
 # Documents as they are worked on ------------------------------------------------------------------
