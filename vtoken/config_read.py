@@ -203,8 +203,8 @@ def _uses(value: object) -> int | None:
 
 def _preset(value: object) -> str:
     known = ("link", "code", "pair")
-    if value in known:
-        return cast("str", value)
+    if isinstance(value, str) and value in known:
+        return value
     hint = nearest(str(value).strip(), known)
     raise ConfigurationError(f"must be one of {', '.join(known)}{hint and f'; {hint}'}")
 
