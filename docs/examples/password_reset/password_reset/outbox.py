@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import EmailMessage
 
 import anyio
@@ -30,8 +30,15 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class _Letter:
-    message: EmailMessage
+    """What a message will say; it is written in the background, too."""
+
+    email: str
+    subject: str
+    key: str = field(default="", repr=False)
+    code: str = field(default="", repr=False)
     token: IssuedToken | None = None
+    is_real: bool = True
+    """False for an address without an account: the message is written, and not delivered."""
 
 
 class Outbox:
@@ -54,45 +61,52 @@ class Outbox:
         if self._asked.statistics().current_buffer_used >= _WAITING:
             raise Busy
 
-    def send(self, email: str, token: IssuedToken) -> None:
-        """Have a link and a code sent.
+    def send(self, email: str, token: IssuedToken | None) -> None:
+        """Have a link and a code sent; without a token, do the same work and send nothing.
 
         Raises:
             Busy: too many messages are waiting.
         """
-        code = token.code or ""
-        message = self._message(email, "Set a new password")
-        message.set_content(
-            "You, or somebody else, asked for a new password.\n\n"
-            "Open this link within an hour:\n\n"
-            f"{self._base_url}/reset?key={token.key}\n\n"
-            "Or type this code, within ten minutes, into the page where you asked for it:\n\n"
-            f"{code[:3]} {code[3:]}\n\n"
-            "Tell it to nobody. If it was not you, do nothing: your password stays as it is.\n"
-        )
+        key, code = (token.key, token.code or "") if token else ("reset_" + "-" * 49, "000000")
+        letter = _Letter(email, "Set a new password", key, code, token, is_real=token is not None)
         try:
-            self._asked.send_nowait(_Letter(message, token))
+            self._asked.send_nowait(letter)
         except anyio.WouldBlock:
             raise Busy from None
 
     def notify(self, email: str) -> None:
         """Have the owner told that the password was changed."""
-        message = self._message(email, "Your password was changed")
-        message.set_content(
-            "Your password was changed a moment ago, and you were signed out everywhere.\n\n"
-            f"If it was not you, ask for a new one at once: {self._base_url}/forgot\n"
-        )
         try:
-            self._changed.send_nowait(_Letter(message))
+            self._changed.send_nowait(_Letter(email, "Your password was changed"))
         except anyio.WouldBlock:  # the password is changed all the same
             logger.warning("a message about a changed password could not be queued")
 
-    def _message(self, email: str, subject: str) -> EmailMessage:
+    def _written(self, letter: _Letter) -> EmailMessage:
         message = EmailMessage()
         message["From"] = self._sender
-        message["To"] = email  # equal to the stored address
-        message["Subject"] = subject
+        message["To"] = letter.email  # equal to the stored address
+        message["Subject"] = letter.subject
+        if letter.key:
+            message.set_content(
+                "You, or somebody else, asked for a new password.\n\n"
+                "Open this link within an hour:\n\n"
+                f"{self._base_url}/reset?key={letter.key}\n\n"
+                "Or type this code, within ten minutes, into the page where you asked for it:\n\n"
+                f"{letter.code[:3]} {letter.code[3:]}\n\n"
+                "Tell it to nobody. If it was not you, do nothing: your password stays as it is.\n"
+            )
+        else:
+            message.set_content(
+                "Your password was changed a moment ago, and you were signed out everywhere.\n\n"
+                f"If it was not you, ask for a new one at once: {self._base_url}/forgot\n"
+            )
         return message
+
+    def _dispatch(self, letter: _Letter) -> None:
+        """Write a message and deliver it: in a thread, because both keep the event loop from answering."""
+        message = self._written(letter)
+        if letter.is_real:
+            self._deliver(message)
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -111,7 +125,7 @@ class Outbox:
         with letters:
             async for letter in letters:
                 try:
-                    await anyio.to_thread.run_sync(self._deliver, letter.message)
+                    await anyio.to_thread.run_sync(self._dispatch, letter)
                 except Exception:  # the next one may fare better, and this person can ask again
                     logger.exception("a message could not be sent")
                     if letter.token is not None:

@@ -60,6 +60,7 @@ async def _send(request: Request, manager: TokenManager, parts: Parts, email: st
             parts.outbox.send(email, await manager.issue(address(email), RESET, by=_by(request)))
         else:
             await manager.pretend(address(email), RESET, by=_by(request))
+            parts.outbox.send(email, None)
     except CooldownActive:
         pass  # the page says when the next message can be sent
 
