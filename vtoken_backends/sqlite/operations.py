@@ -51,22 +51,24 @@ from vtoken_backends.sqlite.steps import Private, Rows, Steps, carry_out
 
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM vtoken_tokens"
 # `ends_at` of an active token is its `expires_at`, so that each has its own index. Every ended token that
-# expired before the last of the first ?3 that ended is among those: the second search passes over no more
-# than ?3 of them.
+# expired before the last of the first `most` that ended is among those: the second search passes over no more
+# than `most` of them. The values are asked for by name, because Python 3.12 warns of numbered parameters.
+_BEFORE, _NOW, _MOST = "(SELECT before FROM asked)", "(SELECT now FROM asked)", "(SELECT most FROM asked)"
 _DUE: Final = f"""
-    WITH by_end (id, ends_at) AS (
+    WITH asked (before, now, most) AS (VALUES (?, ?, ?)), by_end (id, ends_at) AS (
         SELECT id, ends_at FROM vtoken_tokens
-        WHERE state <> {State.ACTIVE.value} AND ends_at < ?1 AND NOT {has_running_hold("?2")}
-        ORDER BY ends_at, id LIMIT ?3
+        WHERE state <> {State.ACTIVE.value} AND ends_at < {_BEFORE} AND NOT {has_running_hold(_NOW)}
+        ORDER BY ends_at, id LIMIT {_MOST}
     ), horizon (ends_at) AS (
-        SELECT iif(count(*) < ?3, ?1, max(ends_at) + 1) FROM by_end
+        SELECT iif(count(*) < {_MOST}, {_BEFORE}, max(ends_at) + 1) FROM by_end
     ), by_expiry (id, ends_at) AS (
         SELECT id, expires_at FROM vtoken_tokens
         WHERE expires_at < (SELECT ends_at FROM horizon) AND state = {State.ACTIVE.value}
-            AND NOT {has_running_hold("?2")}
-        ORDER BY expires_at, id LIMIT ?3
+            AND NOT {has_running_hold(_NOW)}
+        ORDER BY expires_at, id LIMIT {_MOST}
     )
-    SELECT id FROM (SELECT * FROM by_end UNION ALL SELECT * FROM by_expiry) ORDER BY ends_at, id LIMIT ?3
+    SELECT id FROM (SELECT * FROM by_end UNION ALL SELECT * FROM by_expiry)
+    ORDER BY ends_at, id LIMIT {_MOST}
 """
 _PURGE: Final = f"DELETE FROM vtoken_tokens WHERE id IN ({_DUE}) RETURNING 1"
 _PURGE_BUDGETS: Final = """
@@ -75,10 +77,10 @@ _PURGE_BUDGETS: Final = """
     ) RETURNING 1
 """
 _COUNT: Final = f"""
-    SELECT slug, count(*), sum(state = {State.ACTIVE.value} AND expires_at >= ?1),
-        sum(state = {State.ACTIVE.value} AND expires_at < ?1),
+    SELECT slug, count(*), sum(state = {State.ACTIVE.value} AND expires_at >= asked.now),
+        sum(state = {State.ACTIVE.value} AND expires_at < asked.now),
         sum(state <> {State.ACTIVE.value} AND uses > 0)
-    FROM vtoken_tokens WHERE content_type <> '{PRETENDED}' GROUP BY slug
+    FROM vtoken_tokens, (SELECT ? AS now) AS asked WHERE content_type <> '{PRETENDED}' GROUP BY slug
 """
 _KEEP_BUDGET: Final = """
     INSERT INTO vtoken_budgets (object, name, spent, strikes, until) VALUES (?, ?, ?, ?, ?)
