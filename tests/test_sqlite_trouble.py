@@ -265,7 +265,7 @@ def connecting(kind: type[sqlite3.Connection]) -> Callable[[str, str, int], sqli
         url = f"file:{path}?mode={mode}"
         timeout = busy_timeout / 1000
         return sqlite3.connect(
-            url, timeout, uri=True, isolation_level=None, check_same_thread=False, factory=kind
+            url, timeout=timeout, uri=True, isolation_level=None, check_same_thread=False, factory=kind
         )
 
     return connect
