@@ -59,7 +59,8 @@ def test_a_leaked_socket_fails_its_own_test_and_no_other(tmp_path: Path) -> None
     assert {(name.partition("::")[2], outcome) for outcome, name, *_ in told} == {
         ("test_first_mongodb", "PASSED"),
         ("test_second_mongodb", "PASSED"),
-        ("test_stream_mongodb", "PASSED"),
+        # From 3.13 on Python itself warns of a stream that is collected unclosed.
+        ("test_stream_mongodb", "FAILED" if sys.version_info >= (3, 13) else "PASSED"),
         ("test_stream_mongodb", "ERROR"),
         ("test_after_it", "PASSED"),
         ("test_stream", "FAILED"),

@@ -317,7 +317,9 @@ class MatchingCases(Suite):
             await new.verify(USER, "reset", key)
             assert await new.exists_valid(USER, "reset", key)
             await new.consume(USER, "reset", key)
-        await refused(InvalidToken, new.verify(USER, "reset", keys[2][:-1] + ("y" if keys[2][-1] == "x" else "x")))
+        await refused(
+            InvalidToken, new.verify(USER, "reset", keys[2][:-1] + ("y" if keys[2][-1] == "x" else "x"))
+        )
 
     @case(7)
     async def test_the_last_millisecond_is_valid(self, bench: Bench) -> None:
