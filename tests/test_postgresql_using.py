@@ -386,6 +386,38 @@ async def test_deactivating_ends_what_took_the_place_of_what_it_waited_for(url: 
         await backend.close()
 
 
+@pytest.mark.parametrize("way", ["reset", "reset by name", "reset in a transaction", "erase"])
+async def test_resetting_forgets_what_was_made_while_it_waited(url: str, way: str) -> None:
+    old, new = (
+        Spend(budget=Budget(object=b"o" * 16, name=name * 16), limit=5, window=MINUTE, max_window=MINUTE)
+        for name in (b"1", b"2")
+    )
+
+    async def reset(backend: PostgreSQLBackend) -> None:
+        if way == "erase":
+            await backend.erase("auth.user", "1", old.budget.object)
+        elif way == "reset by name":
+            names = (old.budget.name, new.budget.name)
+            assert await backend.reset(old.budget.object, names) == 2
+        elif way == "reset":
+            assert await backend.reset(old.budget.object, None) == 2
+        else:
+            async with on_psycopg(f"{url}?application_name=waiting") as own:
+                assert await backend.within(own.handle).reset(old.budget.object, None) == 2
+
+    with servers.fresh_store(f"{url}?application_name=waiting") as store:
+        backend = PostgreSQLBackend.from_url(store)
+        await backend.open()
+        await backend.spend((old,), NOW)
+        async with on_psycopg(url) as own:
+            await backend.within(own.handle).spend((old, new), NOW)
+            resetting = asyncio.create_task(reset(backend))
+            await waits_for_a_lock(url, "waiting")
+        await resetting
+        assert await backend.budgets((old.budget, new.budget)) == [None, None]
+        await backend.close()
+
+
 async def test_a_serialization_failure_is_the_applications_to_repeat(
     backend: PostgreSQLBackend, url: str
 ) -> None:

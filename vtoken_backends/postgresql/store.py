@@ -193,8 +193,7 @@ class Store(ABC):
         return [found.get(name) for name in names]
 
     async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
-        [(count,)] = await self._fetch(self._statements.reset(budgets_of, PATIENCE, names))
-        return cast("int", count)
+        return await self._run(partial(self._reset, self._statements.reset(budgets_of, PATIENCE, names)))
 
     # Carrying out ------------------------------------------------------------------------------
 
@@ -284,6 +283,22 @@ class Store(ABC):
             if not is_left:
                 await connection.fetch(connection.commit)
                 return count
+
+    async def _reset(self, statement: Statement, connection: Connection) -> int:
+        """Forget budgets in one transaction, and again until a look finds none.
+
+        Where the statement has to wait for a budget, the transaction that held it may have made others
+        meanwhile, which were not there yet for this statement.
+        """
+        count = 0
+        statements = [connection.begin, statement]
+        while True:
+            [(gone,)] = await connection.fetch_all(statements)
+            if not gone:
+                await connection.fetch(connection.commit)
+                return count
+            count += cast("int", gone)
+            statements = [statement]
 
     async def _remove(self, step: Callable[[int, int], Statement], limit: int | None) -> int:
         removed = 0
