@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+_DEAD_LINK = re.compile(r"\]\((?![a-z]+:|#)[^)]*\)")  # relative to a repository, which a package index is not
 
 
 def problems(folder: Path) -> list[str]:
@@ -45,6 +48,7 @@ def problems(folder: Path) -> list[str]:
         )
         if line not in metadata.splitlines()
     ]
+    found += [f"the long description has the dead link {link}" for link in _DEAD_LINK.findall(metadata)]
     found += [
         f"the sdist has no {name}"
         for name in ("LICENSE", "README.md", "pyproject.toml", "tests/conftest.py", "docs/security.md")

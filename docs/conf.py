@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import posixpath
 import re
 import sys
@@ -24,6 +25,15 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["examples/*/*[!E].md", "examples/*/tests", "examples/*/.*", "examples/*/data"]
 html_theme = "furo"
 html_show_sourcelink = False
+if (
+    "GITHUB_REPOSITORY" in os.environ
+):  # where the workflow that publishes the site runs: links to the repository
+    _REPOSITORY = f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}"
+    html_theme_options = {
+        "source_view_link": f"{_REPOSITORY}/blob/main/docs/{{filename}}",
+        "top_of_page_buttons": ["view"],
+        "footer_icons": [{"name": "Repository", "url": _REPOSITORY, "html": "Repository", "class": ""}],
+    }
 html_extra_path = ["llms.txt"]  # names the pages' sources, which the site holds under _sources/
 
 myst_heading_anchors = 3
