@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 import pytest
 
+import vtoken.manager
 from vtoken import (
     AlreadyUsed,
     BackendClosed,
@@ -186,6 +187,51 @@ class TestMethods:
         assert next(iterator).id == ids[-1]
         assert [token.id for token in iterator] == ids[-2::-1]
         assert list(manager.filter_active_tokens(OTHER)) == []
+
+    @pytest.mark.parametrize("by", ["break", "close", "error"])
+    @pytest.mark.parametrize("kind", ["issue_many", "issue_many of an async iterable", "history"])
+    def test_what_is_left_early_is_closed_at_once(
+        self, manager: SyncTokenManager, monkeypatch: pytest.MonkeyPatch, kind: str, by: str
+    ) -> None:
+        ended: list[str] = []
+        module, name = (TokenManager, "_pages") if kind == "history" else (vtoken.manager, "_groups")
+        inner = getattr(module, name)
+
+        async def watched(*args: Any) -> AsyncIterator[Any]:
+            try:
+                async for item in inner(*args):
+                    yield item
+            finally:
+                for _ in range(100):
+                    await anyio.lowlevel.checkpoint()
+                ended.append(threading.current_thread().name)
+
+        async def subjects() -> AsyncIterator[Subject]:
+            for number in range(9):
+                yield Subject("auth.user", number)
+
+        monkeypatch.setattr(module, name, watched)
+        manager.issue(USER)
+        many = subjects() if kind.endswith("iterable") else [USER, OTHER]
+        tokens = manager.history(USER) if kind == "history" else manager.issue_many(many, "invite")
+        next(tokens)
+        assert ended == []
+        if by == "close":
+            tokens.close()
+        elif by == "break":
+            del tokens
+        else:
+            with pytest.raises(ZeroDivisionError):
+                tokens.throw(ZeroDivisionError())
+        assert len(ended) == 1
+        assert "portal" in ended[0]
+
+    def test_what_is_left_after_the_manager_was_closed(self, backend: Watched) -> None:
+        with SyncTokenManager(TokenManager(backend)) as manager:
+            manager.issue(USER, "invite")
+            tokens = manager.history(USER)
+            assert next(tokens).slug == "invite"
+        tokens.close()
 
     def test_an_iterable_that_fails_ends_many_at_once(self, manager: SyncTokenManager) -> None:
         subjects = (Subject("auth.user", 1 // number) for number in (1, 0))

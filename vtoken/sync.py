@@ -22,7 +22,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import (
     AbstractAsyncContextManager,
@@ -81,10 +81,10 @@ def _blocking(
 
 
 def _blocking_iterator(
-    method: Callable[Concatenate[TokenManager, P], AsyncIterator[T]],
-) -> Callable[Concatenate[SyncTokenManager, P], Iterator[T]]:
+    method: Callable[Concatenate[TokenManager, P], AsyncGenerator[T]],
+) -> Callable[Concatenate[SyncTokenManager, P], Generator[T, None, None]]:
     @functools.wraps(method)
-    def iterate(self: SyncTokenManager, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def iterate(self: SyncTokenManager, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         step = _Call(method, self.manager, *args, **kwargs)
         del args, kwargs
         return self._iterate(step)  # pyright: ignore[reportPrivateUsage]  # its own method
@@ -93,12 +93,12 @@ def _blocking_iterator(
 
 
 def _blocking_groups(
-    method: Callable[Concatenate[TokenManager, _Objects, P], AsyncIterator[T]],
-) -> Callable[Concatenate[SyncTokenManager, _Objects, P], Iterator[T]]:
+    method: Callable[Concatenate[TokenManager, _Objects, P], AsyncGenerator[T]],
+) -> Callable[Concatenate[SyncTokenManager, _Objects, P], Generator[T, None, None]]:
     @functools.wraps(method)
     def iterate(
         self: SyncTokenManager, subjects: _Objects, /, *args: P.args, **kwargs: P.kwargs
-    ) -> Iterator[T]:
+    ) -> Generator[T, None, None]:
         progress: Any = kwargs.pop("progress", None)
         step = _Call(method, self.manager, subjects, *args, **kwargs)
         del args, kwargs
@@ -256,21 +256,27 @@ class SyncTokenManager:
         finally:
             future.cancel()  # if it is not done, this thread was interrupted, and nobody waits for it
 
-    def _iterate(self, step: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+    def _iterate(self, step: Callable[[], AsyncGenerator[T]]) -> Generator[T, None, None]:
         items = step()
 
         async def following() -> Any:
             return await anext(items, _END)
 
         while (item := self._run(following)) is not _END:
-            yield item
+            try:
+                yield item
+            except BaseException:  # it is left early
+                if self._running is not None and self._running.may_be_waited_for():
+                    with suppress(BackendClosed):  # closed in between, and all generators with it
+                        self._run(items.aclose)
+                raise
 
     def _iterate_groups(
         self,
         subjects: _Objects,
-        step: _Call[AsyncIterator[T]],
+        step: _Call[AsyncGenerator[T]],
         progress: Callable[[int], object] | None,
-    ) -> Iterator[T]:
+    ) -> Generator[T, None, None]:
         """Take the objects in the caller's thread: a cursor of a database may belong to it."""
         if isinstance(subjects, AsyncIterable):
             yield from self._iterate(step.replacing(subjects, subjects, progress=progress))
@@ -398,18 +404,23 @@ class _Running:
     def is_a_parents(self) -> bool:
         return os.getpid() != self._process
 
+    def may_be_waited_for(self) -> bool:
+        """Whether its thread is in this process, and is not the one that asks."""
+        return not self.is_a_parents() and threading.get_ident() != self._thread
+
     def check_caller(self) -> None:
         """Raise where the caller would wait for ever."""
+        if self.may_be_waited_for():
+            return
         if self.is_a_parents():
             raise BackendClosed(
                 "this SyncTokenManager was opened before a fork, and its thread is in the parent: open one"
                 " in each process"
             )
-        if threading.get_ident() == self._thread:
-            raise RuntimeError(
-                "called in the manager's own event loop, by a hook or loader: it would wait for itself;"
-                " await a method of the TokenManager"
-            )
+        raise RuntimeError(
+            "called in the manager's own event loop, by a hook or loader: it would wait for itself;"
+            " await a method of the TokenManager"
+        )
 
     def close_with(self, owner: SyncTokenManager) -> None:
         """Make sure that neither the owner's end nor the interpreter's waits for a thread that is gone."""

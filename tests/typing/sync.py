@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import assert_type
 
@@ -31,13 +31,13 @@ def used(user: Subject) -> None:
         assert_type(manager.pretend(user, "log-in"), None)
         assert_type(manager.reveal(token), IssuedToken | None)
         assert_type(manager.status(user, "log-in"), Status)
-        assert_type(manager.history(user), Iterator[VerificationToken])
+        assert_type(manager.history(user), Generator[VerificationToken, None, None])
         assert_type(manager.erase(user), int)
         assert_type(manager.reset_limits(user), int)
         assert_type(manager.ping(), float)
         assert_type(manager.content_object(token), object | None)
         block = manager.redeem(user, "password-reset", token.key)
         assert_type(block, AbstractContextManager[VerificationToken])
-        assert_type(manager.filter_active_tokens(user), Iterator[VerificationToken])
+        assert_type(manager.filter_active_tokens(user), Generator[VerificationToken, None, None])
         assert_type(manager.deactivate(user), int)
         assert_type(manager.stats(), Stats)
