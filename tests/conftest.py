@@ -14,13 +14,16 @@ import pytest
 
 from vtoken import create_backend
 
+from . import loops, sockets
 from .core_tools import World
-from .sockets import pytest_collection_modifyitems, pytest_runtest_teardown
 
 if TYPE_CHECKING:
     from .cli_tools import Terminal
 
-__all__ = ["pytest_collection_modifyitems", "pytest_runtest_teardown"]  # pytest takes its hooks from here
+
+def pytest_configure(config: pytest.Config) -> None:
+    for plugin in (loops, sockets):
+        config.pluginmanager.register(plugin)
 
 
 @pytest.fixture
