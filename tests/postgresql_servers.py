@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Self, cast
+from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
 
 import psycopg
@@ -110,10 +110,12 @@ class PostgreSQL:
 
     Args:
         settings: further settings of the server, ``name=value``.
+        primary: whose standby it is to be.
     """
 
-    def __init__(self, *settings: str) -> None:
+    def __init__(self, *settings: str, primary: PostgreSQL | None = None) -> None:
         self._settings = settings
+        self._primary = primary
         self.port = _free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="vtoken-postgresql-"))
         self._process: subprocess.Popen[bytes] | None = None
@@ -132,6 +134,10 @@ class PostgreSQL:
         assert self._process is not None, "not started"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> Self:
         """Start it, again after :meth:`kill` on the same port and files, and wait until it answers.
 
@@ -140,11 +146,8 @@ class PostgreSQL:
         """
         atexit.register(self.stop)
         if not self.data.exists():
-            command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken")
-            command += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
-            command += ["--no-sync", "--no-instructions"]
             _STARTER.submit(
-                subprocess.run, command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder
+                subprocess.run, self._making(), check=True, stdout=subprocess.DEVNULL, cwd=self.folder
             ).result()
         command = _command("postgres", "-D", str(self.data), "-p", str(self.port))
         for setting in (
@@ -166,6 +169,15 @@ class PostgreSQL:
             ).result()
         self._await_ready()
         return self
+
+    def _making(self) -> list[str]:
+        """The command that makes its files."""
+        if self._primary is not None:
+            command = _command("pg_basebackup", "--pgdata", str(self.data), "--dbname", self._primary.url)
+            return [*command, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+        command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken")
+        command += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
+        return [*command, "--no-sync", "--no-instructions"]
 
     def _await_ready(self) -> None:
         assert self._process is not None
@@ -189,10 +201,35 @@ class PostgreSQL:
         """End all its processes at once (SIGKILL), without a checkpoint; :meth:`start` recovers."""
         if self._process is None:
             return
-        # The server's own processes notice by themselves that their parent is gone, and end.
+        # While it is stopped, it neither starts another process nor gives the number of one that has ended to
+        # somebody else. Where its processes cannot be listed, they notice that their parent is gone, and end.
+        self._process.send_signal(signal.SIGSTOP)
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        for child in children.read_text().split() if children.exists() else ():
+            os.kill(int(child), signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         self._await_gone()
+
+    def kill_session(self, name: str) -> None:
+        """End one of the processes that serve the connections with this application name (SIGKILL). The
+        server then ends all others, and recovers by itself."""
+        [(pid,)] = self.ask(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s ORDER BY random() LIMIT 1", name
+        )
+        os.kill(pid, signal.SIGKILL)
+
+    def ask(self, text: str, *parameters: str) -> list[Any]:
+        """The rows of a statement, which is a transaction of its own."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(text.encode(), parameters or None)
+            return cursor.fetchall() if cursor.description is not None else []
+
+    def become_standby(self, primary: PostgreSQL) -> None:
+        """After :meth:`kill`, start as a standby of another, with a copy of its files."""
+        shutil.rmtree(self.data)
+        self._primary = primary
+        self.start()
 
     def _await_gone(self) -> None:
         for _ in range(600):
@@ -220,6 +257,58 @@ class PostgreSQL:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class Pair:
+    """A primary and its standby, which has every commit before it is acknowledged, where the commit waits for
+    it. Leaving its ``with`` block stops both.
+
+    Args:
+        settings: further settings of both, ``name=value``.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self.primary = PostgreSQL(*settings)
+        self.standby = PostgreSQL(*settings, primary=self.primary)
+        self._hosts = f"127.0.0.1:{self.standby.port},127.0.0.1:{self.primary.port}"
+
+    @property
+    def url(self) -> str:
+        """Of both, at first with the standby before the primary."""
+        return f"postgresql://vtoken@{self._hosts}/postgres"
+
+    def fail_over(self) -> None:
+        """End all processes of the primary (SIGKILL), and promote the standby, which then is alone."""
+        self.primary.kill()
+        self.primary, self.standby = self.standby, self.primary
+        self.primary.ask("SELECT pg_promote()")
+        self._wait_for_standby("")
+
+    def mend(self) -> None:
+        """Make the one that was killed the standby of the other; nothing where none was."""
+        if self.standby.is_running:
+            return
+        self.standby.become_standby(self.primary)
+        self._wait_for_standby("*")
+
+    def _wait_for_standby(self, names: str) -> None:
+        """Set for which standbys a commit waits."""
+        self.primary.ask(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+        self.primary.ask("SELECT pg_reload_conf()")
+
+    def __enter__(self) -> Self:
+        try:
+            self.primary.start()
+            self.standby.start()
+            self._wait_for_standby("*")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.standby.stop()
+        self.primary.stop()
 
 
 @cache

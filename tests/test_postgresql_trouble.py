@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -229,60 +229,3 @@ async def test_a_cancelled_opening_leaves_the_backend_closed_or_open(store: str)
         await backend.close()
         if not opening.cancelled():
             await backend.close()
-
-
-# The server ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server() -> Iterator[servers.PostgreSQL]:
-    with servers.PostgreSQL() as made:
-        yield made
-
-
-async def test_what_was_acknowledged_survives_a_kill_of_the_server(server: servers.PostgreSQL) -> None:
-    """Kills while tokens are issued and used; afterwards what returned is stored, and no use counts twice."""
-    backend = await opened(server.url)
-    issued: list[StoredToken] = []
-    used: list[str] = []
-    refused: list[BackendError] = []
-    progress = asyncio.Condition()
-
-    async def has_used(number: int) -> None:
-        async with progress:
-            await progress.wait_for(lambda: len(used) >= number)
-
-    async def work(name: str, stop: asyncio.Event) -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            token = a_token(object_id=f"{name} {number}")
-            try:
-                await backend.insert(token, InsertMode.REPLACE)
-                issued.append(token)
-                if await use(backend, token):
-                    used.append(token.id)
-                async with progress:
-                    progress.notify_all()
-            except BackendError as error:
-                refused.append(error)
-                await asyncio.sleep(0.01)
-
-    for turn in range(3):
-        stop = asyncio.Event()
-        before = len(used)
-        async with asyncio.TaskGroup() as group:
-            for worker in range(20):
-                group.create_task(work(f"{turn} {worker}", stop))
-            await has_used(before + 100)
-            await asyncio.to_thread(server.kill)
-            await asyncio.to_thread(server.start)
-            restarted = len(used)
-            await has_used(restarted + 20)
-            stop.set()
-    stored = {token.id: token for token in await backend.find(Match(), 100_000)}
-    assert all(stored[token.id].uses <= 1 for token in issued)
-    assert all(stored[token_id].uses == 1 for token_id in used)
-    assert len(used) == len(set(used))
-    assert {type(error) for error in refused} <= {BackendUnavailable, OutcomeUnknown}
-    await backend.close()

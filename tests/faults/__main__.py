@@ -24,6 +24,8 @@ ROUNDS: Final = {
     "sqlite-life": "tests.faults.sqlite_life:opens_and_closes",
     "sqlite-load": "tests.faults.sqlite_load:load",
     "copy": "tests.faults.copy_round:there_and_back",
+    "postgresql-crash": "tests.faults.postgresql_rounds:crash",
+    "postgresql-failover": "tests.faults.postgresql_rounds:failover",
     "mongodb-crash": "tests.faults.mongodb_rounds:crash",
     "mongodb-failover": "tests.faults.mongodb_rounds:failover",
     "mongodb-rollback": "tests.faults.mongodb_rounds:rollback",

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from tests.servers import Mongod, start_mongod, with_database
 
-from .mongodb_load import Figures, Load
+from .load import Figures, Load
+from .mongodb_load import MongoDBLoad
 from .mongodb_proxy import proxy
 from .planted import ClaimsTheUnknown, DeniesTheUnknown
 
@@ -71,7 +72,7 @@ async def lose_replies(server: Mongod, times: int, **options: Any) -> Figures:
 
     async with proxy(server.port, lambda name: loses and name in _WRITES and chance.random() < _SHARE) as way:
         url = f"mongodb://127.0.0.1:{way.port}/?directConnection=true"
-        async with Load(with_database(url, "replies"), **options) as load:
+        async with MongoDBLoad(with_database(url, "replies"), **options) as load:
             figures = Figures("replies lost", load)
             await _strike(figures, load, times, fault, bool(options))
     figures.more = f", {dict(way.lost)}"
@@ -91,7 +92,7 @@ async def fail_commands(server: Mongod, failure: str, times: int, **options: Any
 
     with server.direct_client() as client:
         admin = client.admin
-        async with Load(with_database(server.url, "failures"), **options) as load:
+        async with MongoDBLoad(with_database(server.url, "failures"), **options) as load:
             figures = Figures(failure, load)
             await _strike(figures, load, times, fault, bool(options))
     return figures

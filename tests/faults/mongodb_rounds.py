@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from tests.servers import Mongod, ReplicaSet, start_mongod, with_database
 
-from .mongodb_load import DRIVERS, Figures, Impatient, Load
+from .load import Figures
+from .mongodb_load import DRIVERS, Impatient, MongoDBLoad
 
 SLOW_JOURNAL: Final = ("--journalCommitInterval", "500")
 """Milliseconds (the default is 100), so that a write that does not wait for the journal is likely lost."""
@@ -51,7 +52,7 @@ async def kill_servers(server: Mongod, kills: int, **options: Any) -> Figures:
         await asyncio.to_thread(server.start)
         figures.fired += 1
 
-    async with Load(with_database(server.url, _name(options)), **options) as load:
+    async with MongoDBLoad(with_database(server.url, _name(options)), **options) as load:
         figures = Figures("kills of a standalone server", load)
         for _ in range(kills):
             await load.strike(_CHANCE.randrange(20, 60), fault)
@@ -81,7 +82,7 @@ async def _take_away(
         await asyncio.to_thread(end, primary)
 
     gone: list[Mongod] = []
-    async with Load(with_database(replica_set.url, _name(options)), **options) as load:
+    async with MongoDBLoad(with_database(replica_set.url, _name(options)), **options) as load:
         figures = Figures(title, load)
         first = replica_set.status()["term"]
         for _ in range(times):
@@ -123,7 +124,7 @@ async def lose_writes(replica_set: ReplicaSet, times: int, **options: Any) -> Fi
             await each.end()
 
     killed: list[Mongod] = []
-    async with Load(with_database(replica_set.url, _name(options)), **options) as load:
+    async with MongoDBLoad(with_database(replica_set.url, _name(options)), **options) as load:
         figures = Figures("roll-backs", load)
         for _ in range(times):
             await asyncio.to_thread(replica_set.mend)
