@@ -955,6 +955,32 @@ class HoldsOnce(Broken):
         return await super().present(key, change, now, spends)
 
 
+class ForgetsWhatIsHeld(Broken):
+    """Stores of a hold that there is one, and not of which use."""
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        answer = await super().present(key, change, now, spends)
+        if isinstance(change, Hold) and answer.outcome is Outcome.RIGHT and answer.token is not None:
+            holds = tuple(hold._replace(use_id="") for hold in answer.token.holds)
+            self.save(answer.token._replace(holds=holds))
+        return answer
+
+
+class HoldsUsesByIdAlone(Broken):
+    """Takes the uses of two keys for one, because they have the same id."""
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        use_id = "" if change is None else change.use_id
+        for token in self._store.matching(key):
+            if use_id and any(runs(hold, now) and hold.use_id == use_id for hold in token.holds):
+                return Presented(Outcome.REFUSED, token)
+        return await super().present(key, change, now, spends)
+
+
 class BelievesStaleHolds(Broken):
     """Takes a hold that ends in ten years for one that runs."""
 

@@ -116,7 +116,7 @@ def of_every_kind(count: int) -> Iterator[StoredToken]:
                 expires_at=end,
                 ends_at=end,
                 max_uses=5,
-                holds=(StoredHold(hold_id=f"{number:032x}", until=end, origin=made.id),),
+                holds=(StoredHold(hold_id=f"{number:032x}", until=end, use_id="f" * 32, origin=made.id),),
                 keys=(link, key(count + number, f"{number:016x}", end)),
             ),
         )

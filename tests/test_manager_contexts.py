@@ -173,6 +173,14 @@ class TestNamedTexts:
         manager = await world.manager(self.bound)
         await refused(InvalidInput, manager.issue(USER, "login", context=bad))
 
+    async def test_where_all_are_empty_there_is_no_context(self, world: World) -> None:
+        manager = await world.manager(self.bound)
+        for nothing in ({"cookie": ""}, {"cookie": "", "address": ""}):
+            error = await refused(InvalidInput, manager.issue(USER, "login", context=nothing))
+            assert "not be empty" in str(error)
+            issued = await manager.issue(USER, "login", context={"cookie": "", "address": "a@b.example"})
+            assert await reason(manager.verify(USER, "login", issued.key, context=nothing)) == "unknown"
+
 
 class TestComputed:
     """A context that is a function of the object: a fingerprint of its password hash, say."""

@@ -102,6 +102,8 @@ class TestIssueLimits:
             manager.exists_valid(USER, "login", WRONG_CODE, by=by),
         ):
             await refused(InvalidInput, call)
+        with pytest.raises(InvalidInput):
+            manager.redeem(USER, "login", WRONG_CODE, by=by)
         assert await world.stored() == []
         if by is None or by == {}:
             assert (await manager.status(USER, "login", by=by)).attempts_left == 5

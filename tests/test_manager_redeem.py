@@ -450,6 +450,28 @@ class TestBusy:
         assert (await refused(AlreadyUsed, second)).token == issued
         assert (await world.stored())[0].uses == 1
 
+    @pytest.mark.parametrize("max_uses", [5, None])
+    async def test_two_clicks_at_once_make_one_use(self, world: World, max_uses: int | None) -> None:
+        manager = await world.manager(TokenPolicy("invite", max_uses=max_uses))
+        issued = await manager.issue(USER, "invite")
+        async with (
+            manager.redeem(USER, "invite", issued.key, lease="40s", consume_id="form"),
+            manager.redeem(USER, "invite", issued.key, lease="10s", consume_id="another form"),
+        ):
+            for click in (
+                redeem(manager, "invite", issued.key, consume_id="form"),
+                manager.consume(USER, "invite", issued.key, consume_id="form"),
+            ):
+                assert (await refused(TokenBusy, click)).retry_after == 40
+            waiting = asyncio.create_task(
+                redeem(manager, "invite", issued.key, consume_id="form", wait="60s")
+            )
+            assert await manager.exists_valid(USER, "invite", issued.key)
+        await refused(AlreadyUsed, waiting)
+        assert (await manager.consume(USER, "invite", issued.key, consume_id="form")).is_replay
+        [stored] = await world.stored()
+        assert (stored.uses, stored.holds) == (2, ())
+
     @pytest.mark.parametrize("wait", [-MS, 5, None, True, "5"])
     async def test_a_wait_out_of_range(self, world: World, wait: Any) -> None:
         with pytest.raises(InvalidInput):

@@ -99,6 +99,7 @@ class Player:
         self.issued += digests
         state = choice([State.ACTIVE] * 12 + list(State))
         max_uses = choice([1, 2, 3, None])
+        hold = StoredHold(hold_id="h1", until=self.now + 70, use_id=choice(["", "x", "y"]), origin=new_id)
         return StoredToken(
             id=new_id,
             content_type=choice(["auth.user"] * 6 + ["vtoken:pretended"]),
@@ -127,7 +128,7 @@ class Player:
                 )
                 for kind, key_digest in zip(kinds, digests, strict=True)
             ),
-            holds=choice([(), (), (), (), (StoredHold(hold_id="h1", until=self.now + 70, origin=new_id),)]),
+            holds=choice([(), (), (), (), (hold,)]),
         )
 
     def key(self) -> Match:

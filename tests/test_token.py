@@ -38,7 +38,7 @@ LIFE: dict[str, Any] = {"expires_at": milliseconds(START + SIXTY), "ends_at": mi
 
 
 def hold(number: int) -> StoredHold:
-    return StoredHold(hold_id=f"hold-{number}", until=milliseconds(START + SIXTY), origin="0" * 16)
+    return StoredHold(hold_id=f"hold-{number}", until=milliseconds(START + SIXTY), use_id="", origin="0" * 16)
 
 
 def stored_key(kind: str = "link", plain_key: str = "", **fields: Any) -> StoredKey:

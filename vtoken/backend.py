@@ -88,6 +88,8 @@ class StoredHold(NamedTuple):
     hold_id: str
     until: int
     """The hold runs while ``now < until``, unless ``until`` is stale (:data:`STALE_HOLD`)."""
+    use_id: str
+    """The one that its use will have, or ``""``."""
     origin: str
     """The ``origin`` of the key that was presented for it."""
 
@@ -189,7 +191,8 @@ class Use(NamedTuple):
 
 class Hold(NamedTuple):
     """Take a hold on one use until ``until``, by whoever presents a key. Holds that have run out at the time
-    of the call are dropped. ``use_id`` is the one that the use will have; nothing is remembered yet."""
+    of the call are dropped. ``use_id`` is the one that the use will have. It is stored with the hold and not
+    yet remembered: while the hold runs, the same use is refused (:func:`holds_in_the_way`)."""
 
     hold_id: str
     until: int
@@ -516,7 +519,8 @@ class TokenBackend(Protocol):
 
         1. ``change`` has a ``use_id`` that is remembered for the ``origin`` of a key that matches: REPLAYED.
         2. A spend is not allowed: LIMITED, whatever the key.
-        3. A token matches, and :func:`refusal` finds nothing against it: the change is made, RIGHT.
+        3. A token matches, and :func:`refusal` finds nothing against it, given the ``use_id`` of ``change``:
+           the change is made, RIGHT.
         4. Otherwise REFUSED. All spends are charged, unless a token matches and :func:`refusal` says
            ``"used"`` or ``"leased"``: a right key that came too late or too early is no wrong key.
 
@@ -669,15 +673,29 @@ def has_free_use(token: StoredToken, now: int) -> bool:
     return token.uses + held < token.max_uses
 
 
-def refusal(token: StoredToken, key: StoredKey | None, now: int) -> Reason | None:
-    """Why a token cannot be used now by one of its keys, or None if it can. Without a key: by any."""
+def holds_in_the_way(
+    token: StoredToken, key: StoredKey | None, now: int, use_id: str = ""
+) -> tuple[StoredHold, ...]:
+    """The holds for whose end a right key has to wait: that of the very same use, which must not be counted
+    twice, else all that run where no use is free."""
+    running = running_holds(token, now)
+    if use_id and key is not None:
+        same = tuple(hold for hold in running if hold.use_id == use_id and hold.origin == key.origin)
+        if same:
+            return same
+    return () if has_free_use(token, now) else running
+
+
+def refusal(token: StoredToken, key: StoredKey | None, now: int, use_id: str = "") -> Reason | None:
+    """Why a token cannot be used now by one of its keys, or None if it can. Without a key: by any. With a
+    ``use_id``: for that use."""
     if token.state is not _ACTIVE:
         return "used" if token.state is _USED else "inactive"
     if token.expires_at < now or (key is not None and key.expires_at < now):
         return "expired"
-    if token.max_uses is None or (not token.holds and token.uses < token.max_uses):  # the usual token
-        return None
-    return None if has_free_use(token, now) else "leased"
+    if not token.holds:  # the usual token
+        return None if token.max_uses is None or token.uses < token.max_uses else "leased"
+    return "leased" if holds_in_the_way(token, key, now, use_id) else None
 
 
 def with_use(token: StoredToken, change: Use | UseHeld) -> StoredToken:
@@ -693,7 +711,7 @@ def with_use(token: StoredToken, change: Use | UseHeld) -> StoredToken:
 
 def with_hold(token: StoredToken, key: StoredKey, change: Hold, now: int) -> StoredToken:
     """A token after a hold that was found to be allowed."""
-    hold = StoredHold(hold_id=change.hold_id, until=change.until, origin=key.origin)
+    hold = StoredHold(hold_id=change.hold_id, until=change.until, use_id=change.use_id, origin=key.origin)
     return token._replace(holds=(*running_holds(token, now), hold))
 
 

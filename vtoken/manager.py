@@ -1124,7 +1124,7 @@ class TokenManager:
 
         Raises:
             InvalidToken: wrong, expired, used or unknown; ``reason`` is for the server side only.
-            TokenBusy: all of its uses are held by ``redeem`` blocks.
+            TokenBusy: all of its uses, or the one of this ``consume_id``, are held by ``redeem`` blocks.
             TooManyAttempts: a limit for attempts is full; nothing was compared.
             OutcomeUnknown: the connection broke; the use may have been counted.
         """
@@ -1174,14 +1174,16 @@ class TokenManager:
             lease: how long the block may take, 1 millisecond to a day.
             wait: how long to wait, in real time, where all uses are held by others.
             consume_id: as in :meth:`consume`. A block cannot be skipped: where this id was counted before,
-                entry raises :class:`AlreadyUsed`, for which the application shows success.
+                entry raises :class:`AlreadyUsed`, for which the application shows success. While another
+                block with this id runs, its use counts as held, however many others are free.
             context: as in :meth:`consume`.
             by: as in :meth:`consume`.
 
         Raises:
             InvalidInput: by the call itself, not on entry, where an argument is out of its range.
             InvalidToken, TooManyAttempts: on entry, as in :meth:`consume`.
-            TokenBusy: on entry: all uses are held, for longer than ``wait``.
+            TokenBusy: on entry: all uses, or the one of this ``consume_id``, are held for longer than
+                ``wait``.
             AlreadyUsed: on entry: see ``consume_id``.
             LeaseLost: on exit: the lease ended before the block did, or the token was deactivated or erased
                 from outside.
@@ -1191,7 +1193,7 @@ class TokenManager:
         use_name = NOTHING if consume_id is None else Hidden(consume_id)
         del key, context, consume_id
         checked = self._check_presented(obj, _one_slug(slug), presented, hidden)
-        checked_by(by)
+        self._spends_of(checked, checked_by(by))  # to raise now for a dimension that `by` lacks
         name = "" if use_name is NOTHING else _use_id(use_name)
         length = inputs.duration("lease", lease, most=timedelta(milliseconds=MAX_LEASE))
         patience = inputs.duration("wait", wait, least=timedelta(0))

@@ -35,9 +35,9 @@ from vtoken.backend import (
     TokenBackend,
     Use,
     UseHeld,
+    holds_in_the_way,
     key_of,
     refusal,
-    running_holds,
 )
 from vtoken.errors import (
     AlreadyUsed,
@@ -185,6 +185,8 @@ async def bound(context: Hidden, object_id: str | None) -> bytes:
     if problem is not None:
         del value
         raise InvalidInput(f"context {problem}")
+    if isinstance(value, Mapping) and not any(value.values()):  # a form whose fields are all empty
+        return context_digest("")
     return context_digest(value)
 
 
@@ -239,14 +241,14 @@ class Redeemer:
                     return stored, False
                 if isinstance(change, Hold):
                     await store.update(Match(id=stored.id), Release(change.hold_id))
-                raise await self._refused(key, None, now, answer)
+                raise await self._refused(key, None, now, answer, change)
             if answer.outcome is Outcome.REPLAYED and stored is not None:
                 return await self._replay(key, change, stored, answer.used_at, now), True
             if answer.outcome is Outcome.LIMITED:
                 limit = full_limit(key.spends, answer.spending)
                 await self._tell("capped", key, limit=limit.name if limit else None)
                 raise TooManyAttempts(seconds(answer.spending.until - now), limit)
-            raise await self._refused(key, stored, now, answer, will_wait=will_wait)
+            raise await self._refused(key, stored, now, answer, change, will_wait=will_wait)
 
     async def _among_any_slug(self, store: TokenBackend, match: Match, now: int) -> Presented:
         """With any slug, a key says nothing about tokens whose slug caps attempts or asks for a context."""
@@ -285,6 +287,7 @@ class Redeemer:
         stored: StoredToken | None,
         now: int,
         answer: Presented,
+        change: Use | Hold | None,
         *,
         will_wait: bool = False,
     ) -> InvalidToken:
@@ -294,12 +297,14 @@ class Redeemer:
             await self._tell("failed", key, reason="unknown")
             return InvalidToken("unknown", attempts_left=left)
         own = key_of(stored, key.match)
-        reason: Reason = refusal(stored, own, now) or "unknown"
+        use_id = "" if change is None else change.use_id
+        reason: Reason = refusal(stored, own, now, use_id) or "unknown"
         events: dict[Reason, EventName] = {"used": "reused", "leased": "busy"}
         if reason != "leased" or not will_wait:
             await self._tell(events.get(reason, "failed"), key, token_id=stored.id, reason=reason)
         if reason == "leased":
-            free_at = min((hold.until for hold in running_holds(stored, now)), default=now)
+            in_the_way = holds_in_the_way(stored, own, now, use_id)
+            free_at = min((hold.until for hold in in_the_way), default=now)
             return TokenBusy(seconds(free_at - now))
         shown = None if key.is_code or not self._is_genuine(key, stored) else loaded_without_keys(stored)
         return InvalidToken(reason, attempts_left=left, token=shown)

@@ -169,9 +169,10 @@ class MemoryBackend:
                 held = matching_key(token, key)
                 if held is not None:
                     found.append((token, held))
-            if change is not None and change.use_id:
+            use_id = "" if change is None else change.use_id
+            if use_id:
                 for _, held in found:
-                    used = store.uses.get((held.origin, change.use_id))
+                    used = store.uses.get((held.origin, use_id))
                     if used is not None:
                         left = store.left(spends, now)
                         return Presented(Outcome.REPLAYED, store.tokens[used.token], used.at, left)
@@ -180,7 +181,7 @@ class MemoryBackend:
                 return Presented(Outcome.LIMITED, spending=full)
             free = True
             for token, held in found:
-                why = refusal(token, held, now)
+                why = refusal(token, held, now, use_id)
                 if why is None:
                     if change is not None:
                         token = _changed_by(store, token, held, change, now)

@@ -139,7 +139,7 @@ SOUND: Final = StoredToken(
         )
         for number, kind in enumerate(("link", "code"))
     ),
-    holds=(StoredHold(hold_id="hold", until=5, origin="0" * 15 + "1"),),
+    holds=(StoredHold(hold_id="hold", until=5, use_id="", origin="0" * 15 + "1"),),
 )
 """What the fuzzer changes."""
 _NULLABLE: Final = ("extra_data", "max_uses")

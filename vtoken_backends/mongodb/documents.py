@@ -213,7 +213,7 @@ _TOKEN: Final = _Shape(
     {"is_beside": False, "extra_data": None, "uses": 0, "used_at": 0, "holds": ()},
 )
 _KEY: Final = _Shape(StoredKey, {"nonce": "", "plain_key": "", "secret_id": "", "kind": "link"})
-_HOLD: Final = _Shape(StoredHold, {})
+_HOLD: Final = _Shape(StoredHold, {"use_id": ""})
 _STATES: Final = {state.value: state for state in State}
 
 
@@ -242,7 +242,9 @@ def kept_of(found: Document, shared: Document) -> Kept:
     defaults = _KEY.defaults
     values["keys"] = tuple([_KEY.read({**defaults, **key}) for key in _documents(values, "keys")])
     if values["holds"]:
-        values["holds"] = tuple([_HOLD.read(hold) for hold in _documents(values, "holds")])
+        values["holds"] = tuple(
+            [_HOLD.read({**_HOLD.defaults, **hold}) for hold in _documents(values, "holds")]
+        )
     receipts = found.get("receipts", "")
     if type(receipts) is not str or len(receipts) % RECEIPT:
         raise CorruptStore("the field 'receipts' of a stored StoredToken is damaged")

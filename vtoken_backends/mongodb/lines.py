@@ -246,7 +246,7 @@ def present(op: Present, documents: Documents) -> Presented | Unread | Spill:
     if before is not None:
         return before
     for holder, key in found:
-        if refusal(holder.kept.token, key, op.now) is None:
+        if refusal(holder.kept.token, key, op.now, op.use_id) is None:
             if op.change is not None and holder.stored.spill and holder.kept in holder.stored.spill:
                 return Spill(holder.stored)
             return Presented(Outcome.RIGHT, _changed_by(holder, key, op).token)
@@ -279,7 +279,7 @@ def is_to_be_charged(op: Present, presented: Presented) -> bool:
     token = presented.token
     if token is None:
         return True
-    return refusal(token, key_of(token, op.key), op.now) not in ("used", "leased")
+    return refusal(token, key_of(token, op.key), op.now, op.use_id) not in ("used", "leased")
 
 
 def _replayed(fitting: _Fitting, use_id: str, documents: Documents) -> Presented | None:

@@ -379,9 +379,10 @@ class Present:
     def play(self, board: Board) -> Presented:
         key, change, now, spends = self.key, self.change, self.now, self.spends
         found = [(token, held) for token in board.matching(key) if (held := key_of(token, key))]
-        if change is not None and change.use_id:
+        use_id = "" if change is None else change.use_id
+        if use_id:
             for _, held in found:
-                use = board.receipts.get((held.origin, change.use_id))
+                use = board.receipts.get((held.origin, use_id))
                 if use is not None and use.token in board.tokens:
                     left = board.left(spends, now)
                     return Presented(Outcome.REPLAYED, board.tokens[use.token], use.at, left)
@@ -390,7 +391,7 @@ class Present:
             return Presented(Outcome.LIMITED, spending=full)
         is_charged = True
         for token, held in found:
-            why = refusal(token, held, now)
+            why = refusal(token, held, now, use_id)
             if why is None:
                 after = self._changed(board, token, held)
                 return Presented(Outcome.RIGHT, after, spending=board.left(spends, now))

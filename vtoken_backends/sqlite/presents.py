@@ -20,7 +20,7 @@ from vtoken.backend import (
     Use,
     full_spending,
 )
-from vtoken_backends.sqlite.records import AS_JSON, HOLD_ENTRY, hold_runs
+from vtoken_backends.sqlite.records import AS_JSON, HOLD_ENTRY, hold_runs, of_hold
 from vtoken_backends.sqlite.shared import (
     IS_FULL,
     LIMIT_COLUMNS,
@@ -136,11 +136,13 @@ _HAS_FREE_USE: Final = f"""(
         holds = '[]', 0, (SELECT count(*) FROM json_each(holds) WHERE {hold_runs("NEW.now")})
     ) < max_uses
 )"""
-_REFUSAL: Final = f"""CASE
-    WHEN state <> {_ACTIVE} THEN iif(state = {_USED}, {_TOO_LATE}, {_REFUSED})
-    WHEN vtoken_tokens.expires_at < NEW.now OR presented.expires_at < NEW.now THEN {_REFUSED}
-    ELSE iif({_HAS_FREE_USE}, {_RIGHT}, {_TOO_LATE})
-END"""
+_IS_HELD: Final = f"""(
+    holds <> '[]' AND EXISTS (
+        SELECT 1 FROM json_each(holds)
+        WHERE {hold_runs("NEW.now")} AND {of_hold("use_id")} = NEW.use_id AND {of_hold("origin")} = {_ORIGIN}
+    )
+)"""
+"""Whether this very use is held already."""
 _FITS: Final = """
     (NEW.id IS NULL OR vtoken_tokens.id = NEW.id)
     AND (NEW.content_type IS NULL OR content_type = NEW.content_type)
@@ -213,13 +215,14 @@ def _kind(change: str, *, many_digests: bool, has_use_id: bool, is_limited: bool
 def _found(many_digests: bool, has_use_id: bool) -> str:
     """The token that a key is about, and what is against it."""
     token, at, receipt = "vtoken_tokens.id", "NULL", ""
+    refusal = _refusal(has_use_id)
     if has_use_id:
         token, at = "iif(receipt.at IS NULL, vtoken_tokens.id, receipt.token)", "receipt.at"
         receipt = f"""LEFT JOIN vtoken_receipts AS receipt
             ON receipt.origin = {_ORIGIN} AND receipt.use_id = NEW.use_id"""
     if not many_digests:
         return f"""
-            SELECT {token} AS token, {_ORIGIN} AS origin, {at} AS at, {_REFUSAL} AS refusal
+            SELECT {token} AS token, {_ORIGIN} AS origin, {at} AS at, {refusal} AS refusal
             FROM vtoken_keys AS presented CROSS JOIN vtoken_tokens {receipt}
             WHERE presented.digest = NEW.digests AND {_MATCHES}
         """
@@ -227,12 +230,22 @@ def _found(many_digests: bool, has_use_id: bool) -> str:
     # refusal costs nothing if that of one of them costs nothing.
     return f"""
         SELECT token, origin, at, iif(refusal = {_RIGHT}, refusal, max(refusal) OVER ()) AS refusal FROM (
-            SELECT nth, {token} AS token, {_ORIGIN} AS origin, {at} AS at, {_REFUSAL} AS refusal
+            SELECT nth, {token} AS token, {_ORIGIN} AS origin, {at} AS at, {refusal} AS refusal
             FROM temp.vtoken_numbers CROSS JOIN vtoken_keys AS presented CROSS JOIN vtoken_tokens {receipt}
             WHERE nth < length(NEW.digests) / 32 AND presented.digest = {nth_of("NEW.digests")}
                 AND {_MATCHES}
         ) ORDER BY at IS NULL, refusal <> {_RIGHT}, nth LIMIT 1
     """
+
+
+def _refusal(has_use_id: bool) -> str:
+    """What is against a key, as :func:`vtoken.backend.refusal` says."""
+    is_held_already = _IS_HELD if has_use_id else "FALSE"
+    return f"""CASE
+        WHEN state <> {_ACTIVE} THEN iif(state = {_USED}, {_TOO_LATE}, {_REFUSED})
+        WHEN vtoken_tokens.expires_at < NEW.now OR presented.expires_at < NEW.now THEN {_REFUSED}
+        ELSE iif({_HAS_FREE_USE} AND NOT {is_held_already}, {_RIGHT}, {_TOO_LATE})
+    END"""
 
 
 # The use of a link costs half as much if it is tried first, and explained only where it was not possible.

@@ -43,7 +43,7 @@ a null ``expires_at`` for that of the token."""
 
 KEY_ENTRY: Final = ("scheme", "secret_id", "nonce", "plain_key", "kind", "expires_at", "origin")
 """What the JSON array of a key consists of. A new field goes before the last two, by a migration."""
-HOLD_ENTRY: Final = ("hold_id", "until", "origin")
+HOLD_ENTRY: Final = ("hold_id", "until", "use_id", "origin")
 """What the JSON array of a hold consists of. A new field goes before ``origin``, by a migration."""
 
 _BLOBS: Final = tuple(name for name, declaration in COLUMNS.items() if declaration.startswith("BLOB"))
@@ -244,7 +244,7 @@ def _holds(entries: list[Any]) -> tuple[StoredHold, ...]:
         fields = dict(zip(HOLD_ENTRY, entry, strict=True))
         fields["origin"] = token_id(fields["origin"])
         hold = StoredHold(**fields)
-        if type(hold.until) is not int or type(hold.hold_id) is not str:
+        if type(hold.until) is not int or type(hold.hold_id) is not str or type(hold.use_id) is not str:
             raise ValueError
         holds.append(hold)
     return tuple(holds)

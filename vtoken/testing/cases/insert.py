@@ -34,7 +34,7 @@ from vtoken.testing.harness import (
 
 ADD, REPLACE, IF_NONE_VALID = InsertMode.ADD, InsertMode.REPLACE, InsertMode.IF_NONE_VALID
 INSERTED, KEY_TAKEN, HAS_VALID = InsertResult.INSERTED, InsertResult.KEY_TAKEN, InsertResult.HAS_VALID
-A_HOLD: Final = StoredHold(hold_id="h", until=NOW + MINUTE, origin=f"{1:016x}")
+A_HOLD: Final = StoredHold(hold_id="h", until=NOW + MINUTE, use_id="u", origin=f"{1:016x}")
 
 
 def records() -> list[StoredToken]:

@@ -91,7 +91,7 @@ class Stage:
 
 # What is there before ------------------------------------------------------------------------------
 
-A_HOLD: Final = StoredHold(hold_id=HOLD, until=NOW + MINUTE, origin=f"{1:016x}")
+A_HOLD: Final = StoredHold(hold_id=HOLD, until=NOW + MINUTE, use_id="", origin=f"{1:016x}")
 
 
 def one_use(stage: Stage) -> None:

@@ -19,7 +19,7 @@ from vtoken.testing.cases.insert import IF_NONE_VALID, REPLACE, insert
 from vtoken.testing.harness import MINUTE, NOW, Bench, Suite, a_token, at_once, by_key, case, one, put
 
 UNTIL = NOW + MINUTE
-RUNNING = StoredHold(hold_id="h", until=NOW + 1, origin=f"{1:016x}")
+RUNNING = StoredHold(hold_id="h", until=NOW + 1, use_id="", origin=f"{1:016x}")
 
 
 class OverlapCases(Suite):

@@ -13,11 +13,14 @@ from vtoken.backend import (
     Match,
     Outcome,
     Presented,
+    Release,
+    Spending,
     State,
     StoredHold,
     StoredToken,
     TokenBackend,
     Use,
+    UseHeld,
 )
 from vtoken.testing.cases.insert import insert
 from vtoken.testing.cases.strings import UNICODE
@@ -50,7 +53,7 @@ async def use(
 
 
 def a_hold(name: str, until: int = NOW + MINUTE) -> StoredHold:
-    return StoredHold(hold_id=name, until=until, origin=f"{1:016x}")
+    return StoredHold(hold_id=name, until=until, use_id="", origin=f"{1:016x}")
 
 
 class PresentCases(Suite):
@@ -231,7 +234,7 @@ class HoldCases(Suite):
         for place, name, origin in ((0, UNICODE, token.id), (1, "b", old)):
             held = await backend.present(by_key(token, place), Hold(hold_id=name, until=NOW + 9), NOW)
             running = [hold for hold in holds if hold.hold_id != "over"]
-            holds = (*running, StoredHold(hold_id=name, until=NOW + 9, origin=origin))
+            holds = (*running, StoredHold(hold_id=name, until=NOW + 9, use_id="", origin=origin))
             token = token._replace(holds=holds)
             assert held == Presented(RIGHT, token)
             assert await one(backend, token) == token
@@ -280,13 +283,81 @@ class HoldCases(Suite):
         """The ``use_id`` of a hold is not remembered before the use; one that is remembered is REPLAYED."""
         backend = await bench.backend()
         token = await put(backend, max_uses=9)
-        hold = Hold(hold_id="h", until=NOW + 9, use_id="me")
-        for _ in range(2):
+        for name in ("released", "later"):
+            hold = Hold(hold_id=name, until=NOW + 9, use_id="me")
             assert (await backend.present(by_key(token), hold, NOW)).outcome is RIGHT
+            assert await backend.update(Match(id=token.id), Release(hold_id=name)) is not None
         assert (await use(backend, token, "me", NOW + 1)).outcome is RIGHT
         before = await one(backend, token)
         assert await backend.present(by_key(token), hold, NOW + 2) == Presented(REPLAYED, before, NOW + 1)
         assert await one(backend, token) == before
+
+    @case(1)
+    async def test_one_use_is_held_once(self, bench: Bench) -> None:
+        """While a hold runs, the same use (its ``use_id``, by a key of the same ``origin``) can be neither
+        held nor made, however many uses are free, and that costs no attempt. Other uses can."""
+        backend = await bench.backend()
+        spends = (a_spend(a_budget("attempts"), 9),)
+        for number, max_uses in enumerate((9, None)):
+            old = f"{number + 1:016x}"
+            token = await put(backend, {}, {"origin": old}, max_uses=max_uses)
+            mine = Hold(hold_id="mine", until=NOW + 10, use_id=UNICODE)
+            held = await backend.present(by_key(token), mine, NOW, spends)
+            assert held.outcome is RIGHT
+            assert held.token is not None
+            hold = StoredHold(hold_id="mine", until=NOW + 10, use_id=UNICODE, origin=token.id)
+            assert held.token.holds == (hold,)
+            again: list[Use | Hold] = [mine._replace(hold_id="again"), Use(at=NOW + 9, use_id=UNICODE)]
+            for change in again:
+                answer = await backend.present(by_key(token), change, NOW + 9, spends)
+                assert answer == Presented(REFUSED, held.token, spending=Spending(left=9))
+            assert await one(backend, token) == held.token
+            assert await backend.budgets((spends[0].budget,)) == [None]
+            assert (await backend.present(by_key(token), None, NOW + 9, spends)).outcome is RIGHT
+            others: list[Use | Hold] = [
+                *(Use(at=NOW, use_id=use_id) for use_id in ("", "u", UNICODE + "u")),
+                *(Hold(hold_id="other" + u, until=NOW + 10, use_id=u) for u in ("", "v")),
+            ]
+            for change in others:
+                assert (await backend.present(by_key(token), change, NOW, spends)).outcome is RIGHT
+            taken_over = await backend.present(by_key(token, 1), Use(at=NOW, use_id=UNICODE), NOW)
+            assert taken_over.outcome is RIGHT
+
+    @case(1)
+    async def test_a_use_is_free_again_after_its_hold(self, bench: Bench) -> None:
+        """The same use can be held again once its hold has run out, is stale or was given back, and is
+        REPLAYED once it was counted."""
+        backend = await bench.backend()
+        token = await put(backend, max_uses=9)
+        mine = Hold(hold_id="stale", until=NOW + STALE_HOLD + 10, use_id="me")
+        assert (await backend.present(by_key(token), mine, NOW + 10)).outcome is RIGHT
+        for at, name in ((NOW, "a"), (NOW + 10, "b"), (NOW + 11, "c")):  # stale, run out, given back
+            mine = Hold(hold_id=name, until=NOW + (10 if name == "a" else MINUTE), use_id="me")
+            assert (await backend.present(by_key(token), mine, at)).outcome is RIGHT
+            if name != "a":
+                assert (await backend.present(by_key(token), mine, at)).outcome is REFUSED
+            if name == "b":
+                assert await backend.update(Match(id=token.id), Release(hold_id="b")) is not None
+        used = UseHeld(hold_id="c", at=NOW + 12, use_id="me")
+        assert await backend.update(Match(id=token.id), used) is not None
+        assert (await backend.present(by_key(token), mine, NOW + 13)).outcome is REPLAYED
+        assert (await one(backend, token)).uses == 1
+
+    @case(1)
+    async def test_of_concurrent_holds_of_one_use_one_is_taken(self, bench: Bench) -> None:
+        """Of N concurrent holds and uses with the same ``use_id`` one is RIGHT, however many uses are
+        free."""
+        backends = await bench.two_backends()
+        for number in range(self.rounds):
+            token = await put(backends[0], max_uses=(99, None)[number % 2])
+            changes: list[Use | Hold] = [_holding(n)._replace(use_id="same") for n in range(self.tasks)]
+            if number % 3 == 2:
+                changes[1::2] = [Use(at=NOW, use_id="same") for _ in changes[1::2]]
+            calls = [backends[n // 2 % 2].present(by_key(token), c, NOW) for n, c in enumerate(changes)]
+            answers = await at_once(calls)
+            assert sum(answer.outcome is RIGHT for answer in answers) == 1
+            stored = await one(backends[0], token)
+            assert stored.uses + len(stored.holds) == 1
 
 
 class ReplayCases(Suite):

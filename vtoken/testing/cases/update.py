@@ -115,7 +115,7 @@ class UpdateCases(Suite):
         backend = await bench.backend()
         budget = a_budget("attempts", of=1)
         old = f"{1:016x}"
-        hold = StoredHold(hold_id="mine", until=NOW + 10, origin=old)
+        hold = StoredHold(hold_id="mine", until=NOW + 10, use_id="me", origin=old)
         token = await put(backend, {}, {"origin": old}, max_uses=3, holds=(hold,))
         await backend.spend((a_spend(budget),), NOW)
         change = UseHeld(hold_id="mine", at=NOW + 1, use_id=UNICODE, resets=(budget,))

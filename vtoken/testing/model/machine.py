@@ -605,7 +605,7 @@ def _modelled(token: ModelToken, now: int) -> tuple[object, ...]:
         (token.created, token.expires, token.ends, token.used_at),
         (_STATES[token.state], token.uses, token.policy.max_uses, token.extra_data),
         [(token.policy.kind, key.expires, key.origin.id) for key in token.keys],
-        [until for until in token.holds.values() if now < until],
+        [hold.until for hold in token.holds.values() if now < hold.until],
     )
 
 

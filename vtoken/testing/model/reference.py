@@ -62,8 +62,8 @@ class ModelToken:
     uses: int = 0
     used_at: int = 0
     keys: list[ModelKey] = field(default_factory=list[ModelKey])
-    holds: dict[str, int] = field(default_factory=dict[str, int])
-    """Until when, by the name of the hold."""
+    holds: dict[str, ModelHold] = field(default_factory=dict[str, "ModelHold"])
+    """By their names."""
     id: str = ""
     key: str = ""
 
@@ -80,7 +80,7 @@ class ModelToken:
 
     def held(self, now: int) -> int:
         """How many of its uses are held."""
-        return sum(now < until for until in self.holds.values())
+        return sum(now < hold.until for hold in self.holds.values())
 
     def has_free_use(self, now: int) -> bool:
         return self.policy.max_uses is None or self.uses + self.held(now) < self.policy.max_uses
@@ -89,17 +89,31 @@ class ModelToken:
         """Whether it is active and not expired, held or not."""
         return self.is_active and now <= self.expires
 
-    def refusal(self, now: int, key: ModelKey | None = None) -> Reason | None:
-        """Why it cannot be used."""
+    def in_the_way(self, now: int, key: ModelKey, name: str | None) -> list[ModelHold]:
+        """The holds that have to end before it can be used: that of the same use, or all."""
+        running = [hold for hold in self.holds.values() if now < hold.until]
+        same = [hold for hold in running if name and (hold.origin, hold.use) == (key.origin, name)]
+        return same or ([] if self.has_free_use(now) else running)
+
+    def refusal(self, now: int, key: ModelKey, name: str | None) -> Reason | None:
+        """Why it cannot be used by a key, for a use of some name."""
         if not self.is_active:
             return "used" if self.state == "used" else "inactive"
-        if now > self.expires or (key is not None and now > key.expires):
+        if now > self.expires or now > key.expires:
             return "expired"
-        return None if self.has_free_use(now) else "leased"
+        return "leased" if self.in_the_way(now, key, name) else None
 
     def end(self, state: str, now: int) -> None:
         """``ends``, by which it is purged, is the last millisecond at which it was good."""
         self.state, self.ends = state, min(self.ends, now - 1)
+
+
+class ModelHold(NamedTuple):
+    """A use that somebody is about to make."""
+
+    until: int
+    origin: ModelToken
+    use: str | None
 
 
 class ModelUse(NamedTuple):
@@ -270,7 +284,7 @@ class ReferenceManager:
         use = self._replay(now, presented, name)
         if use is not None:
             return use.token, True
-        token, key = self._present(now, presented)
+        token, key = self._present(now, presented, name)
         self._use(now, token, key.origin, name, presented)
         return token, False
 
@@ -281,9 +295,9 @@ class ReferenceManager:
         self._check(presented)
         if self._replay(now, presented, name) is not None:
             raise AlreadyUsed
-        token, key = self._present(now, presented)
-        token.holds = {hold: end for hold, end in token.holds.items() if now < end}
-        token.holds[hold] = until
+        token, key = self._present(now, presented, name)
+        token.holds = {other: held for other, held in token.holds.items() if now < held.until}
+        token.holds[hold] = ModelHold(until, key.origin, name)
         return token, key.origin
 
     def leave(
@@ -298,8 +312,8 @@ class ReferenceManager:
         done: bool,
     ) -> None:
         """End to redeem, normally or not."""
-        until = token.holds.get(hold, 0)
-        if done and (token not in self.tokens or now >= until):
+        held = token.holds.get(hold)
+        if done and (token not in self.tokens or held is None or now >= held.until):
             raise LeaseLost  # a hold that has run out stays where it is, and would run for a clock set back
         token.holds.pop(hold, None)
         if not done:
@@ -313,22 +327,24 @@ class ReferenceManager:
             raise InvalidToken("used")
         return use
 
-    def _present(self, now: int, presented: Presented) -> tuple[ModelToken, ModelKey]:
+    def _present(
+        self, now: int, presented: Presented, name: str | None = None
+    ) -> tuple[ModelToken, ModelKey]:
         """The token that a key opens. A wrong one is counted."""
         subject, slug = presented.subject, presented.slug
         policy = self._policies.get(slug)
         if policy is None:  # any slug: what is guarded is not compared without its guard
             fitting = [(t, k) for t, k in self._fitting(presented) if not _is_guarded(t.policy)]
-            return self._opened(now, fitting)
+            return self._opened(now, fitting, name)
         self._check(presented)
         attempts = self._attempts(subject, policy)
         if attempts is not None:
             self._require_free(now, attempts, TooManyAttempts)
         fitting = list(self._fitting(presented))
         try:
-            return self._opened(now, fitting)
+            return self._opened(now, fitting, name)
         except InvalidToken as error:
-            refusals = {token.refusal(now, key) for token, key in fitting}
+            refusals = {token.refusal(now, key, name) for token, key in fitting}
             if attempts is not None and not refusals & {"used", "leased"}:
                 error.attempts_left = self._spend(now, attempts)
             elif attempts is not None and error.reason != "leased":
@@ -344,14 +360,17 @@ class ReferenceManager:
             if policy.key_generator is None and not _has_shape(presented.key, policy):
                 raise InvalidToken("unknown")
 
-    def _opened(self, now: int, fitting: list[tuple[ModelToken, ModelKey]]) -> tuple[ModelToken, ModelKey]:
+    def _opened(
+        self, now: int, fitting: list[tuple[ModelToken, ModelKey]], name: str | None
+    ) -> tuple[ModelToken, ModelKey]:
         for token, key in fitting:
-            if token.refusal(now, key) is None:
+            if token.refusal(now, key, name) is None:
                 return token, key
         for token, key in fitting:
-            refusal = token.refusal(now, key)
+            refusal = token.refusal(now, key, name)
             if refusal == "leased":
-                raise TokenBusy((min(until for until in token.holds.values() if now < until) - now) / 1000)
+                free_at = min(hold.until for hold in token.in_the_way(now, key, name))
+                raise TokenBusy((free_at - now) / 1000)
             if refusal is not None:
                 raise InvalidToken(refusal)
         raise InvalidToken("unknown")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from vtoken.backend import (
     Budget,
     BudgetState,
+    Hold,
     Inserted,
     InsertResult,
     Match,
@@ -21,6 +22,7 @@ from vtoken.backend import (
     Spending,
     StoredToken,
     TokenBackend,
+    Use,
     key_of,
     refusal,
 )
@@ -149,8 +151,9 @@ def _is_charged(answer: Inserted | Presented, charging: Call, now: int) -> bool:
     if answer.outcome is not Outcome.REFUSED:
         return False
     match: Match = charging.arguments[0]
-    token = answer.token
-    return token is None or refusal(token, key_of(token, match), now) not in ("used", "leased")
+    change: Use | Hold | None = charging.arguments[1]
+    token, use_id = answer.token, "" if change is None else change.use_id
+    return token is None or refusal(token, key_of(token, match), now, use_id) not in ("used", "leased")
 
 
 def _ended(meeting: Meeting, answers: tuple[Any, Any], store: ReferenceStore) -> End:

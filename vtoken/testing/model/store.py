@@ -117,8 +117,9 @@ class ReferenceStore:
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
     ) -> Presented:
         found = [(token, _the_key(token, key)) for token in self._matching(key)]
+        use_id = change.use_id if change is not None else ""
         for _, presented in found:
-            use = self.used.get((presented.origin, change.use_id)) if change and change.use_id else None
+            use = self.used.get((presented.origin, use_id)) if use_id else None
             if use is not None:
                 return Presented(
                     Outcome.REPLAYED, self.tokens[use[0]], used_at=use[1], spending=self._left(spends, now)
@@ -126,7 +127,7 @@ class ReferenceStore:
         full = full_spending([self.spent.get(spend.budget) for spend in spends], spends, now)
         if full is not None:
             return Presented(Outcome.LIMITED, spending=full)
-        refusals = [refusal(token, presented, now) for token, presented in found]
+        refusals = [refusal(token, presented, now, use_id) for token, presented in found]
         if None in refusals:
             token, presented = found[refusals.index(None)]
             if isinstance(change, Use):

@@ -133,16 +133,17 @@ class Draft:
         found = [
             (of, token, held) for of, token in self.tokens() if (held := matching_key(token, key)) is not None
         ]
-        if change is not None and change.use_id:
+        use_id = "" if change is None else change.use_id
+        if use_id:
             for of, _, held in found:
-                used = of.use(held.origin, change.use_id)
+                used = of.use(held.origin, use_id)
                 if used is not None:
                     left = Spending(left=self._left(spends, now))
                     return Presented(Outcome.REPLAYED, of.tokens[used[0]], used[1], left)
         full = full_spending([self.budgets[spend.budget] for spend in spends], spends, now)
         if full is not None:
             return Presented(Outcome.LIMITED, spending=full)
-        reasons = [refusal(token, held, now) for _, token, held in found]
+        reasons = [refusal(token, held, now, use_id) for _, token, held in found]
         if None in reasons:
             of, token, held = found[reasons.index(None)]
             after = self._changed(of, token, held, change, now)
