@@ -1,8 +1,8 @@
 """What the package says of itself that depends on where its repository is: long description and addresses.
 
-The README's links are relative, so that they work in a clone and beside it. On a package index they would lead
-nowhere. Where the repository's address is known (a workflow knows it), they become links to the files of this
-version; where it isn't, their text stays and the link goes.
+The README's links are relative, so that they work in a clone. On a package index they would lead nowhere.
+Where the repository's address is known (a workflow knows it), they become links to the files of this version.
+Where it isn't, their text stays and the link goes.
 """
 
 from __future__ import annotations
