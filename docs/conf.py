@@ -25,6 +25,8 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["examples/*/*[!E].md", "examples/*/tests", "examples/*/.*", "examples/*/data"]
 html_theme = "furo"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["vtoken.css"]
 if (
     "GITHUB_REPOSITORY" in os.environ
 ):  # where the workflow that publishes the site runs: links to the repository
