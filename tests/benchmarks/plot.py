@@ -16,6 +16,13 @@ from .rounds import Result
 
 _WORKLOADS: Final[tuple[Workload, ...]] = ("issue", "consume", "check")
 _STORES: Final = ("sqlite", "postgresql", "mongodb")
+_BASELINES: Final = {
+    "sqlite": ("SQLite", "hand-written aiosqlite"),
+    "postgresql": ("PostgreSQL", "psycopg, one call each"),
+    "mongodb": ("MongoDB", "Motor, one call each"),
+}
+_NAMES: Final[dict[Workload, str]] = {"issue": "issue", "consume": "use", "check": "check"}
+_SHADES: Final = {1: "#9cc3e0", 16: "#4d94c7", 256: "#0f4c7a"}
 _OURS: Final = "#1b6ca8"
 _OTHERS: Final = "#8a929c"
 _TEXT: Final = "#33383f"
@@ -64,6 +71,7 @@ def render(sources: Sequence[Path], docs: Path) -> list[Path]:
     images.mkdir(parents=True, exist_ok=True)
     drawn = [path for path in (_bars(results, store, images) for store in _STORES) if path]
     drawn += [path for path in (_scaling(results, store, images) for store in _STORES) if path]
+    drawn += [path for path in (_overview(results, images),) if path]
     measured = Measured(data, results, figures, [path.name for path in drawn])
     written: list[Path] = []
     for name, page in ("performance.md", performance), ("performance-tables.md", tables):
@@ -97,6 +105,46 @@ def _save(pyplot: Any, figure: Any, path: Path) -> Path:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
     return path
+
+
+def _overview(results: Sequence[Result], images: Path) -> Path | None:
+    """How many times as fast as hand-written code on the same driver: one line a store and operation."""
+    rows: list[tuple[str, dict[int, float]]] = []
+    for store, (title, baseline) in _BASELINES.items():
+        for workload in _WORKLOADS:
+            its = {
+                r.cell.tasks: median(r.ratios("vtoken", baseline))
+                for r in results
+                if (r.cell.store, r.cell.workload, r.cell.beside) == (store, workload, "")
+                and r.cell.tasks in _SHADES
+                and baseline in r.samples
+            }
+            if not its:
+                return None
+            rows.append((f"{title}: {_NAMES[workload]}", its))
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
+    axes.axvline(1, color=_TEXT, linewidth=1)
+    for row, (_, by_tasks) in enumerate(rows):
+        axes.plot([min(by_tasks.values()), max(by_tasks.values())], [row, row], color="#d5dae0", zorder=1)
+        for tasks, ratio in by_tasks.items():
+            axes.plot(ratio, row, marker="o", markersize=9, color=_SHADES[tasks], linestyle="none")
+    for tasks, shade in _SHADES.items():
+        label = f"{tasks} requests at once" if tasks > 1 else "1 request at a time"
+        axes.plot([], [], marker="o", markersize=9, color=shade, linestyle="none", label=label)
+    axes.set_xscale("log")
+    ticks = (0.5, 1, 2, 4, 8, 16, 32)
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), [title for title, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(
+        "operations a second in relation to hand-written code on the same driver"
+    )
+    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=3, frameon=False)
+    return _save(pyplot, figure, images / "performance.svg")
 
 
 def _bars(results: Sequence[Result], store: str, images: Path) -> Path | None:

@@ -14,6 +14,8 @@ _ONE: Final = "one statement in one hop"
 _CEILING: Final = "plain sqlite3, 256 per transaction"
 _DJANGO: Final = "Django base app"
 _MOTOR: Final = "Motor, one call each"
+_PSYCOPG: Final = "psycopg, one call each"
+_ASYNCPG: Final = "asyncpg, one call each"
 
 
 class Target(NamedTuple):
@@ -58,6 +60,24 @@ TARGETS: Final = (
     Target(Cell("sqlite", "issue", 256), _DJANGO, 15),
     Target(Cell("sqlite", "consume", 256), _DJANGO, 25),
     Target(Cell("sqlite", "check", 256), _DJANGO, 20),
+    Target(Cell("postgresql", "issue", 256), _PSYCOPG, 4),
+    Target(Cell("postgresql", "consume", 256), _PSYCOPG, 4),
+    Target(Cell("postgresql", "check", 256), _PSYCOPG, 4),
+    Target(Cell("postgresql", "issue", 256), _PSYCOPG, 0.33, "p99"),
+    Target(Cell("postgresql", "consume", 256), _PSYCOPG, 0.33, "p99"),
+    Target(Cell("postgresql", "check", 256), _PSYCOPG, 0.33, "p99"),
+    Target(Cell("postgresql", "issue", 1), _PSYCOPG, 0.9),
+    Target(Cell("postgresql", "consume", 1), _PSYCOPG, 0.9),
+    Target(Cell("postgresql", "check", 1), _PSYCOPG, 0.9),
+    Target(Cell("postgresql", "issue", 256), _ASYNCPG, 4),
+    Target(Cell("postgresql", "consume", 256), _ASYNCPG, 4),
+    Target(Cell("postgresql", "check", 256), _ASYNCPG, 4),
+    Target(Cell("postgresql", "issue", 256), _ASYNCPG, 0.33, "p99"),
+    Target(Cell("postgresql", "consume", 256), _ASYNCPG, 0.33, "p99"),
+    Target(Cell("postgresql", "check", 256), _ASYNCPG, 0.33, "p99"),
+    Target(Cell("postgresql", "issue", 1), _ASYNCPG, 0.9),
+    Target(Cell("postgresql", "consume", 1), _ASYNCPG, 0.9),
+    Target(Cell("postgresql", "check", 1), _ASYNCPG, 0.9),
     Target(Cell("mongodb", "issue", 1), _MOTOR, 0.95),
     Target(Cell("mongodb", "consume", 1), _MOTOR, 0.95),
     Target(Cell("mongodb", "check", 1), _MOTOR, 0.95),
