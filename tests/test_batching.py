@@ -307,6 +307,7 @@ def test_under_eager_tasks_every_operation_is_answered() -> None:
     assert play(loop) == [20 * op for op in range(500)]
 
 
+@pytest.mark.loops("", "eager")  # uvloop gives every factory a context
 def test_a_task_factory_that_knows_no_context_will_do() -> None:
     def factory(loop: asyncio.AbstractEventLoop, coroutine: Any) -> asyncio.Task[Any]:
         return asyncio.Task(coroutine, loop=loop)
