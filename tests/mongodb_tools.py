@@ -21,6 +21,7 @@ from vtoken.backend import (
     State,
     StoredKey,
     StoredToken,
+    TokenBackend,
     Use,
 )
 from vtoken_backends.mongodb import MongoDBBackend
@@ -86,20 +87,20 @@ def key(number: int) -> Match:
 
 
 async def insert(
-    backend: MongoDBBackend, record: StoredToken, mode: InsertMode = REPLACE, **options: Any
+    backend: TokenBackend, record: StoredToken, mode: InsertMode = REPLACE, **options: Any
 ) -> Inserted:
     return await backend.insert(record._replace(is_beside=mode is ADD), mode, **options)
 
 
-async def use(backend: MongoDBBackend, number: int, use_id: str = "", at: int = LATER) -> Presented:
+async def use(backend: TokenBackend, number: int, use_id: str = "", at: int = LATER) -> Presented:
     return await backend.present(key(number), Use(at, use_id), at)
 
 
-async def hold(backend: MongoDBBackend, number: int, hold_id: str) -> Presented:
+async def hold(backend: TokenBackend, number: int, hold_id: str) -> Presented:
     return await backend.present(key(number), Hold(hold_id, LATER + 1000), LATER)
 
 
-async def active(backend: MongoDBBackend) -> list[int]:
+async def active(backend: TokenBackend) -> list[int]:
     """The numbers of the active tokens, newest first."""
     return [int(found.id, 16) for found in await backend.find(Match(active=True), 1000)]
 

@@ -45,7 +45,7 @@ class MongoDBPlayer(Player):
         return lambda backend: backend.purge(before, now, 1000, now - 500)
 
 
-def _as_told(answer: object) -> object:
+def as_told(answer: object) -> object:
     if isinstance(answer, Inserted) and answer.result in _NOT_INSERTED:
         return "not inserted"
     return answer
@@ -62,8 +62,8 @@ async def test_the_same_operations_get_the_same_answers_on_mongodb(
         async with opened(url) as backend:
             for step in range(_STEPS):
                 name, call = player.operation()
-                expected = _as_told(await call(memory))
-                assert _as_told(await call(backend)) == expected, (step, name)
+                expected = as_told(await call(memory))
+                assert as_told(await call(backend)) == expected, (step, name)
                 if step % 5 == 0:
                     await check_store(backend, memory)
             await check_store(backend, memory)

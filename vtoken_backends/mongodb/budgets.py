@@ -28,12 +28,11 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import CorruptStore
-from vtoken_backends.mongodb.client import Client, Document
+from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.failures import Duplicate
 from vtoken_backends.mongodb.patience import Patience
 
 _WAIT: Final = 2.0
-"""Seconds of real time that a call waits for reservations."""
 _POLL: Final = 0.02
 
 
@@ -54,10 +53,16 @@ class _Taken(NamedTuple):
 
 
 class Budgets:
-    """The budgets of a store."""
+    """The budgets of a store.
 
-    def __init__(self, client: Client) -> None:
+    Args:
+        client: of the store.
+        wait: seconds of real time that a call waits for reservations.
+    """
+
+    def __init__(self, client: Collections, wait: float = _WAIT) -> None:
         self._client = client
+        self._wait = wait
         self._waiting: Counter[Budget] = Counter()
 
     async def spend(self, spends: Sequence[Spend], now: int) -> Spending:
@@ -67,7 +72,7 @@ class Budgets:
     async def reserve(self, spends: Sequence[Spend], now: int) -> _Taken:
         """Charge all spends until :meth:`settle`, or none. Waits where reservations alone fill a budget."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + _WAIT
+        end = loop.time() + self._wait
         while True:
             taken = await self._take(spends, now, 1)
             full = taken.spending.full

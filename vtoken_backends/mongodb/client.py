@@ -8,21 +8,17 @@ import os
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from inspect import iscoroutinefunction
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import anyio
 import pymongo
 from anyio.lowlevel import checkpoint_if_cancelled
-from bson.codec_options import CodecOptions
 from bson.errors import BSONError
 from pymongo import AsyncMongoClient, errors
-from pymongo.read_concern import ReadConcern
-from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from vtoken.errors import (
     BackendClosed,
-    BackendError,
     BackendUnavailable,
     ConfigurationError,
     CorruptStore,
@@ -30,13 +26,12 @@ from vtoken.errors import (
 )
 from vtoken.redact import without_locals
 from vtoken_backends.batching import outlast
+from vtoken_backends.mongodb.collections import Collections
 from vtoken_backends.mongodb.command_log import hide
-from vtoken_backends.mongodb.failures import Duplicate, refusals, translated
+from vtoken_backends.mongodb.failures import Duplicate, translated
 from vtoken_backends.mongodb.urls import check_name, check_url
 
 _T = TypeVar("_T")
-Document = dict[str, Any]
-
 LONG: Final = 300.0
 """Seconds that an operation over the whole collection may take."""
 _PATIENCE: Final = 20.0
@@ -51,25 +46,14 @@ _REPLICATED: Final = WriteConcern("majority", wtimeout=6_000)
 """For what no token may be without, its indexes for one, where tokens themselves need not be durable."""
 _IN_FLIGHT: Final = 32
 """Operations at once; with more, PyMongo gets slower and unfair."""
-NAMES: Final = [("names", 1)]
-"""The unique index that every look-up goes by. It is given as a hint, so that the server refuses the command
-where somebody has dropped the index."""
 
 
-class Bulk(NamedTuple):
-    """Documents to be inserted, and steps of the command ``update``."""
-
-    inserts: list[Document]
-    updates: list[Document]
-
-
-class Client:
+class Client(Collections):
     """A client, handed in or of our own making, and the collections. The arguments are the backend's."""
 
     # Class-level defaults: `__repr__` and `__del__` also run when `__init__` raised.
     _opens = 0
     _database: str | None = None
-    collection = "(not made)"
 
     def __init__(
         self,
@@ -99,6 +83,8 @@ class Client:
         self._url = url
         self._client: Any = client
         self._write_concern = _WRITE_CONCERN if durable else _RELAXED
+        self.read_options = {"readConcern": {"level": "local"}}
+        self.write_options = {"writeConcern": self._write_concern.document}
         self._opening = anyio.Lock()
         self._connecting: asyncio.Task[Any] | None = None
         self._apart: set[asyncio.Task[Any]] = set()
@@ -212,37 +198,22 @@ class Client:
         if self._loop is not asyncio.get_running_loop():
             raise BackendClosed("the MongoDB backend was opened in another event loop: open one in each loop")
 
+    def is_made_of(self, client: object) -> bool:
+        """Whether this is the driver's client that it works with."""
+        return client is self._client
+
     def _choose_collections(self) -> None:
         hide(self.collection)
         if self._database is None:
             self._database = cast("str", self._client.get_default_database("vtoken").name)
-        # Nothing is left to the client's own settings: they could change what is stored and read.
-        options: dict[str, Any] = {
-            "codec_options": CodecOptions(),
-            "read_preference": ReadPreference.PRIMARY,
-            "write_concern": self._write_concern,
-            "read_concern": ReadConcern("local"),
-        }
-        self.admin = self._client.get_database("admin", **options)
-        self.config = self._client.get_database("config", **options)
-        self.db = self._client.get_database(self._database, **options)
-        self.tokens = self.db.get_collection(self.collection, **options)
-        self.budgets = self.db.get_collection(f"{self.collection}.budgets", **options)
-        if self._write_concern is _RELAXED:
-            options["write_concern"] = _REPLICATED
-        self.meta = self.db.get_collection(f"{self.collection}.meta", **options)
-        self.schema_concern = options["write_concern"]
+        schema_concern = _REPLICATED if self._write_concern is _RELAXED else self._write_concern
+        self.choose(self._client, self._database, self._write_concern, schema_concern)
 
     # Operations -----------------------------------------------------------------------------------
 
     async def run(
         self, operation: Callable[[], Awaitable[_T]], *, writes: bool = True, seconds: float | None = None
     ) -> _T:
-        """Run one operation of the driver, and translate what it raises.
-
-        Documents are made within ``operation``, so that no frame of a traceback holds a digest. It has to be
-        called in a context without variables of a caller: in a batch, or through :meth:`apart`.
-        """
         self.check_place()
         if seconds is None and self._client_class is None:
             seconds = _PATIENCE
@@ -257,83 +228,6 @@ class Client:
                 topology = getattr(self._client, "topology_description", None)
                 failure = translated(error, writes=writes, names=self.names_index, topology=topology)
         raise failure  # outside of the block: the driver's error quotes keys, and must not become the context
-
-    @property
-    def names_index(self) -> str:
-        """How messages name the unique index."""
-        return f"on names of {self.collection!r}"
-
-    async def write_each(self, write: Callable[[], Awaitable[object]]) -> dict[int, BackendError]:
-        """Run an unordered bulk write, and return the refusals of its steps by their places.
-
-        What was not refused is durable then.
-        """
-        refused: dict[int, BackendError] = {}
-
-        async def attempt() -> None:
-            try:
-                await write()
-            except errors.BulkWriteError as error:
-                refused.update(refusals(error, self.names_index))
-                if not refused:
-                    raise
-
-        await self.run(attempt)
-        return refused
-
-    async def bulk_write(self, bulk: Bulk) -> int:
-        """Insert and update tokens, in any order, and return how many documents were written. To be called
-        within :meth:`write_each`."""
-        # By bare commands, which take the drivers a third less time than their bulk write does.
-        count = 0
-        problems: Document = {"writeErrors": [], "writeConcernErrors": []}
-        concern = self._write_concern.document
-        for name, steps in (("insert", bulk.inserts), ("update", bulk.updates)):
-            if not steps:
-                continue
-            field = "documents" if name == "insert" else "updates"
-            command = {name: self.collection, field: steps, "ordered": False, "writeConcern": concern}
-            answer: Document = await self.db.command(command)
-            count += answer["n"] if name == "insert" else answer["nModified"]
-            before = 0 if name == "insert" else len(bulk.inserts)
-            for error in answer.get("writeErrors", ()):
-                problems["writeErrors"].append({**error, "index": before + error["index"]})
-            if "writeConcernError" in answer:
-                problems["writeConcernErrors"].append(answer["writeConcernError"])
-        if problems["writeErrors"] or problems["writeConcernErrors"]:
-            raise errors.BulkWriteError(problems)
-        return count
-
-    async def find_all(
-        self, query: Document, limit: int, fields: Document | None = None, **more: Any
-    ) -> list[Document]:
-        """All documents of a query of tokens. To be called within :meth:`run`.
-
-        Args:
-            query: its condition.
-            limit: at most so many.
-            fields: which ones; ``None``: all.
-            **more: of the command ``find``.
-        """
-        # By the bare command, which takes the drivers a tenth less time than a cursor does.
-        command: Document = {"find": self.collection, "filter": query, "limit": limit, "batchSize": limit + 1}
-        command |= {"projection": fields} if fields else {}
-        command |= {"readConcern": {"level": "local"}, **more}
-        try:
-            answer = await self.db.command(command)
-        except errors.ServerSelectionTimeoutError:
-            raise
-        except errors.AutoReconnect:  # once more, as drivers do it for a cursor
-            answer = await self.db.command(command)
-        cursor: Document = answer["cursor"]
-        found: list[Document] = cursor["firstBatch"]
-        number = cursor["id"]
-        while number:  # more than 16 MiB
-            more_of_it = {"getMore": number, "collection": self.collection, "batchSize": limit + 1}
-            answer = await self.db.command(more_of_it)
-            found += answer["cursor"]["nextBatch"]
-            number = answer["cursor"]["id"]
-        return found
 
     async def apart(self, step: Coroutine[Any, Any, _T], *, writes: bool = True) -> _T:
         """Await a step in a task and a fresh context of its own, which a cancellation does not reach.

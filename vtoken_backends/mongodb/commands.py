@@ -23,7 +23,7 @@ from vtoken.backend import (
     State,
     Use,
 )
-from vtoken_backends.mongodb.client import NAMES, Client, Document
+from vtoken_backends.mongodb.collections import NAMES, Collections, Document
 from vtoken_backends.mongodb.documents import (
     LIGHT,
     MOST_CLAIMS,
@@ -56,7 +56,7 @@ _OPTIONS: Final[Document] = {
 # Issue --------------------------------------------------------------------------------------------
 
 
-async def issue(client: Client, op: Insert) -> Inserted | None:
+async def issue(client: Collections, op: Insert) -> Inserted | None:
     """Insert a token into its line, if nobody stands beside the line, its tombstones have room, and no key is
     taken over or checked under other digests. None: nothing was changed."""
     if op.mode is InsertMode.ADD or op.also_taken or op.keep_until > op.token.created_at:
@@ -162,7 +162,7 @@ def _satisfies(wanted_until: int) -> Document:
 # Use and hold -------------------------------------------------------------------------------------
 
 
-async def use(client: Client, op: Present) -> Presented | None:
+async def use(client: Collections, op: Present) -> Presented | None:
     """Use or hold the current token of a document by one of its keys, if it can be used and the use was not
     counted before. None: nothing was changed."""
     change = op.change
@@ -204,11 +204,13 @@ def _usable(op: Present) -> Document:
     used_or_held = {"$add": [_USES, {"$size": _running(op.now)}]}
     has_free_use = {"$or": [{"$eq": ["$token.max_uses", None]}, {"$lt": [used_or_held, "$token.max_uses"]}]}
     conditions: list[Document] = [has_free_use]
-    if op.use_id:  # a key that was taken over may have been used with this id before
+    if op.use_id:  # a key that was taken over may have been used with this id before, and the use may be held
         taken_over = {"$filter": {"input": "$token.keys", "cond": {"$ne": ["$$this.origin", "$token.id"]}}}
         receipts = {"$ifNull": ["$token.receipts", ""]}
         conditions.append({"$eq": [{"$size": taken_over}, 0]})
         conditions.append({"$eq": [{"$indexOfBytes": [receipts, receipt_of(op.use_id)]}, -1]})
+        holds: Document = {"$ifNull": ["$token.holds.use_id", []]}
+        conditions.append({"$not": {"$in": [{"$literal": op.use_id}, holds]}})
     return query | {"$expr": {"$and": conditions}}
 
 
@@ -226,6 +228,8 @@ def _using(op: Present, change: Use | Hold) -> list[Document]:
             "until": Int64(change.until),
             "origin": _origin(op),
         }
+        if change.use_id:  # what is left out of a document is ""
+            hold["use_id"] = {"$literal": change.use_id}
         return [{"$set": update | {"token.holds": {"$concatArrays": [_running(op.now), [hold]]}}}]
     uses = {"$add": [_USES, 1]}
     is_bounded = {"$ne": ["$token.max_uses", None]}

@@ -22,6 +22,11 @@ _INTERRUPTED: Final = frozenset(
 """Codes of MongoDB's specification of retryable writes, of time limits, and of the write concern."""
 _NOT_PRIMARY: Final = frozenset({10107, 13435, 10058})
 _CONFLICT: Final = 112
+_TRANSIENT: Final = "TransientTransactionError"
+_RUN_AGAIN: Final = (
+    "MongoDB: another write was quicker than the transaction: run it again, as session.with_transaction()"
+    " does by itself"
+)
 _NO_SPACE: Final = frozenset({14031, 28})
 _OVER_QUOTA: Final = 8000
 _BAD_HINT: Final = re.compile("hint provided does not correspond|bad hint", re.IGNORECASE)
@@ -33,6 +38,34 @@ class Duplicate(BackendError):
 
 class Conflict(BackendError):
     """Another write of the same document was quicker; nothing happened. It never leaves the backend."""
+
+
+class TransientFailure(BackendUnavailable, errors.PyMongoError):
+    """A transaction of the application's own has to run again: another write was quicker, or the server has
+    ended it for another passing reason.
+
+    It is an error of PyMongo's as well, and has the label of such ones: for no other one does
+    ``with_transaction`` run a transaction again.
+    """
+
+    def __init__(self, message: str = _RUN_AGAIN) -> None:
+        errors.PyMongoError.__init__(self, message, [_TRANSIENT])
+
+
+def translated_within(error: Exception, *, names: str, topology: Any = None) -> BackendError:
+    """What the caller is told within a transaction, where nothing that has failed can have happened.
+
+    Args:
+        error: as for :func:`translated`, as are the others.
+        names: likewise.
+        topology: likewise.
+    """
+    failure = translated(error, writes=False, names=names, topology=topology)
+    if isinstance(failure, Conflict | Duplicate):
+        return TransientFailure()
+    if isinstance(error, errors.PyMongoError) and error.has_error_label(_TRANSIENT):
+        return TransientFailure(f"{failure}; run the transaction again")
+    return failure
 
 
 def translated(error: Exception, *, writes: bool, names: str, topology: Any = None) -> BackendError:

@@ -10,7 +10,7 @@ from typing import Final
 from bson.int64 import Int64
 
 from vtoken.backend import StoredToken, running_holds
-from vtoken_backends.mongodb.client import Client, Document
+from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.documents import Stored, object_of
 from vtoken_backends.mongodb.lines import Documents
 from vtoken_backends.mongodb.patience import Patience
@@ -22,7 +22,7 @@ _PAGE: Final = 200
 class Removals:
     """What is deleted from a store."""
 
-    def __init__(self, client: Client, writes: Writes) -> None:
+    def __init__(self, client: Collections, writes: Writes) -> None:
         self._client = client
         self._writes = writes
 

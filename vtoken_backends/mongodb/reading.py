@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from vtoken.backend import PRETENDED, Match, SlugCount, State, StoredToken, matches
 from vtoken.errors import BackendError, CorruptStore
-from vtoken_backends.mongodb.client import LONG, NAMES, Client, Document
+from vtoken_backends.mongodb.client import LONG
+from vtoken_backends.mongodb.collections import NAMES, Collections, Document
 from vtoken_backends.mongodb.documents import (
     Stored,
     condition,
@@ -40,7 +41,7 @@ class Find(NamedTuple):
 class Reads:
     """The look-ups of a store."""
 
-    def __init__(self, client: Client, writes: Writes) -> None:
+    def __init__(self, client: Collections, writes: Writes) -> None:
         self._client = client
         self._writes = writes
 

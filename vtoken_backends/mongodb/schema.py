@@ -8,12 +8,13 @@ from typing import Any, Final
 from pymongo import IndexModel, ReturnDocument, errors
 
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore, OutcomeUnknown
-from vtoken_backends.mongodb.client import LONG, Client, Document
+from vtoken_backends.mongodb.client import LONG
+from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.documents import BUDGET_INDEXES, TOKEN_INDEXES
 from vtoken_backends.mongodb.failures import Duplicate, missing_index
 from vtoken_backends.mongodb.patience import Patience
 
-Migration = Callable[[Client], Awaitable[None]]
+Migration = Callable[[Collections], Awaitable[None]]
 
 SCHEMA = 1
 MIGRATIONS: dict[int, Migration] = {}
@@ -30,7 +31,7 @@ class Schema:
         client: of the store.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Collections) -> None:
         self._client = client
 
     async def prepare(self) -> None:

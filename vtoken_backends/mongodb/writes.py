@@ -46,7 +46,8 @@ from vtoken.backend import (
     matches,
 )
 from vtoken.errors import BackendClosed, BackendError, BackendUnavailable, OutcomeUnknown
-from vtoken_backends.mongodb.client import NAMES, Bulk, Client, Document, after_a_write
+from vtoken_backends.mongodb.client import after_a_write
+from vtoken_backends.mongodb.collections import NAMES, Bulk, Collections, Document
 from vtoken_backends.mongodb.documents import (
     LIGHT,
     MOST_CLAIMS,
@@ -127,7 +128,7 @@ class Writes:
         check: raises where the unique index is missing.
     """
 
-    def __init__(self, client: Client, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, client: Collections, check: Callable[[], Awaitable[None]]) -> None:
         self._client = client
         self._check = check
 
@@ -399,8 +400,10 @@ class Writes:
         async def insert_moved() -> None:
             document = whole(moved, new_id())
             # A key that somebody has taken meanwhile stays with the token that has it now.
-            query: Document = {"names": {"$in": document["names"]}}
+            query: Document = {"$or": [{"_id": oid}, {"names": {"$in": document["names"]}}]}
             taken = await self._client.find_all(query, PAGE, {"names": 1})
+            if any(one["_id"] == oid for one in taken):
+                return  # somebody else has inserted it
             others = [name for one in taken for name in one["names"]]
             document["names"] = [name for name in document["names"] if name not in others]
             await self._client.tokens.insert_one(document)
@@ -410,7 +413,7 @@ class Writes:
             update: Document = {"$unset": fields, **_claiming(new_id())}
             await self._client.tokens.update_one({"_id": stored.oid, "spill_id": oid}, update)
 
-        with suppress(Duplicate):  # somebody else has inserted it
+        with suppress(Duplicate):  # likewise, just now
             await self._client.run(insert_moved)
         await self._client.run(drop)
 
