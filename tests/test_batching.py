@@ -68,8 +68,8 @@ async def test_after_a_shared_batch_callers_collect_again() -> None:
     await let_tasks_run()
     store.may_go.set()
     await asyncio.gather(*tasks)
-    # The very first one came alone; from then on nobody runs ahead of the others. An eager driver begins before
-    # that first caller comes again.
+    # The very first one came alone; from then on nobody runs ahead of the others. An eager driver begins
+    # before that first caller comes again.
     expected = [1, 2, 3, 3] if MODE == "eager" else [1, 3, 3, 2]
     assert [len(batch) for batch in store.batches] == expected
 
