@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import aiosqlite
 import psycopg
 import pytest
+from pymongo import AsyncMongoClient
+from pymongo.asynchronous.client_session import AsyncClientSession
 
 from vtoken import (
     CooldownActive,
@@ -60,6 +62,16 @@ class OnSQLite:
         await self.handle.execute("BEGIN IMMEDIATE")
 
 
+class OnMongoDB:
+    def __init__(self, session: AsyncClientSession) -> None:
+        self.handle = session
+        self.commit = session.commit_transaction
+        self.rollback = session.abort_transaction
+
+    async def begin(self) -> None:
+        await self.handle.start_transaction()
+
+
 class Store(NamedTuple):
     """A world on a store, and connections of the application's own to the same database."""
 
@@ -92,7 +104,7 @@ async def pg() -> AsyncGenerator[Store]:
             yield Store(world, on_postgresql)
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
+@pytest.fixture(params=["postgresql", "sqlite", "mongodb"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[Store]:
     with a_store(request.param, request, tmp_path) as url:
         async with new_world(url) as world:
@@ -101,11 +113,16 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerato
                 return
 
             @asynccontextmanager
+            async def on_mongodb() -> AsyncGenerator[Connection]:
+                async with AsyncMongoClient[Any](url) as client, client.start_session() as session:
+                    yield OnMongoDB(session)
+
+            @asynccontextmanager
             async def on_sqlite() -> AsyncGenerator[Connection]:
                 async with aiosqlite.connect(tmp_path / "tokens.db") as connection:
                     yield OnSQLite(connection)
 
-            yield Store(world, on_sqlite)
+            yield Store(world, on_sqlite if request.param == "sqlite" else on_mongodb)
 
 
 class TestMarkUsed:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import aiosqlite
 import psycopg
 import pytest
+from pymongo import AsyncMongoClient
 
 from . import postgresql_servers
 from .conftest import BACKENDS, a_store
@@ -41,7 +42,7 @@ async def test_each_cell(kind: str, request: pytest.FixtureRequest, tmp_path: Pa
     with a_store(kind, request, tmp_path) as url:
         async with new_world(url) as world:
             manager, other = await world.manager(*POLICIES), await world.manager(*POLICIES)
-            player = Player(world, manager, other, transactions(kind, tmp_path))
+            player = Player(world, manager, other, transactions(kind, url, tmp_path))
             differing: list[str] = []
             for cell in written():
                 played = await player.play(cell.operation, cell.state)
@@ -50,15 +51,15 @@ async def test_each_cell(kind: str, request: pytest.FixtureRequest, tmp_path: Pa
             assert not differing, "\n".join(differing)
 
 
-TRANSACTIONS: Final = ("postgresql", "sqlite")
+TRANSACTIONS: Final = ("postgresql", "sqlite", "mongodb")
 """The backends on which this test opens a transaction of the application's own."""
 
 
-def transactions(kind: str, directory: Path) -> Handle | None:
+def transactions(kind: str, url: str, directory: Path) -> Handle | None:
     @asynccontextmanager
     async def on_postgresql() -> AsyncGenerator[object]:
-        url = postgresql_servers.shared_url()
-        async with await psycopg.AsyncConnection.connect(url) as connection, connection.transaction():
+        server = postgresql_servers.shared_url()
+        async with await psycopg.AsyncConnection.connect(server) as connection, connection.transaction():
             yield connection
 
     @asynccontextmanager
@@ -68,7 +69,16 @@ def transactions(kind: str, directory: Path) -> Handle | None:
             yield connection
             await connection.commit()
 
-    return {"postgresql": on_postgresql, "sqlite": on_sqlite}.get(kind)
+    @asynccontextmanager
+    async def on_mongodb() -> AsyncGenerator[object]:
+        async with (
+            AsyncMongoClient[Any](url) as client,
+            client.start_session() as session,
+            await session.start_transaction(),
+        ):
+            yield session
+
+    return {"postgresql": on_postgresql, "sqlite": on_sqlite, "mongodb": on_mongodb}.get(kind)
 
 
 def without_transactions(cell: Cell) -> Cell:

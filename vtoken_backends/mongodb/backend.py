@@ -40,7 +40,8 @@ _OPTIONS: Final = ("database", "collection", "driver", "durable")
 class MongoDBBackend(Store):
     """A :class:`~vtoken.backend.TokenBackend` in a MongoDB database, for any number of processes and hosts.
 
-    Needs asyncio. Operations are refused in another event loop or process than that of :meth:`open`.
+    Needs asyncio. Operations are refused in another event loop or process than that of :meth:`open`. On a
+    replica set ``using=`` takes a client session in a transaction, PyMongo's or Motor's.
 
     Args:
         client: a ``pymongo.AsyncMongoClient`` or a Motor ``AsyncIOMotorClient``. It stays the caller's, with
