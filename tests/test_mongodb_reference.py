@@ -13,7 +13,7 @@ from vtoken_backends.memory import MemoryBackend
 
 from . import servers
 from .mongodb_tools import opened
-from .test_sqlite_reference import Call, Player, check_store
+from .reference_tools import Call, Player, check_store
 
 _STEPS = 250
 _NOT_INSERTED = (InsertResult.KEY_TAKEN, InsertResult.HAS_VALID)

@@ -44,8 +44,8 @@ from .mongodb_tools import (
     token,
     use,
 )
+from .reference_tools import check_store
 from .test_mongodb_reference import MongoDBPlayer, as_told
-from .test_sqlite_reference import check_store
 
 ADA: Final = Subject("auth.user", "ada")
 HELD: Final = UseHeld("mine", LATER)

@@ -16,7 +16,7 @@ import aiosqlite
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from tests.test_sqlite_reference import Player, check_store
+from tests.reference_tools import Player, check_store
 from vtoken import Subject, TokenManager
 from vtoken.backend import Budget, Hold, InsertResult, Match, Outcome, Spend, Use, UseHeld
 from vtoken.errors import BackendUnavailable, InvalidInput
