@@ -6,7 +6,7 @@ import asyncio
 import pickle
 from collections import Counter
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -387,3 +387,52 @@ async def test_an_issue_says_that_the_attempts_are_spent(world: World) -> None:
     world.clock.advance(MS)
     await manager.issue(USER, "login")
     assert world.events[-1].attempts_reset_at is None
+
+
+class TestWhenAttemptsAreThereAgain:
+    """``attempts_reset_at`` is about the limit that decides ``attempts_left``."""
+
+    POLICY = TokenPolicy.code("login", attempt_limits=[Limit(100, "1h", by="ip")])
+    BY: Final = {"ip": "192.0.2.7"}
+
+    async def test_error_status_and_event_say_the_same(self, world: World) -> None:
+        manager = await world.manager(self.POLICY)
+        await manager.issue(USER, "login", by=self.BY)
+        for _ in range(5):
+            await refused(InvalidToken, manager.consume(USER, "login", WRONG_CODE, by=self.BY))
+        error = await refused(TooManyAttempts, manager.consume(USER, "login", WRONG_CODE, by=self.BY))
+        status = await manager.status(USER, "login", by=self.BY)
+        await manager.issue(USER, "login", by=self.BY)
+        until = world.clock() + 15 * MINUTE
+        assert (error.retry_after, status.attempts_left) == (15 * 60, 0)
+        assert (status.attempts_reset_at, world.events[-1].attempts_reset_at) == (until, until)
+        world.clock.advance(15 * MINUTE)
+        later = await manager.status(USER, "login", by=self.BY)
+        assert (later.attempts_left, later.attempts_reset_at) == (5, None)
+
+    async def test_what_others_spent_is_not_told(self, world: World) -> None:
+        manager = await world.manager(self.POLICY)
+        for _ in range(5):
+            await refused(InvalidToken, manager.consume(USER, "login", WRONG_CODE, by=self.BY))
+        other = await manager.status(Subject("auth.user", "other"), "login", by=self.BY)
+        assert (other.attempts_left, other.attempts_reset_at) == (5, None)
+
+    async def test_a_limit_that_others_have_filled_is_told(self, world: World) -> None:
+        policy = TokenPolicy.code("login", attempt_limits=[Limit(5, "1h", by="slug")])
+        manager = await world.manager(policy)
+        for _ in range(5):
+            await refused(InvalidToken, manager.consume(USER, "login", WRONG_CODE))
+        other = Subject("auth.user", "other")
+        status = await manager.status(other, "login")
+        error = await refused(TooManyAttempts, manager.consume(other, "login", WRONG_CODE))
+        await manager.issue(other, "login")
+        until = world.clock() + 60 * MINUTE
+        assert (error.retry_after, status.attempts_left) == (3600, 0)
+        assert (status.attempts_reset_at, world.events[-1].attempts_reset_at) == (until, until)
+
+    async def test_of_two_that_leave_as_few_the_later_one_decides(self, world: World) -> None:
+        policy = TokenPolicy.code("login", attempt_limits=[Limit(5, "1h"), Limit(7, "1d")])
+        manager = await world.manager(policy)
+        await refused(InvalidToken, manager.consume(USER, "login", WRONG_CODE))
+        status = await manager.status(USER, "login")
+        assert (status.attempts_left, status.attempts_reset_at) == (4, world.clock() + 60 * MINUTE)

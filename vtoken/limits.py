@@ -299,14 +299,23 @@ def attempts_left(states: Iterable[BudgetState | None], spends: Spends, now: int
     return min(lefts, default=None)
 
 
-def window_end(states: Iterable[BudgetState | None], spends: Spends, now: int) -> int | None:
-    """When the latest of the running windows ends in which something is spent; None where none runs."""
-    ends = [
-        state.until
+def resets_at(states: Iterable[BudgetState | None], spends: Spends, now: int) -> int | None:
+    """When :func:`attempts_left` grows again: the end of the limit that decides it. Of several, which may be
+    full, the last one ends the wait. None where one of them is unspent, so that waiting gains nothing: what
+    others have spent of a limit with more left is no concern of this object's."""
+    found = [
+        (left_of(state, spend, now), None if state is None or not _runs(state, spend, now) else state.until)
         for state, spend in zip(states, spends.spends, strict=True)
-        if state is not None and state.spent and now < state.until <= now + 2 * spend.max_window
     ]
-    return max(ends, default=None)
+    least = min([left for left, _ in found], default=None)
+    ends = [until for left, until in found if left == least]
+    known = [until for until in ends if until is not None]
+    return max(known) if known and len(known) == len(ends) else None
+
+
+def _runs(state: BudgetState, spend: Spend, now: int) -> bool:
+    """Whether something is spent in a window that has not ended (and is not stale)."""
+    return state.spent > 0 and now < state.until <= now + 2 * spend.max_window
 
 
 def allowed_at(states: Iterable[BudgetState | None], spends: Spends, now: int) -> int:

@@ -63,8 +63,8 @@ from vtoken.limits import (
     attempts_left,
     checked_by,
     full_limit,
+    resets_at,
     seconds,
-    window_end,
 )
 from vtoken.opening import Opening, to_the_end
 from vtoken.policy import (
@@ -775,9 +775,9 @@ class TokenManager:
         unless ``keeps`` says that the key can be had again, or that somebody else decides about the token."""
         policy = request.policy
         try:
-            resets_at: int | None = None
+            locked_until: int | None = None
             if policy.is_capped and not in_transaction:
-                resets_at = await self._locked_until(store, request)
+                locked_until = await self._locked_until(store, request)
             await self._hooks.tell(
                 "issued",
                 content_type=request.content_type,
@@ -786,7 +786,7 @@ class TokenManager:
                 token_id=made.stored.id,
                 channel=policy.channel,
                 batch=request.batch,
-                attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
+                attempts_reset_at=None if locked_until is None else inputs.from_milliseconds(locked_until),
                 in_transaction=in_transaction,
                 is_test_code=(request.content_type, request.object_id) in policy.test_codes,
             )
@@ -796,10 +796,11 @@ class TokenManager:
             raise
 
     async def _locked_until(self, store: TokenBackend, request: IssueRequest) -> int | None:
-        """Until when the object's attempts are spent, or None: the new token cannot be used before."""
+        """Until when the object's attempts are spent, or None: the new token cannot be used before. Limits by
+        a dimension of the call are left out: who asks for a code need not be who presents it."""
         now = self._now()
         subject = request.content_type, request.object_id
-        spends = self._limiter.attempts_of_object(request.policy, request.slug, *subject)
+        spends = self._limiter.attempts(request.policy, request.slug, *subject, {}, lenient=True)
         try:
             states = await store.budgets(tuple(spend.budget for spend in spends.spends))
         except BackendError as error:  # the token is issued, whatever fails here
@@ -975,12 +976,12 @@ class TokenManager:
             budgets = tuple(spend.budget for spend in (*attempts.spends, *issues.spends))
             states = await store.budgets(budgets) if budgets else []
         of_attempts, of_issues = states[: len(attempts.spends)], states[len(attempts.spends) :]
-        resets_at = window_end(of_attempts, attempts, now)
+        more_at = resets_at(of_attempts, attempts, now)
         return Status(
             has_valid=bool(expiries),
             expires_at=expiries[0] if expiries else None,
             attempts_left=attempts_left(of_attempts, attempts, now),
-            attempts_reset_at=None if resets_at is None else inputs.from_milliseconds(resets_at),
+            attempts_reset_at=None if more_at is None else inputs.from_milliseconds(more_at),
             can_issue_at=inputs.from_milliseconds(allowed_at(of_issues, issues, now)),
         )
 

@@ -44,7 +44,8 @@ class Status:
         has_valid: whether there is a valid token.
         expires_at: when the newest valid token expires; None never, or where there is none.
         attempts_left: how many wrong keys the limits allow now; None without limits.
-        attempts_reset_at: when the running window of attempts ends; None where nothing is spent.
+        attempts_reset_at: when ``attempts_left`` grows again: the end of the window of the limit that decides
+            it. None where nothing is spent of that one.
         can_issue_at: when a token may be issued; now, or in the past, if at once.
 
     .. versionadded:: 0.1
