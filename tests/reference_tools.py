@@ -13,7 +13,9 @@ from vtoken.backend import (
     Charge,
     ForgetKey,
     Hold,
+    Inserted,
     InsertMode,
+    InsertResult,
     Match,
     Release,
     SetExtraData,
@@ -30,6 +32,7 @@ from vtoken.backend import (
 from .sqlite_tools import NOW, digest, key
 
 Call = Callable[[TokenBackend], Awaitable[object]]
+_NOT_INSERTED = (InsertResult.KEY_TAKEN, InsertResult.HAS_VALID)
 
 
 class Player:
@@ -267,3 +270,40 @@ class Player:
 
 async def check_store(backend: TokenBackend, memory: TokenBackend) -> None:
     assert await backend.find(Match(), 1000) == await memory.find(Match(), 1000)
+
+
+class MongoDBPlayer(Player):
+    """Presents and inserts without limits, and purges all that is due.
+
+    So it does not ask for what may differ on MongoDB: in what order purge takes tokens that ended at the same
+    time, and, with :func:`as_told`, which of the two is told where a key is taken and a valid token is in the
+    way.
+    """
+
+    is_free = False
+
+    def spends(self) -> tuple[Spend, ...]:
+        return () if self.is_free else super().spends()
+
+    def present(self, change_type: type[object] | None = None) -> Call:
+        self.is_free = True
+        call = super().present(change_type)
+        self.is_free = False
+        return call
+
+    def insert(self) -> Call:
+        self.is_free = True
+        call = super().insert()
+        self.is_free = False
+        return call
+
+    def purge(self) -> Call:
+        now = self.now
+        before = now - self.chance.choice([-1, 300, 3000, 3000])
+        return lambda backend: backend.purge(before, now, 1000, now - 500)
+
+
+def as_told(answer: object) -> object:
+    if isinstance(answer, Inserted) and answer.result in _NOT_INSERTED:
+        return "not inserted"
+    return answer

@@ -44,8 +44,7 @@ from .mongodb_tools import (
     token,
     use,
 )
-from .reference_tools import check_store
-from .test_mongodb_reference import MongoDBPlayer, as_told
+from .reference_tools import MongoDBPlayer, as_told, check_store
 
 ADA: Final = Subject("auth.user", "ada")
 HELD: Final = UseHeld("mine", LATER)
