@@ -36,7 +36,7 @@ def test_a_storm_on_postgresql() -> None:
 @pytest.mark.parametrize(
     ("planted", "url", "word"),
     [
-        ("LosesOnCancel", "sqlite:///{}/tokens.db", "0 tokens are active after an issue"),
+        ("LosesOnCancel", "sqlite:///{}/tokens.db", "0 tokens are active after an issue that inserted"),
         ("HoldsTheLock", "sqlite:///{}/tokens.db?busy_timeout=500", "locked"),
         ("NeverGivesBack", "memory://", "a hold was not given back"),
         ("LeavesATask", "memory://", "a task was left"),

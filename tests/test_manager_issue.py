@@ -292,6 +292,42 @@ async def test_cancelled_while_the_hooks_are_told_it_leaves_no_token_without_an_
         assert not await manager.exists_valid(USER)
 
 
+@pytest.mark.parametrize(
+    ("policy", "method", "keeps"),
+    [
+        (TokenPolicy("a"), "issue", False),
+        (TokenPolicy("a"), "get_active_or_create", False),
+        (TokenPolicy("a", key_storage="derived"), "issue", False),
+        (TokenPolicy("a", key_storage="derived"), "get_active_or_create", True),  # others may have its key
+    ],
+)
+@pytest.mark.parametrize("is_away", [False, True])
+async def test_cancelled_while_it_is_inserted_it_leaves_no_token_without_an_owner(
+    world: World, policy: TokenPolicy, method: str, keeps: bool, is_away: bool
+) -> None:
+    manager = await world.manager(policy)
+    reached = asyncio.Event()
+
+    async def answer_is_lost() -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    world.backend.after["insert"] = answer_is_lost
+    world.backend.before["deactivate"] = lambda: asyncio.sleep(0)
+    if is_away:
+        world.backend.failing["deactivate"] = BackendUnavailable("the store is away")
+    call: Coroutine[Any, Any, object] = getattr(manager, method)(USER, "a")
+    task = asyncio.create_task(call)
+    await reached.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    await manager.aclose()  # waits for it
+    assert task.cancelled()
+    async with manager:
+        assert await manager.exists_valid(USER) == (keeps or is_away)
+
+
 async def test_two_clocks_may_disagree(world: World) -> None:
     ahead = Clock(START + 10 * MINUTE)
     first = await world.manager()

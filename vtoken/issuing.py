@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -32,7 +33,14 @@ from vtoken.backend import (
     is_valid,
     satisfies,
 )
-from vtoken.errors import ConfigurationError, CooldownActive, InvalidInput, KeyGenerationError
+from vtoken.errors import (
+    BackendError,
+    ConfigurationError,
+    CooldownActive,
+    InvalidInput,
+    KeyGenerationError,
+)
+from vtoken.hooks import logger
 from vtoken.ids import IdSequence
 from vtoken.keys import (
     CHECKSUM_LENGTH,
@@ -47,6 +55,7 @@ from vtoken.keys import (
     random_key,
 )
 from vtoken.limits import Limiter, Spends, full_limit, seconds
+from vtoken.opening import to_the_end
 from vtoken.policy import ResolvedPolicy
 
 _INSERTED: Final = InsertResult.INSERTED
@@ -136,9 +145,18 @@ class Issuer:
         self._ids = IdSequence()
 
     async def issue(
-        self, store: TokenBackend, request: IssueRequest, mode: InsertMode, *, at_least: int = 0
+        self,
+        store: TokenBackend,
+        request: IssueRequest,
+        mode: InsertMode,
+        *,
+        at_least: int = 0,
+        keeps: bool = False,
     ) -> Issued:
         """Insert a token with fresh keys, or return the one that ``mode`` finds.
+
+        Where this is cancelled, nobody will ever have the key of what may have been inserted: it ends, unless
+        ``keeps`` says that the key can be had again, or that somebody else decides about the token.
 
         Raises:
             CooldownActive: a limit is full; nothing was changed.
@@ -148,14 +166,19 @@ class Issuer:
         for _ in range(self._iterations):
             # What may raise for its arguments, the generator's own exception too, does so before the charge.
             new = self.new_token(request, now, is_beside=mode is InsertMode.ADD)
-            inserted = await store.insert(
-                new.stored,
-                mode,
-                keep_until=now + request.policy.overlap if request.policy.overlap else 0,
-                wanted_until=now + at_least,
-                also_taken=new.also_taken,
-                spends=request.spends.spends,
-            )
+            try:
+                inserted = await store.insert(
+                    new.stored,
+                    mode,
+                    keep_until=now + request.policy.overlap if request.policy.overlap else 0,
+                    wanted_until=now + at_least,
+                    also_taken=new.also_taken,
+                    spends=request.spends.spends,
+                )
+            except anyio.get_cancelled_exc_class():
+                if not keeps:
+                    await to_the_end(partial(self._end, store, new.stored.id))
+                raise
             if inserted.result is _INSERTED:
                 assert inserted.token is not None  # noqa: S101  # the protocol says so
                 return Issued(inserted.token, new.key, new.code, charges=inserted.spending.charges)
@@ -166,6 +189,12 @@ class Issuer:
             if (request.content_type, request.object_id) in request.policy.test_codes:
                 await self._make_way(store, new, mode)
         raise KeyGenerationError(f"{self._iterations} draws yielded only keys that are taken")
+
+    async def _end(self, store: TokenBackend, token_id: str) -> None:
+        try:
+            await store.deactivate(Match(id=token_id), self._now())
+        except BackendError as error:  # the cancellation matters more
+            logger.warning("a token whose issue was cancelled could not be ended: %r", error)
 
     async def _make_way(self, store: TokenBackend, new: NewToken, mode: InsertMode) -> None:
         """End the tokens that have the fixed code of a test account and that an insert does not replace:
@@ -207,7 +236,11 @@ class Issuer:
                 if satisfies(stored, now + at_least):
                     return Issued(stored, None, is_new=False)
             try:
-                return await self.issue(store, request, InsertMode.IF_NONE_VALID, at_least=at_least)
+                # Under derived or plain keys another caller may have been given the key already.
+                keeps = request.policy.storage != "digest"
+                return await self.issue(
+                    store, request, InsertMode.IF_NONE_VALID, at_least=at_least, keeps=keeps
+                )
             except CooldownActive as error:
                 cooling = error
         assert cooling is not None  # noqa: S101  # every other way out of the loop returned

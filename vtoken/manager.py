@@ -745,17 +745,14 @@ class TokenManager:
     async def _issue(self, request: IssueRequest, mode: InsertMode, using: object) -> Issued:
         try:
             with self._opening.calls() as store:
-                made = await self._issuer.issue(
-                    store if using is None else store.within(using), request, mode
-                )
+                target, is_in_transaction = store, using is not None
+                if is_in_transaction:
+                    target = store.within(using)
+                keeps = is_in_transaction or request.batch is not None
+                made = await self._issuer.issue(target, request, mode, keeps=keeps)
                 if self._hooks and made.is_new:
-                    is_in_transaction = using is not None
                     await self._tell_issued(
-                        store,
-                        request,
-                        made,
-                        in_transaction=is_in_transaction,
-                        keeps=is_in_transaction or request.batch is not None,
+                        store, request, made, in_transaction=is_in_transaction, keeps=keeps
                     )
         except CooldownActive as error:
             await self._tell_limited(request, error)

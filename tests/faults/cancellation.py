@@ -213,15 +213,18 @@ class Storm:
         call, manager = ended.call, self._manager
         active = [token async for token in manager.filter_active_tokens(call.obj, SLUG)]
         is_done = not ended.cancelled
-        if call.do == "issue":
-            assert len(active) == 1, f"{len(active)} tokens are active after an issue"
-            assert is_done is False or active == [ended.result]
-            return
         if call.do == "ensure":
-            assert len(active) <= 1
-            assert is_done is False or active == [ended.result]
+            assert active == ([ended.result] if is_done else [])
             return
         assert call.old is not None
+        if call.do == "issue":
+            if is_done:
+                assert active == [ended.result]
+            elif active != [call.old]:  # it was inserted, and ended because nobody has its key
+                assert active == []
+                history = [token async for token in manager.history(call.obj)]
+                assert len(history) == 2, "0 tokens are active after an issue that inserted nothing"
+            return
         stored = await manager.get(call.old.id)
         assert stored is not None
         assert active == ([stored] if stored.is_active else [])

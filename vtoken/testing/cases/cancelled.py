@@ -138,18 +138,28 @@ class CancelledCases(Suite):
                 await refused(BackendClosed, call())
 
     @case(5)
-    async def test_a_cancelled_issue_leaves_one_valid_token(self, bench: Bench) -> None:
-        """A cancelled ``issue`` leaves the old token or a new one valid: one, wherever it was cut."""
+    async def test_a_cancelled_issue_leaves_no_token_without_an_owner(self, bench: Bench) -> None:
+        """A cancelled ``issue`` leaves the old token valid, or has replaced it and ended the new one, whose
+        key nobody has: wherever it was cut."""
         manager, other = await bench.two_managers()
-        await manager.issue(USER, "reset")
+        old = await manager.issue(USER, "reset")
+        new: list[IssuedToken] = []
+
+        async def issue() -> None:
+            new.append(await manager.issue(USER, "reset"))
 
         async def check(cancelled: bool) -> None:
-            await manager.issue(USER, "after")  # what is under way is over before this
-            active = await active_ids(manager)
-            assert len(active) == 1
-            assert (await other.get_active_or_create(USER, "reset")).id == active[0]
+            nonlocal old
+            active = await active_ids(other)
+            if not cancelled:
+                assert active == [new[-1].id]
+            elif active != [old.id]:
+                assert active == []
+                [latest, before] = [token async for token in other.history(USER)][:2]
+                assert (latest.id > before.id, before) == (True, old)
+            old = await manager.issue(USER, "reset")
 
-        await cancel_everywhere(lambda: manager.issue(USER, "reset"), check)
+        await cancel_everywhere(issue, check)
 
     @case(5)
     async def test_a_cancelled_get_active_or_create_makes_at_most_one(self, bench: Bench) -> None:
