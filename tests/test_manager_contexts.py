@@ -255,5 +255,18 @@ class TestComputed:
 
     async def test_one_that_is_not_async_is_said(self, world: World) -> None:
         manager = await world.manager(self.bound)
-        sync: Any = str.upper
-        await refused(InvalidInput, manager.issue(USER, "reset", context=sync))
+
+        def waits(_: str) -> str:
+            pytest.fail("it would hold the event loop up")
+
+        error = await refused(InvalidInput, manager.issue(USER, "reset", context=waits))
+        assert "must be async" in str(error)
+
+    async def test_an_object_whose_call_is_async_will_do(self, world: World) -> None:
+        class Fingerprint:
+            async def __call__(self, object_id: str) -> str:
+                return f"fingerprint of {object_id}"
+
+        manager = await world.manager(self.bound)
+        issued = await manager.issue(USER, "reset", context=Fingerprint())
+        assert await manager.verify(USER, "reset", issued.key, context=Fingerprint()) == issued

@@ -77,6 +77,10 @@ def portal_threads() -> int:
 
 
 class TestMethods:
+    def test_it_has_the_managers_parts(self, manager: SyncTokenManager) -> None:
+        for name in ("backend", "settings", "policies", "content_types"):
+            assert getattr(manager, name) is getattr(manager.manager, name)
+
     def test_it_has_the_managers_methods_with_their_parameters_and_docstrings(self) -> None:
         def methods(kind: type) -> set[str]:
             return {name for name in vars(kind) if name[0] != "_"}
@@ -483,6 +487,92 @@ class TestThreads:
                 manager.issue(USER, "reset")
             assert manager.exists_valid(USER, "reset")
         assert backend.calls.count("open") == backend.calls.count("close") == 1
+
+
+class TestOpensItself:
+    """As a global of a module, which nobody opens."""
+
+    def test_once_for_all_threads(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        in_threads(8, lambda number: manager.issue(Subject("auth.user", number), "reset"))
+        assert backend.calls.count("open") == 1
+        assert manager.stats().total == 8
+        manager.close()
+        assert backend.calls.count("close") == 1
+        with pytest.raises(BackendClosed, match="not open"):
+            manager.stats()
+
+    def test_whatever_is_called_first(self) -> None:
+        types = ContentTypes()
+        types.register(str, "auth.user", get_id=lambda user: user, load=lambda object_id: object_id)
+        made = [SyncTokenManager.from_url("memory://", content_types=types) for _ in range(4)]
+        assert list(made[0].history(USER)) == []
+        with pytest.raises(InvalidToken), made[1].redeem(USER, "reset", WRONG):
+            pytest.fail("entered")
+        assert [token.object_id for token in made[2].issue_many([USER])] == [str(USER.object_id)]
+        with made[2] as other:
+            token = other.issue(USER)
+        assert made[3].content_object(token) == str(USER.object_id)
+        assert made[2].exists_valid(USER), "a block beside does not close it"
+        for manager in made:
+            manager.close()
+
+    def test_it_tries_again_where_the_store_was_away(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        backend.failing["open"] = BackendUnavailable("no server")
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable):
+                manager.stats()
+        assert portal_threads() == 0
+        backend.failing.clear()
+        assert manager.stats().total == 0
+        manager.close()
+
+    def test_forgotten_it_closes_without_a_warning(self, backend: Watched) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        manager.stats()
+        del manager
+        gc.collect()
+        assert backend.calls.count("close") == 1
+
+
+class TestContexts:
+    def test_a_callable_that_is_not_async_runs_in_the_callers_thread(self) -> None:
+        threads: list[int] = []
+        policies = [TokenPolicy.link("confirm", context="required")]
+        manager = SyncTokenManager.from_url("memory://", policies=policies)
+
+        def address(object_id: str) -> dict[str, str]:
+            threads.append(threading.get_ident())
+            assert manager.exists_valid(OTHER, "other"), "it may use the manager itself"
+            return {"address": f"{object_id}@example.org"}
+
+        async def same(object_id: str) -> dict[str, str]:
+            return {"address": f"{object_id}@example.org"}
+
+        with manager:
+            manager.issue(OTHER, "other")
+            issued = manager.issue(USER, "confirm", context=address)
+            assert manager.verify(USER, "confirm", issued.key, context=same) == issued
+            kind = Subject(USER.content_type)
+            assert manager.verify(kind, "confirm", issued.key, context=lambda pk: same(pk)) == issued
+            with manager.redeem(kind, "confirm", issued.key, context=address) as token:
+                assert token == issued
+            assert len(list(manager.issue_many([USER, OTHER], "confirm", context=address))) == 2
+        assert threads == [threading.get_ident()] * 4
+
+    def test_its_error_is_the_callers(self) -> None:
+        def fail(object_id: str) -> str:
+            raise ZeroDivisionError(object_id)
+
+        policies = [TokenPolicy.link("confirm", context="required")]
+        users = [Subject("auth.user", number) for number in range(300)]
+        with SyncTokenManager.from_url("memory://", policies=policies) as manager:
+            with pytest.raises(ZeroDivisionError):
+                manager.issue(USER, "confirm", context=fail)
+            with pytest.raises(ZeroDivisionError):
+                list(manager.issue_many(users, "confirm", context=fail))
+            assert manager.stats().total == 0
 
 
 class TestOpenAndClosed:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vtoken import Subject
+from vtoken.sync import SyncTokenManager
+
 SCRIPT = """
 import os, sys, warnings
 from vtoken import BackendClosed, Subject, TokenManager
@@ -56,6 +59,31 @@ print(manager.deactivate_and_create(user, "reset").slug)
 """
 
 
+OPENED_BY_ITSELF = """
+import threading
+issued = [manager.issue(Subject("auth.user", number), "reset") for number in (1, 2)]
+entered = threading.Event()
+
+
+def slow_request():  # it goes on while the process ends
+    with manager.redeem(user, "reset", issued[0].key):
+        entered.set()
+        threading.Event().wait()
+
+
+threading.Thread(target=slow_request, daemon=True).start()
+entered.wait()
+print("ends")
+"""
+
+FORKED_UNUSED = """
+child = os.fork()
+print("child:" if child == 0 else "parent:", manager.issue(user, str(child == 0)).slug)
+if child:
+    print("status:", os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
 def run_script(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; one that hangs fails."""
     url = f"sqlite:///{tmp_path}/tokens.db"
@@ -87,6 +115,20 @@ class TestForked:
         child, *parent = done.stdout.splitlines()
         assert "forked" in child
         assert parent == ["status: 5", "parent: 1"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_one_that_nobody_opened_before_the_fork_opens_in_each_process(tmp_path: Path) -> None:
+    done = run_script(tmp_path, FORKED_UNUSED)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == ["child: True", "parent: False", "status: 0"]
+
+
+def test_one_that_opened_itself_closes_at_the_end_whatever_is_under_way(tmp_path: Path) -> None:
+    done = run_script(tmp_path, OPENED_BY_ITSELF)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ends\n", "")
+    with SyncTokenManager.from_url(f"sqlite:///{tmp_path}/tokens.db") as manager:
+        assert manager.exists_valid(Subject("auth.user", 1), "reset"), "its hold was given back"
 
 
 def test_a_forgotten_one_warns_and_lets_the_process_end(tmp_path: Path) -> None:

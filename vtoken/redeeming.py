@@ -66,9 +66,10 @@ from vtoken.opening import Opening, current_task, to_the_end
 from vtoken.policy import ResolvedPolicy
 from vtoken.token import VerificationToken, loaded, loaded_without_keys
 
-Context = str | Mapping[str, str] | Callable[[str], Awaitable[str | Mapping[str, str]]]
-"""What a token is bound to: a text, several named texts, or an async callable that is given the object's
-id."""
+_Bound = str | Mapping[str, str]
+Context = _Bound | Callable[[str], Awaitable[_Bound] | _Bound]
+"""What a token is bound to: a text, several named texts, or a callable that is given the object's id. It has
+to be async, but for ``SyncTokenManager``."""
 
 REPLAY_WINDOW: Final = 15 * 60 * 1000
 """Milliseconds, from a use, in which its ``consume_id`` gets the same answer again."""
@@ -172,13 +173,10 @@ async def bound(context: Hidden, object_id: str | None) -> bytes:
     """
     value: Any = context.reveal()
     if callable(value):
+        if not _is_async(value):  # not called: it may wait, and the event loop with it
+            raise InvalidInput("context: a callable must be async (but for SyncTokenManager)")
         # Where no token was found, there is no object that the context could be computed for.
-        value = None if object_id is None else value(object_id)
-        if value is not None:
-            if not inspect.isawaitable(value):
-                del value
-                raise InvalidInput("context: a callable must be async")
-            value = await value
+        value = None if object_id is None else await value(object_id)
     if value is None or value == "":
         return context_digest("")
     problem = inputs.context_problem(value)
@@ -188,6 +186,11 @@ async def bound(context: Hidden, object_id: str | None) -> bytes:
     if isinstance(value, Mapping) and not any(value.values()):  # a form whose fields are all empty
         return context_digest("")
     return context_digest(value)
+
+
+def _is_async(function: Callable[[str], Any]) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004  # of an object whose method is async
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 class Redeemer:

@@ -2,19 +2,22 @@
 
 ::
 
-    with SyncTokenManager.from_url("sqlite:///tokens.db") as manager:
-        issued = manager.issue(user, "password-reset")
-        with manager.redeem(user, "password-reset", issued.key):
-            set_password()
+    manager = SyncTokenManager.from_url("sqlite:///tokens.db")
+    issued = manager.issue(user, "password-reset")
+    with manager.redeem(user, "password-reset", issued.key):
+        set_password()
 
-Any number of threads may share one. Hooks and async loaders run in the event loop's thread; loaders that are
-not async, and the objects of ``issue_many``, in the caller's. A handle that is given as ``using`` is used in
-the event loop's thread, so a ``sqlite3`` connection needs ``check_same_thread=False``. Of several processes
-each opens its own, after the fork.
+It opens at its first use, and closes when the process ends; or both where you say so (``with manager:``). Any
+number of threads may share one. Hooks, and loaders and contexts that are async, run in the event loop's
+thread; those that are not async, and the objects of ``issue_many``, in the caller's. A handle that is given
+as ``using`` is used in the event loop's thread, so a ``sqlite3`` connection needs
+``check_same_thread=False``. Of several processes each opens its own, after the fork.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import functools
 import inspect
 import itertools
@@ -22,7 +25,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import (
     AbstractAsyncContextManager,
@@ -32,6 +35,7 @@ from contextlib import (
     suppress,
 )
 from contextvars import ContextVar, Token, copy_context
+from queue import SimpleQueue
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, cast
 
 import anyio
@@ -48,7 +52,7 @@ T = TypeVar("T")
 _Objects = Iterable[object] | AsyncIterable[object]
 
 _END: Final = object()
-_CLOSED: Final = "the manager is not open: use `with SyncTokenManager(...)`, or call open() first"
+_CLOSED: Final = "the manager is not open: use `with manager:`, or call open() first"
 _GROUP: Final = 256
 """How many objects ``issue_many`` takes from the caller's iterable at once."""
 
@@ -57,6 +61,9 @@ class _Call(Generic[T]):
     """A method and its arguments. No traceback shows them: one of them may be a key."""
 
     def __init__(self, method: Callable[..., T], *args: Any, **kwargs: Any) -> None:
+        self.caller = _Caller()
+        if callable(context := kwargs.get("context")) and not inspect.iscoroutinefunction(context):
+            kwargs["context"] = self.caller.asynchronous(context)
         self._call = functools.partial(method, *args, **kwargs)
 
     def __call__(self) -> T:
@@ -65,7 +72,50 @@ class _Call(Generic[T]):
     def replacing(self, old: object, new: object, **kwargs: Any) -> _Call[T]:
         """The same call with another argument in the place of one, and further keyword arguments."""
         args = [new if argument is old else argument for argument in self._call.args]
-        return _Call(self._call.func, *args, **{**self._call.keywords, **kwargs})
+        call = _Call(self._call.func, *args, **{**self._call.keywords, **kwargs})
+        call.caller = self.caller
+        return call
+
+
+class _Caller:
+    """The thread that waits for a call. Meanwhile it runs the call's functions that are not async, which may
+    need what belongs to this thread, such as a connection of Django's."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self.has_functions = False
+
+    def asynchronous(self, function: Callable[[str], Any]) -> Callable[[str], Awaitable[Any]]:
+        """A function of the caller's, to be awaited in the event loop."""
+        self.has_functions = True
+
+        async def call(argument: str) -> Any:
+            answer: Future[Any] = Future()
+
+            def answered() -> None:
+                if not answer.set_running_or_notify_cancel():
+                    return
+                try:
+                    answer.set_result(function(argument))
+                except Exception as error:
+                    answer.set_exception(error)
+
+            self._work.put(answered)
+            value = await asyncio.wrap_future(answer)
+            return await value if inspect.isawaitable(value) else value
+
+        return call
+
+    def wait_for(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait until one of them is done."""
+        if not self.has_functions:
+            wait(futures, return_when=FIRST_COMPLETED)
+            return
+        for future in futures:
+            future.add_done_callback(lambda _: self._work.put(None))
+        while not any(future.done() for future in futures):
+            if (do := self._work.get()) is not None:
+                do()
 
 
 def _blocking(
@@ -75,7 +125,7 @@ def _blocking(
     def call(self: SyncTokenManager, /, *args: P.args, **kwargs: P.kwargs) -> T:
         step = _Call(method, self.manager, *args, **kwargs)
         del args, kwargs
-        return self._run(step)  # pyright: ignore[reportPrivateUsage]  # its own method
+        return self._run(step, step.caller)  # pyright: ignore[reportPrivateUsage]  # its own method
 
     return call
 
@@ -120,10 +170,13 @@ def _blocking_context(
 
 
 class SyncTokenManager:
-    """A :class:`TokenManager` for synchronous code: ``with SyncTokenManager(manager):``.
+    """A :class:`TokenManager` for synchronous code. One of a process, in a module, will do for all threads.
 
     Every method does what the manager's method of its name does, and raises what that raises; and
     :class:`BackendClosed` in a child that was forked while this was open.
+
+    The first call opens it, and the end of the process closes it, unless :meth:`open` or :meth:`close` was
+    called: then it is open as long as they say, as in ``with SyncTokenManager(manager):``.
 
     Args:
         manager: one that is not open; it is opened in this one's event loop.
@@ -131,7 +184,12 @@ class SyncTokenManager:
 
     def __init__(self, manager: TokenManager) -> None:
         self.manager = manager
+        self.backend = manager.backend
+        self.settings = manager.settings
+        self.policies = manager.policies
+        self.content_types = manager.content_types
         self._lock = threading.Lock()
+        self._opens_itself = True
         self._opens = 0
         self._running: _Running | None = None
         self._blocks: dict[_Block[Any], Future[None]] = {}
@@ -153,15 +211,30 @@ class SyncTokenManager:
         if self._running is not None:
             self._running.check_caller()
         with self._lock:
+            self._opens_itself = False
             if self._running is None:
-                with ExitStack() as stack:
-                    portal = stack.enter_context(start_blocking_portal())
-                    portal.call(self.manager.open)
-                    stack.callback(portal.call, self.manager.aclose)
-                    running = _Running(portal, stack.pop_all())
-                running.close_with(self)
-                self._running = running
+                self._running = self._started(is_forgettable=False)
             self._opens += 1
+
+    def _open_itself(self) -> _Running:
+        """Open at the first use, of however many threads at once, until the process ends."""
+        with self._lock:
+            if self._running is None:
+                if not self._opens_itself:
+                    raise BackendClosed(_CLOSED)
+                self._running = self._started(is_forgettable=True)
+                self._opens += 1
+                atexit.register(_close, weakref.ref(self))
+            return self._running
+
+    def _started(self, *, is_forgettable: bool) -> _Running:
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            portal.call(self.manager.open)
+            stack.callback(portal.call, self.manager.aclose)
+            running = _Running(portal, stack.pop_all())
+        running.close_with(self, is_forgettable=is_forgettable)
+        return running
 
     def close(self) -> None:
         """Undo one :meth:`open`; the last one closes the manager and ends the thread. May be called again,
@@ -171,11 +244,13 @@ class SyncTokenManager:
         theirs give their tokens back, and raise :class:`BackendClosed` when they do.
         """
         running = self._running
-        if running is None or running.is_a_parents():
+        if running is not None and running.is_a_parents():
             return  # a parent closes what it opened itself
-        running.check_caller()
+        if running is not None:
+            running.check_caller()
         with self._lock:
-            if self._running is not running:
+            self._opens_itself = False
+            if running is None or self._running is not running:
                 return
             self._opens -= 1
             if self._opens:
@@ -229,18 +304,17 @@ class SyncTokenManager:
         async def waited() -> object | None:
             return await cast("Awaitable[object | None]", found)
 
-        self._require_open()
+        self._opened()
         found = self.manager.content_types.registered_loader(token.content_type)(token.object_id)
         return self._run(waited) if inspect.isawaitable(found) else found
 
-    def _require_open(self) -> _Running:
-        if self._running is None:
-            raise BackendClosed(_CLOSED)
-        self._running.check_caller()
-        return self._running
+    def _opened(self) -> _Running:
+        running = self._running or self._open_itself()
+        running.check_caller()
+        return running
 
     def _start(self, step: Callable[[], Awaitable[T]]) -> Future[T]:
-        running, task = self._require_open(), _Task(step)
+        running, task = self._opened(), _Task(step)
         try:
             with suppress(RuntimeError):  # it was closed in between
                 return running.portal.start_task_soon(task.run)
@@ -249,20 +323,22 @@ class SyncTokenManager:
             raise
         raise BackendClosed(_CLOSED)
 
-    def _run(self, step: Callable[[], Awaitable[T]]) -> T:
+    def _run(self, step: Callable[[], Awaitable[T]], caller: _Caller | None = None) -> T:
         future = self._start(step)
         try:
+            if caller is not None and caller.has_functions:
+                caller.wait_for([future])
             return future.result()
         finally:
             future.cancel()  # if it is not done, this thread was interrupted, and nobody waits for it
 
-    def _iterate(self, step: Callable[[], AsyncGenerator[T]]) -> Generator[T, None, None]:
+    def _iterate(self, step: _Call[AsyncGenerator[T]]) -> Generator[T, None, None]:
         items = step()
 
         async def following() -> Any:
             return await anext(items, _END)
 
-        while (item := self._run(following)) is not _END:
+        while (item := self._run(following, step.caller)) is not _END:
             try:
                 yield item
             except BaseException:  # it is left early
@@ -290,17 +366,14 @@ class SyncTokenManager:
                 progress(done)
 
     @contextmanager
-    def _hold(self, step: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T, None, None]:
+    def _hold(self, step: _Call[AbstractAsyncContextManager[T]]) -> Generator[T, None, None]:
         block = _Block(step)
-        running = self._running
-        if running is not None:
-            running.check_caller()  # before the lock, for which the event loop must never wait
+        self._opened()  # before the lock, for which the event loop must never wait
         with self._lock:
             held = self._start(block.hold)
             self._blocks[block] = held
         try:
-            futures: list[Future[Any]] = [block.entered, held]
-            wait(futures, return_when=FIRST_COMPLETED)
+            step.caller.wait_for([block.entered, held])
             value = block.entered.result() if block.entered.done() else cast("T", held.result())
         except BaseException:
             held.cancel()
@@ -334,6 +407,13 @@ class SyncTokenManager:
             running.portal.call(block.left.set)
         held.result()
         return True
+
+
+def _close(found: weakref.ref[SyncTokenManager]) -> None:
+    """At the end of the process."""
+    manager = found()
+    if manager is not None:
+        manager.close()
 
 
 class _Task(Generic[T]):
@@ -399,7 +479,7 @@ class _Running:
         self._stack = stack
         self._process = os.getpid()
         self._thread = portal.call(threading.get_ident)
-        self._finalizer: weakref.finalize[[], Any] | None = None
+        self._finalizer: weakref.finalize[[bool], Any] | None = None
 
     def is_a_parents(self) -> bool:
         return os.getpid() != self._process
@@ -422,19 +502,20 @@ class _Running:
             " await a method of the TokenManager"
         )
 
-    def close_with(self, owner: SyncTokenManager) -> None:
+    def close_with(self, owner: SyncTokenManager, *, is_forgettable: bool) -> None:
         """Make sure that neither the owner's end nor the interpreter's waits for a thread that is gone."""
-        self._finalizer = weakref.finalize(owner, self._forgotten)
+        self._finalizer = weakref.finalize(owner, self._forgotten, is_forgettable)
 
     def close(self) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
         self._stack.close()
 
-    def _forgotten(self) -> None:
+    def _forgotten(self, is_forgettable: bool) -> None:
         if self.is_a_parents():
             with suppress(StopIteration):  # it awaits nothing, and there is no event loop to run it in
                 self.portal.stop().send(None)
             return
-        warnings.warn("a SyncTokenManager was not closed", ResourceWarning, stacklevel=2)
+        if not is_forgettable:
+            warnings.warn("a SyncTokenManager was not closed", ResourceWarning, stacklevel=2)
         self._stack.close()
