@@ -352,6 +352,41 @@ class RefusesBesideARightKey(Broken):
         return answer._replace(spending=spending)
 
 
+class ChargesOneAfterTheOther(Broken):
+    """Charges one limit after the other when others had their turn, and gives back what it was charged before
+    it came upon a full one."""
+
+    async def spend(self, spends: tuple[Spend, ...], now: int) -> Spending:
+        charges: tuple[Charge, ...] = ()
+        for place, spend in enumerate(spends):
+            spending = await super().spend((spend,), now)
+            await asyncio.sleep(0)
+            if spending.full is not None:
+                await self.refund(charges)
+                return spending._replace(full=place)
+            charges += spending.charges
+        return Spending(charges=charges, left=0)
+
+    async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
+        spending = await self.spend(named.pop("spends", ()), token.created_at)
+        if spending.full is not None:
+            return Inserted(InsertResult.LIMITED, None, spending)
+        inserted = await super().insert(token, mode, **named)
+        if inserted.result is not InsertResult.INSERTED:
+            await self.refund(spending.charges)
+        return inserted._replace(spending=spending)
+
+    async def present(
+        self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
+    ) -> Presented:
+        full = self._store.full(spends, now)
+        answer = await super().present(key, change, now)
+        if full is None and answer.outcome is Outcome.REFUSED:
+            spending = await self.spend(spends, now)
+            full = spending if spending.full is not None else None
+        return answer if full is None else Presented(Outcome.LIMITED, spending=full)
+
+
 class InsertsThenCharges(Broken):
     """Inserts, and charges what it costs when others had their turn."""
 
@@ -654,6 +689,16 @@ class OldestFirst(Broken):
 
     async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
         return (await super().find(match, 10**9, after))[::-1][:limit]
+
+
+class ReadsIdsAsNumbers(Broken):
+    """Looks a token up by the number in its id, so that other texts with this number find it as well."""
+
+    async def find(self, match: Match, limit: int, after: str | None = None) -> list[StoredToken]:
+        if match.id is not None:
+            with suppress(ValueError):
+                match = match._replace(id=f"{int(match.id, 16):016x}")
+        return await super().find(match, limit, after)
 
 
 class RepeatsThePage(Broken):

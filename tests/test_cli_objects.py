@@ -416,3 +416,16 @@ def test_the_module_is_run_with_its_folder_importable(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(APPLICATION)
     done = process("init", "--manager", "shop:manager")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Ids --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize("text", ["zzz", USER, "f" * 16, "0x1", "ABCDEF0123456789"])
+def test_what_is_no_id_is_nobodys(vtoken: Terminal, text: str) -> None:
+    vtoken("init")
+    assert vtoken.json("show", text, status=1) == {"found": False}
+    assert vtoken.json("deactivate", "--id", text, status=1) == {"deactivated": 0, "found": False}
+    vtoken("show", text)
+    assert "no token has this id" in vtoken.out

@@ -148,6 +148,7 @@ class Match(NamedTuple):
     """
 
     id: str | None = None
+    """Any text: what is no token's id, to the letter, matches nothing."""
     digests: tuple[bytes, ...] | None = None
     """One of the token's keys has one of these digests. ``kind`` and ``valid_at`` are then tested on that
     key."""

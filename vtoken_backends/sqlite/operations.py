@@ -43,6 +43,7 @@ from vtoken_backends.sqlite.records import (
     budget_state,
     from_row,
     has_running_hold,
+    number_of,
     of_hold,
     to_row,
 )
@@ -137,7 +138,7 @@ def in_order(tokens: list[StoredToken], match: Match) -> list[StoredToken]:
 def look_up(match: Match) -> tuple[str, Private]:
     """The statement for :func:`candidates`."""
     if match.digests is None:
-        return f"{_SELECT} WHERE id = ?", Private((int(match.id or "0", 16),))
+        return f"{_SELECT} WHERE id = ?", Private((number_of(match.id or ""),))
     if len(match.digests) == 1:
         return _BY_DIGEST, Private(match.digests)
     marks = ", ".join("?" * len(match.digests))

@@ -20,7 +20,7 @@ from vtoken.backend import (
     Use,
     full_spending,
 )
-from vtoken_backends.sqlite.records import AS_JSON, HOLD_ENTRY, hold_runs, of_hold
+from vtoken_backends.sqlite.records import AS_JSON, HOLD_ENTRY, hold_runs, number_of, of_hold
 from vtoken_backends.sqlite.shared import (
     IS_FULL,
     LIMIT_COLUMNS,
@@ -88,7 +88,7 @@ def _row(request: Present) -> dict[str, Any]:
     row: dict[str, Any] = {
         "digests": joined(key.digests or ()),
         "kind": key.kind,
-        "id": None if key.id is None else int(key.id, 16),
+        "id": None if key.id is None else number_of(key.id),
         "content_type": key.content_type,
         "object_id": key.object_id,
         "slug": key.slug,

@@ -9,6 +9,7 @@ a key by :data:`KEY_ENTRY`, so that neither depends on the order of the fields o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Final
@@ -72,6 +73,7 @@ def has_running_hold(now: str) -> str:
     return f"(holds <> '[]' AND EXISTS (SELECT 1 FROM json_each(holds) WHERE {hold_runs(now)}))"
 
 
+_ID: Final = re.compile(r"[0-7][0-9a-f]{15}")
 _dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -106,6 +108,11 @@ def from_row(values: Sequence[Any]) -> StoredToken:
     except (ValueError, TypeError, LookupError, RecursionError):
         pass
     raise Unreadable
+
+
+def number_of(token_id: str) -> int:
+    """The number that a token's row has for its id; for a text that is no token's id, one that no row has."""
+    return int(token_id, 16) if _ID.fullmatch(token_id) else -1
 
 
 def token_id(number: int) -> str:

@@ -7,12 +7,17 @@ from typing import Any
 from vtoken.backend import (
     NEVER,
     PRETENDED,
+    Hold,
     InsertMode,
     Match,
+    Outcome,
+    Release,
+    SetExtraData,
     SlugCount,
     State,
     StoredToken,
     TokenBackend,
+    Use,
     matches,
 )
 from vtoken.testing.cases.present import a_hold
@@ -29,6 +34,28 @@ async def pages(backend: TokenBackend, match: Match, limit: int) -> list[StoredT
         after = found[-1].id
         assert len(found) < 1000, "the pages do not end"
     return found
+
+
+def no_ids(token_id: str) -> list[str]:
+    """Texts that are no token's id, though some contain the number of this one."""
+    texts = [
+        "zzz",
+        "auth.user:42",
+        "f" * 16,
+        "f" * 255,
+        "-1",
+        "0",
+        "0f0e0d0c-0b0a-4908-8706-050403020100",
+        token_id.upper(),
+        token_id.lstrip("0"),
+        "0" + token_id,
+        "0x" + token_id[2:],
+        f" {token_id[1:]}",
+        f"{token_id}\n",
+        f"{token_id[:8]}_{token_id[9:]}",
+        chr(0xFF10 + int(token_id[0])) + token_id[1:],  # a full-width digit
+    ]
+    return [text for text in texts if text != token_id]
 
 
 class FindCases(Suite):
@@ -112,6 +139,25 @@ class FindCases(Suite):
         for match in conditions:
             expected = [token for token in tokens if matches(token, match)]
             assert await backend.find(match, 99) == expected, match._asdict()
+
+    @case(6)
+    async def test_a_text_that_is_no_id_matches_nothing(self, bench: Bench) -> None:
+        """An id is compared to the letter: in every method that takes one, a text that no token has as its id
+        matches nothing, whatever a number in it would be."""
+        backend = await bench.backend()
+        token = await put(backend, id=f"{0xABC:016x}", holds=(a_hold("h"),))
+        digests = (token.keys[0].digest,)
+        for text in no_ids(token.id):
+            match = Match(id=text)
+            assert await backend.find(match, 9) == [], text
+            assert await backend.find(match._replace(digests=digests), 9) == [], text
+            assert await backend.update(match, SetExtraData("1")) is None, text
+            assert await backend.update(match, Release("h")) is None, text
+            assert await backend.deactivate(match, NOW) == 0, text
+            for change in (None, Hold("h2", NOW + 1000), Use(NOW)):
+                presented = await backend.present(match._replace(digests=digests), change, NOW)
+                assert (presented.outcome, presented.token) == (Outcome.REFUSED, None), text
+        assert await backend.find(Match(id=token.id), 9) == [token]
 
     @case(6)
     async def test_a_match_is_about_one_key(self, bench: Bench) -> None:

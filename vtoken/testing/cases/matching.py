@@ -21,7 +21,9 @@ from vtoken.errors import (
 from vtoken.manager import TokenManager
 from vtoken.policy import Settings, TokenPolicy
 from vtoken.subject import Subject
+from vtoken.testing.cases.find import no_ids
 from vtoken.testing.harness import USER, Bench, Suite, case, refused
+from vtoken.token import VerificationToken
 
 MILLISECOND: Final = timedelta(milliseconds=1)
 CODE: Final = TokenPolicy.code("sms-login", digits=12)
@@ -239,6 +241,22 @@ class MatchingCases(Suite):
             for other in ("01", "+1", " 1", "1.0", uuid.upper()):
                 await refused(InvalidToken, manager.verify(Subject("auth.user", other), "reset", issued.key))
             assert await manager.consume(Subject("auth.user", asked), "reset", issued.key) == issued
+
+    @case(6)
+    async def test_a_foreign_id_is_nobodys(self, bench: Bench) -> None:
+        """A text that is no token's id, from a URL say, is no error of the store's: ``get`` and ``reveal``
+        find nothing, ``deactivate`` ends nothing, and ``save`` says that the token isn't there."""
+        manager = await bench.manager(TokenPolicy("reset", key_storage="derived"))
+        issued = await manager.issue(USER, "reset")
+        for text in no_ids(issued.id):
+            assert await manager.get(text) is None, text
+            foreign = VerificationToken(
+                id=text, created_at=bench.clock(), content_type="auth.user", object_id="42", slug="reset"
+            )
+            assert await manager.reveal(foreign) is None, text
+            assert await manager.deactivate(foreign) == 0, text
+            assert (await refused(InvalidToken, manager.save(foreign), text)).reason == "unknown"
+        assert await manager.get(issued.id) == issued
 
     @case(6)
     async def test_hostile_input_is_refused_and_stores_nothing(self, bench: Bench) -> None:
