@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vtoken import (
     InvalidInput,
     IssuedToken,
     Limit,
+    Settings,
     Subject,
     TokenManager,
     TokenPolicy,
@@ -241,6 +243,48 @@ class TestABatch:
             assert [(token.key, token.code) for token in first] == [
                 (token.key, token.code) for token in again
             ]
+
+    async def test_a_secret_that_is_gone_invites_nobody_twice(self, any_world: World) -> None:
+        old, middle, new = (f"a-secret-of-the-batch-{n}-0123456789-abc" for n in range(3))
+
+        async def run(count: int, secret: str, *previous: str) -> list[str | None]:
+            settings = Settings(secret=secret, previous_secrets=previous)
+            manager = await any_world.manager(DERIVED, settings=settings)
+            return [token.key for token in await all_of(manager, people(count), batch="b")]
+
+        first = await run(3, old)
+        second = await run(4, middle, old)
+        assert second[:3] == first
+        assert await run(5, new, middle, old) == await run(5, new, old, middle)
+        before = await any_world.stored()
+        assert len(before) == 5
+        for secrets in ((old,), (middle, old), (new,), (new, middle), (new, old)):
+            error = await refused(ConfigurationError, run(5, *secrets))
+            assert "a secret that is not configured" in str(error)
+            assert not any(secret in str(error) for secret in (old, middle, new))
+        assert await any_world.stored() == before
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (TokenPolicy("invite", key_storage="derived"), TokenPolicy.link("invite", prefix="acme_")),
+            (TokenPolicy.code("invite", digits=6), TokenPolicy.code("invite", digits=8)),
+        ],
+    )
+    async def test_keys_of_another_form_invite_nobody_twice(
+        self, any_world: World, before: TokenPolicy, after: TokenPolicy
+    ) -> None:
+        before, after = (replace(policy, key_storage="derived") for policy in (before, after))
+        first = await all_of(await any_world.manager(before), people(3), batch="b")
+        manager = await any_world.manager(after)
+        assert "policy" in str(await refused(ConfigurationError, all_of(manager, people(3), batch="b")))
+        assert sorted(one.id for one in await any_world.stored()) == sorted(token.id for token in first)
+        assert len(await all_of(manager, people(3), batch="another")) == 3
+
+    async def test_a_link_that_became_a_pair_is_recognised(self, any_world: World) -> None:
+        first = await all_of(await any_world.manager(DERIVED), people(3), batch="b")
+        pair = await any_world.manager(TokenPolicy.pair("invite", key_storage="derived"))
+        assert [token.key for token in await all_of(pair, people(3), batch="b")] == [one.key for one in first]
 
     @pytest.mark.parametrize("batch", ["", "a" * 129, "a\0", 5, b"b", "\ud800"])
     async def test_out_of_range(self, world: World, batch: Any) -> None:

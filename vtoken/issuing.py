@@ -52,6 +52,7 @@ from vtoken.keys import (
     batch_nonce,
     normalise_code,
     normalise_link,
+    prefixed,
     random_key,
 )
 from vtoken.limits import Limiter, Spends, full_limit, seconds
@@ -211,6 +212,31 @@ class Issuer:
         for other in await store.find(same_code, len(own + new.also_taken)):
             if mode is InsertMode.ADD or other.context != token.context:
                 await store.deactivate(Match(id=other.id), token.created_at)
+
+    async def begin_batch(self, store: TokenBackend, batch: str, slug: str, policy: ResolvedPolicy) -> None:
+        """Note, beside the store's schema, with which secrets and in which form a batch's keys are made.
+
+        An earlier run's token is recognised by its key, which is made again. Where it would not be the same
+        key, everybody would have a second token.
+
+        Raises:
+            ConfigurationError: an earlier run had a secret that is not configured any more, or its keys had
+                another form.
+        """
+        name, ids = f"batch:{batch_nonce(batch, '', '', slug)}", self.keyring.secret_ids
+        parts = (policy.prefix,) if policy.has_link else map(str, _code_form(policy))
+        form = hashlib.sha256(prefixed(*parts)).hexdigest()[:16]
+        noted_form, *noted = (await store.note(name, f"{form} {ids[0]}")).split()
+        missing = "a secret that is not configured any more" if set(noted) - set(ids) else None
+        if noted_form != form:
+            missing = "another prefix, or another length or alphabet of codes, in its policy"
+        if missing is not None:
+            raise ConfigurationError(
+                f"the batch {batch!r} was begun with {missing}: its tokens would not be recognised, and"
+                " everybody would get a second one; configure it again, or name another batch"
+            )
+        if ids[0] not in noted:
+            await store.note(name, " ".join([form, *noted, ids[0]]), replace=True)
 
     def _found(self, request: IssueRequest, stored: StoredToken) -> Issued:
         now = self._now()

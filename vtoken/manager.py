@@ -423,7 +423,8 @@ class TokenManager:
             slug: as in :meth:`issue`.
             batch: 1 to 128 bytes; needs a policy with ``key_storage="derived"``, because a key that was
                 stored but not yet handed out must be had again. Run a batch again only while its tokens are
-                kept (``purge(keep=...)``): the store knows a token that was purged no more.
+                kept (``purge(keep=...)``): the store knows a token that was purged no more. Keep every secret
+                that it had among ``previous_secrets``.
             extra_data: as in :meth:`issue`, for each of them.
             replace: as in :meth:`issue`; False does not go with ``batch``.
             expires_in: as in :meth:`issue`.
@@ -437,7 +438,8 @@ class TokenManager:
             run of the batch created and that are over: they come with ``key=None``.
 
         Raises:
-            ConfigurationError: ``batch`` without derived keys.
+            ConfigurationError: ``batch`` without derived keys; or an earlier run of it had a secret that is
+                not configured any more, or keys of another form, so that its tokens would not be recognised.
             CooldownActive: at the first object that is over a limit. A later call goes on from there: with
                 ``batch``, what was issued for later objects is found again; without, it was ended, and its
                 limits were given back.
@@ -463,6 +465,9 @@ class TokenManager:
             request = await self._request(obj, slug, extra_data, expires_in, key_generator_kwargs, hidden, by)
             return await self._issue(request._replace(batch=batch), mode, None)
 
+        if batch is not None:
+            with self._opening.calls() as store:
+                await self._issuer.begin_batch(store, batch, _slug_text(slug), policy)
         done = 0
         async with aclosing(_groups(subjects, _AT_ONCE, self.content_types.resolve)) as groups:
             async for group in groups:
