@@ -215,12 +215,31 @@ manager = TokenManager.from_url(
 )
 blocking = SyncTokenManager(manager)
 no_manager = 5
+
+
+def opened():
+    blocking.open()
+    return blocking
+
+
+def made():
+    return TokenManager.from_url("sqlite:///app.db")
+
+
+def no_store():
+    raise RuntimeError("no connection to redis://cache:hunter2@host")
+"""
+FAILING = """
+import os
+
+secret = os.environ["SHOP_SECRET"]
 """
 
 
 @pytest.mark.usefixtures("configured")
 def test_the_applications_own_manager(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(APPLICATION)
+    (tmp_path / "failing.py").write_text(FAILING)
     script = Path(sys.executable).with_name("vtoken")
     options = ["--manager", "shop:manager"]
 
@@ -241,9 +260,15 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
     assert (tmp_path / "app.db").exists()
     assert not (tmp_path / "tokens.db").exists()
     assert "the store of shop:manager" in run("init", *options).stdout
-    assert "reset" in run("list", "--manager", "shop:blocking").stdout
+    for name in ("blocking", "opened", "made"):
+        listed = run("list", "--manager", f"shop:{name}")
+        assert "reset" in listed.stdout
+        assert listed.stderr == ""
     for arguments, message in (
-        (["stats", "--manager", "shop:no_manager"], "must be a TokenManager, not int"),
+        (["stats", "--manager", "shop:no_manager"], "returns one, not int"),
+        (["stats", "--manager", "shop:heard.clear"], "returns one, not NoneType"),
+        (["stats", "--manager", "shop:no_store"], "no connection to redis://cache:***@host (shop.py, li"),
+        (["import", "x", "--manager", "failing:x"], "KeyError: 'SHOP_SECRET' (failing.py, line 4)"),
         (["stats", "--manager", "shop:missing"], "has no 'missing'"),
         (["stats", "--manager", "no_such_module:x"], "no module 'no_such_module'"),
         (["stats", *options, "--url", "memory://"], "leave out --url"),

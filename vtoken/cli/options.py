@@ -55,8 +55,8 @@ class Store(Output):
     manager: Annotated[
         str | None,
         Parameter(
-            help="The application's own manager (TokenManager or SyncTokenManager), package.module:attribute,"
-            " with its store, settings and policies."
+            help="The application's own manager (TokenManager or SyncTokenManager, or a function that returns"
+            " one), package.module:attribute, with its store, settings and policies."
         ),
     ] = None
 
@@ -85,15 +85,7 @@ class Store(Output):
                 )
         if self.url is not None:
             raise ConfigurationError("--manager has a store of its own: leave out --url")
-        with silenced():
-            named = import_object(self.manager)
-        if isinstance(named, SyncTokenManager):
-            named = named.manager
-        if not isinstance(named, TokenManager):
-            raise ConfigurationError(
-                f"--manager: {self.manager!r} must be a TokenManager, not {type(named).__name__}"
-            )
-        return named
+        return applications_own(self.manager)
 
     @asynccontextmanager
     async def opened(self, *, may_make_it: bool = False) -> AsyncGenerator[TokenManager]:
@@ -111,6 +103,50 @@ class Store(Output):
             await require_store(url)
         async with manager:
             yield manager
+
+
+def applications_own(path: str) -> TokenManager:
+    """The manager that ``--manager`` names, not open.
+
+    Raises:
+        ConfigurationError: it names something else, or the application's own code failed: the message says
+            with what, and where.
+    """
+    problem: str | None = None
+    named: object = None
+    try:
+        with silenced():
+            named = import_object(path)
+            if callable(named):
+                named = named()
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        said = " ".join(redact_url(word) for word in str(error).split())
+        what = f"{type(error).__name__}: {said}{_place_in_the_application(error)}"
+        problem = f"--manager: the application's own code failed with {what}"
+    if problem is not None:
+        raise ConfigurationError(problem)
+    if isinstance(named, SyncTokenManager):
+        named.close()  # a function may have opened it, in another event loop than ours
+        named = named.manager
+    if not isinstance(named, TokenManager):
+        raise ConfigurationError(
+            f"--manager: {path!r} must be a TokenManager or a SyncTokenManager, or a function that returns"
+            f" one, not {type(named).__name__}"
+        )
+    return named
+
+
+def _place_in_the_application(error: Exception) -> str:
+    """The innermost place below the working directory that an error came through."""
+    place, traceback = "", error.__traceback__
+    while traceback is not None:
+        file = Path(traceback.tb_frame.f_code.co_filename)
+        if file.is_relative_to(Path.cwd()) and "site-packages" not in file.parts:
+            place = f" ({file.relative_to(Path.cwd())}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return place
 
 
 @contextmanager
