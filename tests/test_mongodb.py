@@ -24,7 +24,7 @@ from vtoken.backend import (
     Use,
     UseHeld,
 )
-from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.mongodb import MongoDBBackend, budgets
 
 from . import servers
 from .mongodb_tools import (
@@ -288,29 +288,71 @@ async def test_a_migration_is_taken_step_by_step(
         assert marker == {"_id": "schema", "version": 3}
 
 
-async def test_reservations_of_a_full_budget_are_waited_for(mongodb_url: str, mongodb_driver: str) -> None:
-    """The right key, eight times at once on the last two attempts: each is compared, and none is charged."""
-    spend = Spend(Budget(b"o" * 16, b"n" * 16), 2, 60_000, 60_000)
-    async with opened(mongodb_url, mongodb_driver) as one, opened(mongodb_url, mongodb_driver) as two:
-        await insert(one, token(1, max_uses=8))
-        calls = [(one, two)[n % 2].present(key(1), Use(LATER), LATER, (spend,)) for n in range(4)]
-        outcomes = [answer.outcome for answer in await asyncio.gather(*calls)]
-        assert outcomes == [Outcome.RIGHT] * 4
-        assert await one.budgets((spend.budget,)) == [None]
+SPEND = Spend(Budget(b"o" * 16, b"n" * 16), 2, 60_000, 60_000)
+WRONG = Match(digests=(b"x" * 32,))
+
+
+def reserve(stored: Any, *, at: int) -> None:
+    """Fill the budget as two calls do that have charged it and look at another one."""
+    left = {
+        "spent": 2,
+        "strikes": 0,
+        "until": LATER + 50_000,
+        "reserved": 2,
+        "reserved_at": at,
+        "before": None,
+    }
+    document = {"_id": b"o" * 16, "budgets": {(b"n" * 16).hex(): left}, "due": LATER + 50_000}
+    stored.database["vtoken.budgets"].insert_one(document)
+
+
+async def test_reservations_of_a_full_budget_are_waited_for(
+    mongodb_url: str, mongodb_driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has reserved is in another process: nobody tells."""
+    waiting = asyncio.Semaphore(0)
+    wait = budgets.Budgets._settlement  # pyright: ignore[reportPrivateUsage]
+
+    async def noticed(*args: Any) -> None:
+        waiting.release()
+        await wait(*args)
+
+    monkeypatch.setattr(budgets.Budgets, "_settlement", noticed)
+    async with opened(mongodb_url, mongodb_driver) as backend:
+        await insert(backend, token(1))
+        with documents(mongodb_url) as stored:
+            reserve(stored, at=LATER)
+            for presented, outcome in ((key(1), Outcome.RIGHT), (WRONG, Outcome.REFUSED)):
+                call = asyncio.create_task(backend.present(presented, Use(LATER), LATER, (SPEND,)))
+                await waiting.acquire()
+                settled = {f"budgets.{(b'n' * 16).hex()}.{name}": -1 for name in ("spent", "reserved")}
+                stored.database["vtoken.budgets"].update_one({}, {"$inc": settled})
+                assert (await call).outcome is outcome
+                stored.database["vtoken.budgets"].delete_many({})
+                reserve(stored, at=LATER)
+
+
+async def test_reservations_that_are_not_settled_in_time_refuse_for_a_moment(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets.Budgets.__init__, "__defaults__", (0.05,))
+    async with opened(mongodb_url) as backend:
+        await insert(backend, token(1))
+        with documents(mongodb_url) as stored:
+            reserve(stored, at=LATER - 1)
+        presented = await backend.present(key(1), Use(LATER), LATER, (SPEND,))
+        assert (presented.outcome, presented.spending.until) == (Outcome.LIMITED, LATER + 1000)
+        assert await active(backend) == [1]
 
 
 async def test_a_reservation_that_nobody_settles_stays_charged(mongodb_url: str) -> None:
-    spend = Spend(Budget(b"o" * 16, b"n" * 16), 2, 60_000, 60_000)
+    """Two processes have died while they charged."""
     async with opened(mongodb_url) as backend:
-        with documents(mongodb_url) as stored:  # as two crashes leave it
-            left = {"spent": 2, "strikes": 0, "until": LATER + 1, "reserved": 2, "before": None}
-            stored.database["vtoken.budgets"].insert_one(
-                {"_id": b"o" * 16, "budgets": {(b"n" * 16).hex(): left}, "due": LATER + 1}
-            )
         await insert(backend, token(1))
-        async with asyncio.timeout(20):
-            presented = await backend.present(key(1), Use(LATER), LATER, (spend,))
-        assert presented.outcome is Outcome.LIMITED
+        with documents(mongodb_url) as stored:
+            reserve(stored, at=LATER - 60_000)
+        presented = await backend.present(key(1), Use(LATER), LATER, (SPEND,))
+        assert (presented.outcome, presented.spending.until) == (Outcome.LIMITED, LATER + 50_000)
 
 
 async def test_purges_at_once_leave_nothing(mongodb_url: str, mongodb_driver: str) -> None:

@@ -1,17 +1,24 @@
 """Budgets: one document for each object, so that its limits are charged by one command, all or none.
 
-A budget that belongs to no object has a document of its own. What is charged for a key that is not compared
-yet is a *reservation*, and is counted in ``reserved`` until the key is known to be right or wrong.
+A budget that belongs to no object has a document of its own. So limits of several documents are charged one
+after the other, and a later one may turn out to be full. Until that is known, what was charged is a
+*reservation*, and is counted in ``reserved`` as well. Where a budget is full only together with reservations,
+nobody is refused yet: the call waits until they are settled.
+
+A right key costs nothing. It is let through (:meth:`Budgets.allow`) by a write to the same documents, which
+charges nothing: a plain read would be quicker than the charges of wrong keys that came before it, and would
+let through what they have filled the budget for.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NamedTuple
+from weakref import WeakValueDictionary
 
 from bson.int64 import Int64
 from pymongo import ReturnDocument
@@ -32,8 +39,14 @@ from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.failures import Duplicate
 from vtoken_backends.mongodb.patience import Patience
 
-_WAIT: Final = 2.0
-_POLL: Final = 0.02
+_WAIT: Final = 4.0
+_POLLS: Final = (0.02, 0.25)
+"""Seconds between two looks at reservations that another process may settle: at first, and at most."""
+_UNSETTLED: Final = 10_000
+"""Milliseconds after which the latest reservation of a budget will not be settled any more: its process has
+died. It stays charged."""
+_TRY_AGAIN: Final = 1_000
+"""Milliseconds after which somebody may come again whom reservations have kept waiting for too long."""
 
 
 class _Found(NamedTuple):
@@ -41,15 +54,37 @@ class _Found(NamedTuple):
 
     state: BudgetState
     reserved: int
+    reserved_at: int
+
+    def settled(self, now: int) -> BudgetState:
+        """The budget without the reservations that may still be settled."""
+        if not self.reserved or abs(now - self.reserved_at) > _UNSETTLED:
+            return self.state
+        return self.state._replace(spent=max(self.state.spent - self.reserved, 0))
 
 
-class _Taken(NamedTuple):
+class Taken(NamedTuple):
     """What became of spends."""
 
     spending: Spending
-    states: tuple[BudgetState | None, ...]
-    reserved: int
-    """Reservations in the budget that is full."""
+    states: tuple[BudgetState | None, ...] = ()
+    """The budgets afterwards."""
+    is_settled: bool = True
+    """Where a budget is full: whether it is so without the reservations in it."""
+
+
+class _Taking(NamedTuple):
+    """What is done to budgets that are not full."""
+
+    charges: bool = True
+    """One is taken from each, and else nothing."""
+    reserves: bool = False
+    """All charges stay reservations until they are settled or undone."""
+
+
+_TAKE: Final = _Taking()
+_RESERVE: Final = _Taking(reserves=True)
+_ALLOW: Final = _Taking(charges=False)
 
 
 class Budgets:
@@ -63,31 +98,25 @@ class Budgets:
     def __init__(self, client: Collections, wait: float = _WAIT) -> None:
         self._client = client
         self._wait = wait
-        self._waiting: Counter[Budget] = Counter()
+        self._settlements: WeakValueDictionary[bytes, asyncio.Event] = WeakValueDictionary()
+        """Set once reservations in a document were settled in this process."""
 
     async def spend(self, spends: Sequence[Spend], now: int) -> Spending:
         """What :meth:`TokenBackend.spend` says."""
-        return (await self._take(spends, now, 0)).spending if spends else Spending()
+        return (await self._take(spends, now, _TAKE)).spending if spends else Spending()
 
-    async def reserve(self, spends: Sequence[Spend], now: int) -> _Taken:
-        """Charge all spends until :meth:`settle`, or none. Waits where reservations alone fill a budget."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._wait
-        while True:
-            taken = await self._take(spends, now, 1)
-            full = taken.spending.full
-            if full is None or not taken.reserved or loop.time() >= end:
-                return taken
-            budget = spends[full].budget
-            if self._waiting[budget] >= taken.reserved:
-                return taken
-            self._waiting[budget] += 1
-            try:
-                await asyncio.sleep(_POLL)
-            finally:
-                self._waiting[budget] -= 1
-                if not self._waiting[budget]:
-                    del self._waiting[budget]
+    async def reserve(self, spends: Sequence[Spend], now: int) -> Spending:
+        """The same, until :meth:`settle` or :meth:`undo`."""
+        return (await self._take(spends, now, _RESERVE)).spending if spends else Spending()
+
+    async def allow(self, spends: Sequence[Spend], now: int) -> Taken:
+        """Look whether all spends are allowed, and charge none."""
+        return await self._take(spends, now, _ALLOW)
+
+    async def full(self, spends: Sequence[Spend], now: int) -> Spending | None:
+        """The answer where a budget is full, whatever becomes of reservations; else None. Writes nothing."""
+        taken = await self._full(spends, now)
+        return None if taken is None or not taken.is_settled else taken.spending
 
     async def settle(self, charges: Sequence[Charge]) -> None:
         """End the reservations of some charges, which stay charged."""
@@ -96,12 +125,14 @@ class Budgets:
             query: Document = {**_charged(charge), f"{path}.reserved": {"$gt": 0}}
             update: Document = {"$inc": {f"{path}.reserved": -1}}
             await self._client.run(partial(self._client.budgets.update_one, query, update))
+            self._tell(charge.budget)
 
-    async def undo(self, charges: Sequence[Charge], *, reserved: int) -> None:
-        """Leave budgets as if some charges had never been made."""
+    async def undo(self, charges: Sequence[Charge], *, reserved: bool = False) -> None:
+        """Leave budgets as if some charges, or reservations, had never been made."""
         for charge in charges:
-            update = _undoing(charge.budget, reserved)
+            update = _undoing(charge.budget, int(reserved))
             await self._client.run(partial(self._client.budgets.update_one, _charged(charge), update))
+            self._tell(charge.budget)
 
     async def refund(self, charges: Sequence[Charge]) -> None:
         """What :meth:`TokenBackend.refund` says."""
@@ -183,54 +214,91 @@ class Budgets:
 
         return len(gone) if await self._client.run(forget) else 0
 
-    # One command each -----------------------------------------------------------------------------
+    # Taking -----------------------------------------------------------------------------------------
 
-    async def _take(self, spends: Sequence[Spend], now: int, reserved: int) -> _Taken:
-        """Charge all spends or none, document by document."""
+    async def _take(self, spends: Sequence[Spend], now: int, taking: _Taking) -> Taken:
+        """Do it to all budgets, or to none. Waits where only reservations are in the way."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._wait
+        pause, longest = _POLLS
+        while True:
+            taken = await self._try_to_take(spends, now, taking)
+            if taken is None:
+                continue
+            full = taken.spending.full
+            if full is None or taken.is_settled:
+                return taken
+            if loop.time() >= end:
+                until = min(taken.spending.until, now + _TRY_AGAIN)
+                return taken._replace(spending=taken.spending._replace(until=until))
+            await self._settlement(spends[full].budget, _jittered(pause))
+            pause = min(pause * 1.5, longest)
+
+    async def _settlement(self, budget: Budget, seconds: float) -> None:
+        """Wait until reservations in a document were settled, so long at most: others may settle them."""
+        oid = _id_of(budget)
+        event = self._settlements.get(oid)
+        if event is None:
+            event = self._settlements[oid] = asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+
+    def _tell(self, budget: Budget) -> None:
+        event = self._settlements.pop(_id_of(budget), None)
+        if event is not None:
+            event.set()
+
+    async def _try_to_take(self, spends: Sequence[Spend], now: int, taking: _Taking) -> Taken | None:
+        """Take from all budgets or none; None where one was full and is not any more."""
         documents: dict[bytes, list[Spend]] = {}
-        for spend in spends:
+        # An object's own come first: they refuse most often, and then nothing shared was touched. All calls
+        # keep one order, so that two of them seldom wait for each other's reservations.
+        for spend in sorted(spends, key=lambda spend: (not any(spend.budget.object), spend.budget)):
             documents.setdefault(_id_of(spend.budget), []).append(spend)
         if len(documents) > 1:  # so that a budget that is full leaves the others untouched
             full = await self._full(spends, now)
             if full is not None:
                 return full
-        states: dict[Budget, BudgetState] = {}
-        charges: list[Charge] = []
-        for oid, together in documents.items():
-            found = await self._charge(oid, together, now, reserved)
+        states: dict[Budget, BudgetState | None] = {}
+        reserved: list[Charge] = []
+        for place, (oid, together) in enumerate(documents.items(), 1):
+            is_reserved = taking.charges and (taking.reserves or place < len(documents))
+            found = await self._charge(oid, _charging(together, now, taking.charges, is_reserved))
             if found is None:
-                await self.undo(charges, reserved=reserved)
-                # Where it no longer is full by now, spend again.
-                return await self._full(spends, now) or await self._take(spends, now, reserved)
-            states |= found
-            charges += [Charge(budget=s.budget, until=found[s.budget].until) for s in together]
-        lefts = [max(spend.limit - states[spend.budget].spent, 0) for spend in spends]
-        in_order = tuple(Charge(budget=s.budget, until=states[s.budget].until) for s in spends)
-        return _Taken(
-            spending=Spending(charges=in_order, left=least_left(lefts)),
-            states=tuple(states[spend.budget] for spend in spends),
-            reserved=0,
-        )
+                await self.undo(reserved, reserved=True)
+                return await self._full(spends, now)
+            for spend in together:
+                stored = _read(found, spend.budget)
+                states[spend.budget] = stored and stored.state
+            if is_reserved:
+                reserved += _charges(together, states)
+        if not taking.reserves:
+            await self.settle(reserved)
+        after = tuple(states[spend.budget] for spend in spends)
+        if not taking.charges:
+            lefts = [left_of(state, spend, now) for state, spend in zip(after, spends, strict=True)]
+            return Taken(Spending(left=least_left(lefts)), after)
+        lefts = [max(s.limit - (b.spent if b else 0), 0) for s, b in zip(spends, after, strict=True)]
+        return Taken(Spending(tuple(_charges(spends, states)), least_left(lefts)), after)
 
-    async def _full(self, spends: Sequence[Spend], now: int) -> _Taken | None:
+    async def _full(self, spends: Sequence[Spend], now: int) -> Taken | None:
         """The answer where a budget is full, or None."""
         found = await self._found([spend.budget for spend in spends])
-        states = [None if one is None else one.state for one in found]
-        spending = full_spending(states, spends, now)
-        if spending is None:
-            return None
-        one = found[spending.full or 0]
-        return _Taken(spending=spending, states=tuple(states), reserved=0 if one is None else one.reserved)
+        settled = full_spending([one and one.settled(now) for one in found], spends, now)
+        if settled is not None:
+            return Taken(settled)
+        spending = full_spending([one and one.state for one in found], spends, now)
+        return None if spending is None else Taken(spending, is_settled=False)
 
-    async def _charge(
-        self, oid: bytes, spends: Sequence[Spend], now: int, reserved: int
-    ) -> dict[Budget, BudgetState] | None:
+    # One command each -----------------------------------------------------------------------------
+
+    async def _charge(self, oid: bytes, update: list[Document]) -> Document | None:
+        """The document after an update, or None where a budget in it was full."""
+
         async def find_and_update() -> Document:
             found = await self._client.budgets.find_one_and_update(
-                {"_id": oid},
-                _charging(spends, now, reserved),
-                upsert=True,
-                return_document=ReturnDocument.AFTER,
+                {"_id": oid}, update, upsert=True, return_document=ReturnDocument.AFTER
             )
             return dict(found)
 
@@ -240,9 +308,7 @@ class Budgets:
                 found = await self._client.run(find_and_update)
                 break
             await pause()
-        if not found["allowed"]:
-            return None
-        return {spend.budget: _read(found, spend.budget).state for spend in spends}
+        return found if found["allowed"] else None
 
     async def _found(self, names: Sequence[Budget]) -> list[_Found | None]:
         async def find() -> dict[bytes, Document]:
@@ -254,9 +320,12 @@ class Budgets:
         found: list[_Found | None] = []
         for name in names:
             document = documents.get(_id_of(name))
-            is_there = document is not None and name.name.hex() in document["budgets"]
-            found.append(_read(document, name) if document is not None and is_there else None)
+            found.append(None if document is None else _read(document, name))
         return found
+
+
+def _jittered(seconds: float) -> float:
+    return random.uniform(seconds / 2, seconds)  # noqa: S311  # no secret
 
 
 def _id_of(budget: Budget) -> bytes:
@@ -283,28 +352,40 @@ def _undoing(budget: Budget, reserved: int) -> list[Document]:
     return [{"$set": {path: {"$cond": [is_only, before, {"$mergeObjects": [f"${path}", less]}]}}}]
 
 
-def _read(document: Document, budget: Budget) -> _Found:
+def _charges(spends: Sequence[Spend], states: Mapping[Budget, BudgetState | None]) -> list[Charge]:
+    found = [(spend.budget, states[spend.budget]) for spend in spends]
+    return [Charge(budget=budget, until=state.until) for budget, state in found if state is not None]
+
+
+def _read(document: Document, budget: Budget) -> _Found | None:
     try:
-        found = document["budgets"][budget.name.hex()]
+        found = document["budgets"].get(budget.name.hex())
+        if found is None:
+            return None
         state = BudgetState(
             spent=int(found["spent"]), strikes=int(found["strikes"]), until=int(found["until"])
         )
-        return _Found(state, int(found.get("reserved", 0)))
-    except (KeyError, TypeError, ValueError):
+        return _Found(state, int(found.get("reserved", 0)), int(found.get("reserved_at", 0)))
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise CorruptStore("MongoDB: a stored budget is damaged")
 
 
-def _charging(spends: Sequence[Spend], now: int, reserved: int) -> list[Document]:
-    """The update that takes one from each of several budgets of a document, or none; it sets ``allowed``."""
+def _charging(spends: Sequence[Spend], now: int, charges: bool, reserves: bool) -> list[Document]:
+    """The update that takes one from each of several budgets of a document, or none; it sets ``allowed``.
+
+    Without ``charges`` it takes nothing, and writes to the document all the same.
+    """
     paths = [f"$budgets.{spend.budget.name.hex()}" for spend in spends]
-    steps = [_step(path, spend, now, reserved) for path, spend in zip(paths, spends, strict=True)]
+    steps = [_step(path, spend, now, reserves) for path, spend in zip(paths, spends, strict=True)]
     taken: Document = {
         f"budgets.{spend.budget.name.hex()}": {
             "$cond": ["$allowed", {"$arrayElemAt": ["$steps", place]}, paths[place]]
         }
         for place, spend in enumerate(spends)
     }
+    if not charges:
+        taken = {"turn": {"$cond": ["$allowed", {"$not": ["$turn"]}, "$turn"]}}
     ends = {"$map": {"input": {"$objectToArray": "$budgets"}, "in": "$$this.v.until"}}
     return [
         {"$set": {"budgets": {"$ifNull": ["$budgets", {}]}}},
@@ -316,19 +397,27 @@ def _charging(spends: Sequence[Spend], now: int, reserved: int) -> list[Document
     ]
 
 
-def _step(path: str, spend: Spend, now: int, reserved: int) -> Any:
+def _step(path: str, spend: Spend, now: int, reserves: bool) -> Any:
     """A budget after one was taken, or None: :func:`vtoken.backend.budget_step` as an expression."""
     until, spent, strikes = f"{path}.until", f"{path}.spent", f"{path}.strikes"
     held = {"$ifNull": [f"{path}.reserved", 0]}
+    mark: Document = {"reserved_at": Int64(now)} if reserves else {}
 
-    def begun(strikes: Any, length: Any, held: Any) -> Document:
+    def begun(strikes: Any, length: Any) -> Document:
         ends = {"$toLong": {"$add": [Int64(now), length]}}
-        return {"spent": 1, "strikes": strikes, "until": ends, "reserved": held, "before": before}
+        return {
+            "spent": 1,
+            "strikes": strikes,
+            "until": ends,
+            "reserved": int(reserves),
+            "before": before,
+            **mark,
+        }
 
     fields = ("spent", "strikes", "until")
     stored = {name: f"{path}.{name}" for name in fields} | {"reserved": 0, "before": None}
     before = {"$cond": [{"$eq": [{"$type": path}, "missing"]}, None, stored]}
-    fresh = begun(0, Int64(spend.window), reserved)
+    fresh = begun(0, Int64(spend.window))
     # A clock that was wrong, or a window that is long over: the budget begins anew.
     is_stale = {
         "$or": [
@@ -337,14 +426,13 @@ def _step(path: str, spend: Spend, now: int, reserved: int) -> Any:
         ]
     }
     is_exhausted = {"$gte": [spent, spend.limit]}
-    more = {"$cond": [is_exhausted, {"$min": [{"$add": [strikes, 1]}, MAX_STRIKES]}, 0]}
-    grown = {"$cond": [{"$eq": [spent, 0]}, strikes, more]}
+    struck = {"$cond": [is_exhausted, {"$min": [{"$add": [strikes, 1]}, MAX_STRIKES]}, 0]}
+    grown = {"$cond": [{"$eq": [spent, 0]}, strikes, struck]}
     doubled = {"$multiply": [Int64(spend.window), {"$toLong": {"$pow": [2, "$$grown"]}}]}
     longer = {"$min": [doubled, Int64(spend.max_window)]}
-    next_window = {"$let": {"vars": {"grown": grown}, "in": begun("$$grown", longer, reserved)}}
-    more_spent = {
-        "$mergeObjects": [path, {"spent": {"$add": [spent, 1]}, "reserved": {"$add": [held, reserved]}}]
-    }
+    next_window = {"$let": {"vars": {"grown": grown}, "in": begun("$$grown", longer)}}
+    more = {"spent": {"$add": [spent, 1]}, "reserved": {"$add": [held, int(reserves)]}, **mark}
+    more_spent = {"$mergeObjects": [path, more]}
     is_next = {"$or": [{"$eq": [spent, 0]}, {"$lte": [until, Int64(now)]}]}
     return {
         "$switch": {

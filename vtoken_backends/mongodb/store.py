@@ -94,20 +94,28 @@ class Store(ABC):
         return await self._apart(self._insert_charged(op, spends))
 
     async def _insert_charged(self, op: Insert, spends: Sequence[Spend]) -> Inserted:
-        """Charge, insert, and refund where nothing was inserted."""
-        if op.mode is not InsertMode.REPLACE:  # which mostly inserts
+        """Charge, insert, and take the charge back where nothing was inserted.
+
+        A ``REPLACE`` mostly inserts. Under the other modes many calls at once want to insert one token, and
+        what they charge is reserved until it is known which of them does.
+        """
+        is_sure = op.mode is InsertMode.REPLACE
+        if not is_sure:
             in_the_way = await self._writes.in_the_way(op)
             if in_the_way is not None:
                 return in_the_way
-        spending = await self._budgets.spend(spends, op.token.created_at)
+        take = self._budgets.spend if is_sure else self._budgets.reserve
+        spending = await take(spends, op.token.created_at)
         if spending.full is not None:
             limited = Inserted(InsertResult.LIMITED, None, spending)
             return await self._writes.in_the_way(op) or limited
         inserted = await self._insert_one(op)
-        if inserted.result is InsertResult.INSERTED:
-            return inserted._replace(spending=spending)
-        await self._budgets.undo(spending.charges, reserved=0)
-        return inserted
+        if inserted.result is not InsertResult.INSERTED:
+            await self._budgets.undo(spending.charges, reserved=not is_sure)
+            return inserted
+        if not is_sure:
+            await after_a_write(self._budgets.settle(spending.charges))
+        return inserted._replace(spending=spending)
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
@@ -118,34 +126,60 @@ class Store(ABC):
         return await self._apart(self._present_charged(op, spends))
 
     async def _present_charged(self, op: Present, spends: Sequence[Spend]) -> Presented:
-        """Reserve, compare, and then charge or refund."""
-        taken = await self._budgets.reserve(spends, op.now)
-        spending = taken.spending
-        if spending.full is not None:
-            replayed = await self._writes.replayed(op) if op.use_id else None
-            if replayed is None:
-                return Presented(Outcome.LIMITED, spending=spending)
-            return replayed._replace(spending=await self._budgets.left(spends, op.now))
+        """Look whether the key is right, and then charge a wrong one, or let a right one through and use it.
+
+        Nobody is told what the look has found before the budgets have allowed it, and right and wrong keys
+        queue up for that alike (see ``budgets``).
+        """
+        now = op.now
+        full = await self._budgets.full(spends, now) if spends else None
+        if full is not None:
+            return await self._limited(op, spends, full)
+        states: Sequence[BudgetState | None] = ()
+        if spends:
+            look = await self._looked_at(op)
+            if look.outcome is Outcome.REPLAYED:
+                return look._replace(spending=await self._budgets.left(spends, now))
+            if look.outcome is Outcome.REFUSED and is_to_be_charged(op, look):
+                return await self._charged(op, spends, look)
+            allowed = await self._budgets.allow(spends, now)
+            if allowed.spending.full is not None:
+                return await self._limited(op, spends, allowed.spending)
+            states = allowed.states
+            if op.change is None:
+                return look._replace(spending=allowed.spending)
         presented = await self._present_one(op)
-        if presented.outcome is Outcome.REFUSED and is_to_be_charged(op, presented):
-            await self._budgets.settle(spending.charges)
-            return presented._replace(spending=spending)
+        if spends and presented.outcome is Outcome.REFUSED and is_to_be_charged(op, presented):
+            return await self._charged(op, spends, presented)  # the token has ended since the look
+        stored = dict(zip([spend.budget for spend in spends], states, strict=True))
         resets: tuple[Budget, ...] = ()
         if presented.outcome is Outcome.RIGHT and isinstance(op.change, Use):
-            resets = op.change.resets
-        after = self._settled(spending.charges, resets)
-        await (after_a_write(after) if op.change is not None else after)
+            resets = tuple([budget for budget in op.change.resets if stored.get(budget, True)])
+            await after_a_write(self._reset(resets))
         lefts = [
-            left_of(None if spend.budget in resets else _refunded(state), spend, op.now)
-            for spend, state in zip(spends, taken.states, strict=True)
+            left_of(None if spend.budget in resets else stored[spend.budget], spend, now) for spend in spends
         ]
         return presented._replace(spending=Spending(left=least_left(lefts)))
 
-    async def _settled(self, charges: Sequence[Charge], resets: Sequence[Budget]) -> None:
-        """Refund what is not forgotten anyway."""
-        await self._reset(resets)
-        left = [charge for charge in charges if charge.budget not in resets]
-        await self._budgets.undo(left, reserved=1)
+    async def _charged(self, op: Present, spends: Sequence[Spend], refused: Presented) -> Presented:
+        """The answer to a key that was found to be wrong."""
+        spending = await self._budgets.spend(spends, op.now)
+        if spending.full is not None:
+            return Presented(Outcome.LIMITED, spending=spending)
+        return refused._replace(spending=spending)
+
+    async def _limited(self, op: Present, spends: Sequence[Spend], full: Spending) -> Presented:
+        """The answer where a budget is full."""
+        look = await self._writes.look(op) if op.use_id else None
+        if look is None or look.outcome is not Outcome.REPLAYED:
+            return Presented(Outcome.LIMITED, spending=full)
+        return look._replace(spending=await self._budgets.left(spends, op.now))
+
+    async def _looked_at(self, op: Present) -> Presented:
+        """What a key would be answered now; nothing is changed. A right key takes as long as a wrong one."""
+        return await (
+            self._writes.look(op) if op.use_id else self._present_one(Present(op.key, None, op.now))
+        )
 
     async def _reset(self, budgets: Sequence[Budget]) -> None:
         names: dict[bytes, list[bytes]] = {}
@@ -212,8 +246,3 @@ class Store(ABC):
 
     async def reset(self, budgets_of: bytes, names: tuple[bytes, ...] | None) -> int:
         return await self._apart(self._budgets.reset(budgets_of, names))
-
-
-def _refunded(state: BudgetState | None) -> BudgetState | None:
-    """A budget after its latest charge was given back."""
-    return None if state is None else state._replace(spent=max(state.spent - 1, 0))

@@ -80,7 +80,6 @@ from vtoken_backends.mongodb.lines import (
     is_last_use,
     needed_names,
     present,
-    replayed,
     update,
 )
 from vtoken_backends.mongodb.patience import Patience
@@ -176,14 +175,14 @@ class Writes:
         is_in_the_way = isinstance(answer, Inserted) and answer.result is not InsertResult.INSERTED
         return answer if isinstance(answer, Inserted) and is_in_the_way else None
 
-    async def replayed(self, op: Present) -> Presented | None:
-        """The answer to a key whose use was counted before under the same id; nothing is written."""
-        answer = replayed(op, await self._read([op], is_whole=True))
-        answers: list[Answer | BaseException] = [answer]
+    async def look(self, op: Present) -> Presented:
+        """What a key would be answered now; nothing is written."""
+        answer = present(op, await self._read([op], is_whole=True))
+        answers: list[Answer | BaseException] = [answer if isinstance(answer, Presented) else _RIGHT]
         await self._confirm_replays(answers)
-        if isinstance(answers[0], BaseException):
-            raise answers[0]
-        return answer
+        if isinstance(answers[0], Presented):
+            return answers[0]
+        raise answers[0] if isinstance(answers[0], BaseException) else unknown()
 
     async def _round(
         self,
@@ -518,6 +517,8 @@ class Writes:
         await self.change_all(condition(same) | {"token.state": 0}, end)
 
 
+_RIGHT: Final = Presented(Outcome.RIGHT)
+"""What can be used once tombstones were moved."""
 _OF_ALL: Final = (BackendClosed, BackendUnavailable, OutcomeUnknown)
 """What is true of every operation of a batch, if it is of one."""
 _ENDABLE: Final[Document] = {

@@ -434,3 +434,32 @@ class InsertLimitCases(Suite):
             state = await state_of(backends[0])
             assert state is not None
             assert state.spent == number + 1
+
+    @case(8)
+    async def test_an_insert_beside_others_that_another_limit_refuses(self, bench: Bench) -> None:
+        """Of N inserts at once most are refused by a narrow limit, or insert nothing. They never fill a wide
+        one, which they share with other objects: whose inserts succeed, up to the last that it allows."""
+        backends = await bench.two_backends()
+        for number in range(self.rounds):
+            mode = (REPLACE, REPLACE, IF_NONE_VALID)[number % 3]
+            own = a_spend(a_budget("own", of=number), 2)
+            narrow = (own, a_spend(a_budget(f"tenant {number}"), 2), own)[number % 3]
+            inserted = 1 if mode is IF_NONE_VALID else narrow.limit
+            wide = a_spend(a_budget(f"address {number}"), inserted + 3)
+            crowd = [a_token(object_id=f"{number}") for _ in range(self.tasks * 2)]
+            calls = [
+                backends[n % 2].insert(
+                    token,
+                    mode,
+                    wanted_until=NOW if mode is IF_NONE_VALID else 0,
+                    spends=(wide, narrow)[:: 1 if number % 2 else -1],
+                )
+                for n, token in enumerate(crowd)
+            ]
+            others = [a_token(object_id=f"{number}-{n}") for n in range(3)]
+            calls[5:5] = [backends[n % 2].insert(t, REPLACE, spends=(wide,)) for n, t in enumerate(others)]
+            results = [answer.result for answer in await at_once(calls)]
+            assert results[5:8] == [INSERTED] * 3
+            assert results.count(INSERTED) == inserted + 3
+            states = await backends[1].budgets((wide.budget, narrow.budget))
+            assert [state.spent for state in states if state] == [inserted + 3, inserted]

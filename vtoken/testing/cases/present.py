@@ -628,3 +628,44 @@ class PresentLimitCases(Suite):
             (state,) = await backends[1].budgets((spends[0].budget,))
             assert state is not None
             assert state.spent == 1
+
+    @case(8)
+    async def test_right_keys_at_once_pass_a_small_limit(self, bench: Bench) -> None:
+        """N right keys of N tokens, presented at once under a limit far smaller than N that they share, are
+        all right, whatever is done with them and beside a wrong one: nobody stands in another's way."""
+        backends = await bench.two_backends()
+        for number in range(self.rounds):
+            shared = a_spend(a_budget(f"address {number}"), 2), a_spend(a_budget(f"tenant {number}"), 3)
+            tokens = [await put(backends[0], object_id=f"{number}-{n}") for n in range(self.tasks * 2)]
+            calls = [backends[0].present(Match(digests=(a_digest("wrong"),)), None, NOW, shared)]
+            for n, token in enumerate(tokens):
+                changes = Use(at=NOW), Use(at=NOW, use_id=token.id), Hold(token.id, NOW + MINUTE), None
+                own = a_spend(a_budget("own", of=token.object_id), 1)
+                calls.append(backends[n // 4 % 2].present(by_key(token), changes[n % 4], NOW, (*shared, own)))
+            wrong, *answers = await at_once(calls)
+            assert wrong.outcome is REFUSED
+            assert {answer.outcome for answer in answers} == {RIGHT}
+            states = await backends[0].budgets(tuple(spend.budget for spend in shared))
+            assert [state.spent for state in states if state] == [1, 1]
+
+    @case(8)
+    async def test_a_right_key_beside_wrong_ones_that_another_limit_refuses(self, bench: Bench) -> None:
+        """Of N wrong keys at once most are refused by a narrow limit. They never fill a wide one, which they
+        share with right keys: those are all right."""
+        backends = await bench.two_backends()
+        for number in range(self.rounds):
+            wide = a_spend(a_budget(f"address {number}"), 4)
+            tenants = [a_spend(a_budget(f"tenant {number} {n}"), 3) for n in range(2)]
+            own = a_spend(a_budget("own", of=number), 2)
+            wrong = Match(digests=(a_digest("wrong"),))
+            tokens = [await put(backends[0], object_id=f"{number}-{n}") for n in range(self.tasks)]
+            narrow = own if number % 2 else tenants[0]
+            calls = [backends[n % 2].present(wrong, None, NOW, (wide, narrow)) for n in range(self.tasks)] + [
+                backends[n % 2].present(by_key(token), Use(at=NOW), NOW, (wide, tenants[1]))
+                for n, token in enumerate(tokens)
+            ]
+            outcomes = [answer.outcome for answer in await at_once(calls)]
+            assert outcomes[self.tasks :] == [RIGHT] * self.tasks
+            assert outcomes[: self.tasks].count(REFUSED) == narrow.limit
+            states = await backends[0].budgets((wide.budget, narrow.budget))
+            assert [state.spent for state in states if state] == [narrow.limit] * 2
