@@ -450,6 +450,29 @@ class TestBusy:
         assert (await refused(AlreadyUsed, second)).token == issued
         assert (await world.stored())[0].uses == 1
 
+    async def test_a_store_that_is_away_is_not_asked_to_give_back_what_was_not_taken(
+        self, world: World
+    ) -> None:
+        """Within a write transaction of the application's own on SQLite, each question waits for its end."""
+        manager = await world.manager()
+        issued = await manager.issue(USER, "a")
+        world.backend.failing["present"] = BackendUnavailable("locked")
+        await refused(BackendUnavailable, redeem(manager, "a", issued.key))
+        assert "update" not in world.backend.calls
+
+    @pytest.mark.parametrize("how", ["deactivate", "issue"])
+    async def test_a_second_click_after_the_block_has_ended_the_token(self, world: World, how: str) -> None:
+        manager = await world.manager()
+        issued = await manager.issue(USER, "a")
+        async with manager.redeem(USER, "a", issued.key, consume_id="form"):
+            await getattr(manager, how)(USER, "a")
+            await refused(TokenBusy, redeem(manager, "a", issued.key, consume_id="form"))
+            assert await reason(redeem(manager, "a", issued.key, consume_id="another")) == "inactive"
+            assert await reason(redeem(manager, "a", issued.key)) == "inactive"
+            waiting = asyncio.create_task(redeem(manager, "a", issued.key, consume_id="form", wait="60s"))
+            await asyncio.sleep(0)
+        await refused(AlreadyUsed, waiting)
+
     @pytest.mark.parametrize("max_uses", [5, None])
     async def test_two_clicks_at_once_make_one_use(self, world: World, max_uses: int | None) -> None:
         manager = await world.manager(TokenPolicy("invite", max_uses=max_uses))

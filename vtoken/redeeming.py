@@ -42,6 +42,7 @@ from vtoken.backend import (
 from vtoken.errors import (
     AlreadyUsed,
     BackendError,
+    BackendUnavailable,
     InvalidInput,
     InvalidToken,
     LeaseLost,
@@ -302,11 +303,16 @@ class Redeemer:
         own = key_of(stored, key.match)
         use_id = "" if change is None else change.use_id
         reason: Reason = refusal(stored, own, now, use_id) or "unknown"
+        in_the_way = holds_in_the_way(stored, own, now, use_id)
+        is_its_own = use_id != "" and any(hold.use_id == use_id for hold in in_the_way)
+        if reason == "inactive" and is_its_own and not key.spends.spends:
+            # Ended inside the block of this very use, which is about to be counted: a second click. (Where
+            # each try costs an attempt, nobody may wait for that.)
+            reason = "leased"
         events: dict[Reason, EventName] = {"used": "reused", "leased": "busy"}
         if reason != "leased" or not will_wait:
             await self._tell(events.get(reason, "failed"), key, token_id=stored.id, reason=reason)
         if reason == "leased":
-            in_the_way = holds_in_the_way(stored, own, now, use_id)
             free_at = min((hold.until for hold in in_the_way), default=now)
             return TokenBusy(seconds(free_at - now))
         shown = None if key.is_code or not self._is_genuine(key, stored) else loaded_without_keys(stored)
@@ -411,9 +417,9 @@ class Redemption:
         try:
             self.stored = await self._hold(self._key)
             self.token = loaded(self.stored, own_holds=frozenset({self.hold_id}))
-        except InvalidToken:
+        except (InvalidToken, BackendUnavailable):
             opening.leave(self)
-            raise  # no hold was taken
+            raise  # no hold was taken; and a store that is away, or waits for us, need not be asked again
         except BaseException:
             await self._give_back()
             opening.leave(self)
