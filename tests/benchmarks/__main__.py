@@ -179,13 +179,17 @@ def _run_memory(session: _Session) -> None:
 
 def _run_postgresql(session: _Session) -> None:
     try:
-        from . import postgresql
+        from . import postgresql, postgresql_scale
     except ImportError as error:
         session.skip(f"PostgreSQL: {error.name} is not installed")
         return
     try:
         with postgresql.server() as url:
             session.measure(postgresql.Stores(url).cells(session.options.full))
+            if session.options.match in "growth":
+                stored = 1_000_000 if session.options.full else 100_000
+                rounds = session.effort.rounds
+                session.add(asyncio.run(postgresql_scale.measure_growth(url, stored, rounds)))
     except FileNotFoundError as error:
         session.skip(str(error))
 
