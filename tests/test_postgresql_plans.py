@@ -17,7 +17,8 @@ from vtoken_backends.postgresql import statements as module
 from vtoken_backends.postgresql.board import Asked, Line, Needs, Purpose
 from vtoken_backends.postgresql.statements import Statement, Statements
 
-WRITES = [name for name in vars(module) if re.match("_(UPDATE|DELETE|INSERT_|MOVE|FORGET|USE$|RESET)", name)]
+_WRITE = re.compile("_(UPDATE|DELETE|INSERT_|MOVE|FORGET|USE$|ISSUE|RESET)")
+WRITES = [name for name in vars(module) if _WRITE.match(name)]
 _SCAN = re.compile(r"(Seq Scan on|Index (Only )?Scan using|Bitmap Index Scan on) .*vtoken_")
 
 
@@ -36,10 +37,9 @@ async def plan(backend: PostgreSQLBackend, statement: Statement) -> list[str]:
     async def explain(connection: Any) -> list[str]:
         numbers = [int(number) for number in re.findall(r"\$(\d+)", statement.text)]
         nothing = f"({', '.join(['NULL'] * max(numbers))})" if numbers else ""
-        await connection.fetch(Statement("DEALLOCATE ALL"))
         await connection.fetch(Statement(f"PREPARE kept AS {statement.text}"))
         rows = await connection.fetch(Statement(f"EXPLAIN EXECUTE kept{nothing}"))
-        await connection.fetch(Statement("DEALLOCATE ALL"))
+        await connection.fetch(Statement("DEALLOCATE kept"))
         return [row for (row,) in rows]
 
     return await backend._run(explain)

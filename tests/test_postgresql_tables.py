@@ -11,11 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 from tests import postgresql_servers as servers
-from vtoken.backend import InsertMode, Match, StoredToken
+from vtoken.backend import InsertMode, Match, Outcome, Presented, StoredToken, Use
 from vtoken.diagnostics import diagnostics_of
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken.migrate.tables import metadata
-from vtoken.testing.harness import a_token
+from vtoken.testing.harness import NOW, a_token
 from vtoken_backends.postgresql import PostgreSQLBackend
 from vtoken_backends.postgresql.tables import TABLES, ddl
 
@@ -162,6 +162,19 @@ async def test_an_invalid_row_is_damage_and_meets_nobody_else(store: Store) -> N
     answers = await asyncio.gather(*lookups, return_exceptions=True)
     assert answers[::2] == [[good]] * 20
     assert {type(answer) for answer in answers[1::2]} == {CorruptStore}
+    await backend.close()
+
+
+async def test_a_use_of_an_invalid_row_is_damage_and_meets_nobody_else(store: Store) -> None:
+    backend = await opened(store)
+    tokens = [a_token(object_id=str(number)) for number in range(20)]
+    for token in tokens:
+        await backend.insert(token, InsertMode.REPLACE)
+    store.execute("UPDATE @.vtoken_tokens SET keys = keys #- '{0,scheme}' WHERE object_id::integer % 2 = 0")
+    uses = [backend.present(Match(digests=(token.keys[0].digest,)), Use(at=NOW), NOW) for token in tokens]
+    answers = await asyncio.gather(*uses, return_exceptions=True)
+    outcomes = [answer.outcome if isinstance(answer, Presented) else type(answer) for answer in answers]
+    assert outcomes == [CorruptStore, Outcome.RIGHT] * 10
     await backend.close()
 
 

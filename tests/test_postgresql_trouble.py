@@ -97,11 +97,11 @@ async def test_what_was_under_way_when_the_connection_was_cut_is_unknown_or_did_
 async def test_a_server_that_hangs_is_an_error_in_a_bounded_time(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "TIME_LIMIT", 0.3)
     async with servers.proxy() as proxy:
         backend = await through(proxy, store)
         token = a_token()
         await backend.find(match_of(token), 1)
+        monkeypatch.setattr(connections, "TIME_LIMIT", 0.3)
         proxy[0].is_silent = True
         answers = await asyncio.gather(
             backend.find(match_of(token), 1),

@@ -5,6 +5,9 @@ What arrives at the same time shares a batch, which is one statement to read and
 batch is played again in a transaction that locks its rows before it reads them, so that it cannot lose a
 second time for the same reason. Where a row stays locked by somebody else, an application's own long
 transaction perhaps, the operations of the batch go on one by one, and only those that need the row wait.
+
+Most uses and most inserts need no board: one statement carries out a batch of them. Those for which it did
+nothing, because something was in their way, are then played.
 """
 
 from __future__ import annotations
@@ -14,17 +17,17 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
-from vtoken.backend import Outcome, Presented, TokenBackend
+from vtoken.backend import Inserted, InsertResult, Outcome, Presented, TokenBackend
 from vtoken.errors import BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken.inputs import nearest
 from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.postgresql import schema as _schema
-from vtoken_backends.postgresql.board import Operation, Present
+from vtoken_backends.postgresql.board import Insert, Line, Operation, Present, line_of
 from vtoken_backends.postgresql.connections import Connections, LentConnections
 from vtoken_backends.postgresql.rows import to_token
-from vtoken_backends.postgresql.statements import Statements
-from vtoken_backends.postgresql.store import BATCH_PATIENCE, PATIENCE, Blocked, Connection, Store
+from vtoken_backends.postgresql.statements import Statement, Statements
+from vtoken_backends.postgresql.store import BATCH_PATIENCE, PATIENCE, Blocked, Connection, Rows, Store
 from vtoken_backends.postgresql.transactions import Transaction
 from vtoken_backends.postgresql.urls import DEFAULT_SCHEMA, split
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from psycopg_pool import AsyncConnectionPool
 
 _T = TypeVar("_T")
+_Op = TypeVar("_Op", bound=Operation)
 
 _IN_FLIGHT: Final = 2
 """Batches in flight: one is played while the server writes the other."""
@@ -42,7 +46,7 @@ class _Later(Enum):
     """The answer to an operation that is yet to be carried out."""
 
     ALONE = "apart from its batch"
-    AGAIN = "in another batch"
+    PLAYED = "on a board"
 
 
 class PostgreSQLBackend(Store):
@@ -72,12 +76,16 @@ class PostgreSQLBackend(Store):
         self._connections: Final = (
             Connections(url, pool_size) if isinstance(url, str) else LentConnections(url)
         )
-        self._writes: Final[Batcher[Operation, Any]] = Batcher(
-            self._write, in_flight=_IN_FLIGHT, by_caller=True, outlast=True
-        )
+        self._uses = self._batches(self._use)
+        self._issues = self._batches(self._issue)
+        self._writes = self._batches(self._write)
         self._reads: Final[Batcher[Operation, Any]] = Batcher(
             self._read, in_flight=_IN_FLIGHT, by_caller=True
         )
+
+    @staticmethod
+    def _batches(flush: Callable[[Sequence[_Op]], Awaitable[Sequence[Any]]]) -> Batcher[_Op, Any]:
+        return Batcher(flush, in_flight=_IN_FLIGHT, by_caller=True, outlast=True)
 
     @classmethod
     @without_locals(ConfigurationError)
@@ -122,10 +130,15 @@ class PostgreSQLBackend(Store):
     # Batches --------------------------------------------------------------------------------------
 
     async def _submit(self, operation: Operation) -> object:
-        """Carry out an operation that may write, together with others."""
+        """Carry out an operation that may write, together with others: in one statement, if it is one of
+        most."""
         self._connections.check_place()
-        answer = await self._writes.submit(operation)
-        if answer is _Later.AGAIN:
+        answer: object = _Later.PLAYED
+        if isinstance(operation, Present) and operation.is_plain:
+            answer = await self._uses.submit(operation)
+        elif isinstance(operation, Insert) and operation.is_plain:
+            answer = await self._issues.submit(operation)
+        if answer is _Later.PLAYED:
             answer = await self._writes.submit(operation)
         if answer is _Later.ALONE:
             [answer] = await self._run(
@@ -141,11 +154,34 @@ class PostgreSQLBackend(Store):
             [answer] = (await self._run(partial(self.look_at, [operation]), writes=False))[1]
         return answer
 
-    async def _write(self, operations: Sequence[Operation]) -> Sequence[Any]:
-        plain = [one for one in operations if isinstance(one, Present) and one.is_plain]
+    async def _use(self, operations: Sequence[Present]) -> Sequence[Any]:
+        statement = self._statements.use(operations, BATCH_PATIENCE)
+        answers: list[Presented | CorruptStore | _Later] = [_Later.PLAYED] * len(operations)
         try:
-            if len(plain) == len(operations):
-                return await self._connections.run(partial(self._use, plain), writes=True)
+            for place, row in await self._connections.run(partial(_fetch, statement), writes=True):
+                answers[place] = _right(row)
+        except Blocked:
+            return [_Later.ALONE] * len(operations)
+        return answers
+
+    async def _issue(self, operations: Sequence[Insert]) -> Sequence[Any]:
+        first: dict[Line, Insert] = {}
+        for operation in operations:
+            first.setdefault(line_of(operation.token), operation)
+        statement = self._statements.issue(list(first.values()), BATCH_PATIENCE)
+        try:
+            is_done = await self._connections.run(partial(_try_to, statement), writes=False)
+        except Blocked:
+            return [_Later.ALONE] * len(operations)
+        return [
+            Inserted(InsertResult.INSERTED, operation.token)
+            if is_done and first[line_of(operation.token)] is operation
+            else _Later.PLAYED
+            for operation in operations
+        ]
+
+    async def _write(self, operations: Sequence[Operation]) -> Sequence[Any]:
+        try:
             return await self._connections.run(partial(self.play, operations, BATCH_PATIENCE), writes=False)
         except Blocked:
             return [_Later.ALONE] * len(operations)
@@ -153,14 +189,6 @@ class PostgreSQLBackend(Store):
             if len(operations) == 1:
                 raise
             return [_Later.ALONE] * len(operations)  # so that the damage meets only those that it concerns
-
-    async def _use(self, operations: Sequence[Present], connection: Connection) -> Sequence[Any]:
-        answers: list[Presented | _Later] = [_Later.AGAIN] * len(operations)
-        for place, row in await connection.fetch(self._statements.use(operations, BATCH_PATIENCE)):
-            answers[place] = Presented(Outcome.RIGHT, to_token(row))
-        for operation in operations:
-            operation.is_plain = False  # if it comes again
-        return answers
 
     async def _read(self, operations: Sequence[Operation]) -> Sequence[Any]:
         try:
@@ -184,3 +212,19 @@ class PostgreSQLBackend(Store):
         raise BackendUnavailable(
             f"PostgreSQL: a row stayed locked by another transaction for {PATIENCE // 1000} seconds"
         )
+
+
+async def _fetch(statement: Statement, connection: Connection) -> Rows:
+    return await connection.fetch(statement)
+
+
+async def _try_to(statement: Statement, connection: Connection) -> bool:
+    return await connection.try_to([statement])
+
+
+def _right(row: str) -> Presented | CorruptStore:
+    """The answer to a use that was counted. A damaged row is the trouble of the one who used its token."""
+    try:
+        return Presented(Outcome.RIGHT, to_token(row))
+    except CorruptStore as error:
+        return error

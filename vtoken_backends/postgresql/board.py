@@ -248,6 +248,15 @@ def purpose_of(token: StoredToken) -> Purpose:
     return Purpose(content_type=token.content_type, object_id=token.object_id, slug=token.slug)
 
 
+def line_of(token: StoredToken) -> Line:
+    return Line(
+        content_type=token.content_type,
+        object_id=token.object_id,
+        slug=token.slug,
+        context=token.context,
+    )
+
+
 # The operations -----------------------------------------------------------------------------------
 
 
@@ -264,7 +273,7 @@ class Operation(Protocol):
 
 
 class Insert:
-    __slots__ = ("also_taken", "keep_until", "mode", "spends", "token", "wanted_until")
+    __slots__ = ("also_taken", "is_plain", "keep_until", "mode", "spends", "token", "wanted_until")
 
     def __init__(
         self,
@@ -281,19 +290,22 @@ class Insert:
         self.wanted_until: Final = wanted_until
         self.also_taken: Final = also_taken
         self.spends: Final = spends
+        self.is_plain: Final = (
+            mode is InsertMode.REPLACE
+            and keep_until <= token.created_at
+            and not also_taken
+            and not spends
+            and token.is_active
+            and all(key.origin == token.id for key in token.keys)
+        )
+        """Whether it may be done without a board, if nothing is in its way."""
 
     def ask(self, needs: Needs) -> None:
         token = self.token
         needs.digests.update([key.digest for key in token.keys], self.also_taken)
         needs.ids.add(token.id)
         if self.mode is not InsertMode.ADD:
-            line = Line(
-                content_type=token.content_type,
-                object_id=token.object_id,
-                slug=token.slug,
-                context=token.context,
-            )
-            needs.lines.add(line)
+            needs.lines.add(line_of(token))
         needs.add_spends(self.spends)
 
     def play(self, board: Board) -> Inserted:
@@ -357,7 +369,7 @@ class Present:
         self.change: Final = change
         self.now: Final = now
         self.spends: Final = spends
-        self.is_plain = (
+        self.is_plain: Final = (
             isinstance(change, Use)
             and not spends
             and not change.resets

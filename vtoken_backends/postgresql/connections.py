@@ -6,13 +6,11 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from select import POLLIN, poll
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import anyio
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import PipelineStatus, TransactionStatus
 
 from vtoken.errors import (
     BackendClosed,
@@ -25,12 +23,12 @@ from vtoken.errors import (
 from vtoken_backends.postgresql.statements import CONFLICT, Statement
 from vtoken_backends.postgresql.store import Blocked, Connection, Rows
 from vtoken_backends.postgresql.urls import POOL_SIZE
+from vtoken_backends.postgresql.wire import Driver, Wire
 
 if TYPE_CHECKING:
     from psycopg_pool import AsyncConnectionPool
 
 _T = TypeVar("_T")
-Driver = psycopg.AsyncConnection[tuple[Any, ...]]
 
 TIME_LIMIT: Final = 30.0
 """Seconds after which an operation is given up."""
@@ -73,39 +71,21 @@ class OwnConnection:
     commit: ClassVar = Statement("COMMIT")
     rollback: ClassVar = Statement("ROLLBACK")
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self.may_have_written = False
         """Whether a write was sent whose outcome is unknown once the connection is lost."""
 
     async def fetch(self, statement: Statement) -> Rows:
-        cursor = psycopg.AsyncRawCursor(self._driver)
-        await cursor.execute(statement.text.encode(), statement.parameters)
-        return await cursor.fetchall() if cursor.description is not None else []
+        return await self._wire.run([statement])
 
     async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
-        if len(statements) == 1:
-            return await self.fetch(statements[0])
-        cursor = psycopg.AsyncRawCursor(self._driver)
-        refused: psycopg.Error | None = None
-        try:
-            async with self._driver.pipeline():
-                try:
-                    for statement in statements:
-                        cursor = psycopg.AsyncRawCursor(self._driver)
-                        await cursor.execute(statement.text.encode(), statement.parameters)
-                except psycopg.Error as error:
-                    refused = error  # kept, because the pipeline logs what leaves its block
-        except psycopg.Error as error:
-            refused = refused or error
-        if refused is not None:
-            raise refused
-        return await cursor.fetchall() if cursor.description is not None else []
+        return await self._wire.run(statements)
 
     async def try_to(self, statements: Sequence[Statement]) -> bool:
         self.may_have_written = True
         try:
-            await self.fetch_all(statements)
+            await self._wire.run(statements)
         except psycopg.Error as error:
             if error.sqlstate not in GAVE_WAY:
                 raise
@@ -135,7 +115,7 @@ class Connections:
             raise ConfigurationError(POOL_SIZE)
         self._size = size
         self._opens = 0
-        self._idle: list[Driver] = []
+        self._idle: list[Wire] = []
         self._opening = anyio.Lock()
         self._may_prepare = True
         self._identity: Rows = []
@@ -244,24 +224,24 @@ class Connections:
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[OwnConnection]:
         async with self._slots:
-            driver = self._living_idle_one() or await self._connect()
+            wire = self._living_idle_one() or await self._connect()
             try:
-                yield OwnConnection(driver)
+                yield OwnConnection(wire)
             finally:
-                if self._opens and _is_idle(driver):
-                    self._idle.append(driver)
+                if self._opens and wire.is_idle:
+                    self._idle.append(wire)
                 else:
-                    driver.pgconn.finish()  # as driver.close() does, without an await
+                    wire.close()
 
-    def _living_idle_one(self) -> Driver | None:
+    def _living_idle_one(self) -> Wire | None:
         while self._idle:
-            driver = self._idle.pop()
-            if not _has_spoken(driver.pgconn.socket):
-                return driver
-            driver.pgconn.finish()  # a server that speaks without being asked mostly hangs up
+            wire = self._idle.pop()
+            if wire.is_alive:
+                return wire
+            wire.close()
         return None
 
-    async def _connect(self) -> Driver:
+    async def _connect(self) -> Wire:
         try:
             driver = await psycopg.AsyncConnection.connect(
                 autocommit=True, prepare_threshold=None, **self._options
@@ -272,39 +252,38 @@ class Connections:
             problem = "the host name is not valid"
         else:
             try:
-                await self._adopt(driver)
+                return Wire(driver, prepares=await self._adopt(driver))
             except BaseException:
                 driver.pgconn.finish()
                 raise
-            return driver
         # The driver's message may quote a part of a password that was not percent-encoded.
         raise BackendUnavailable(f"PostgreSQL at {self._place}: {problem}")
 
-    async def _adopt(self, driver: Driver) -> None:
-        """Prepare statements where the session is ours alone.
+    async def _adopt(self, driver: Driver) -> bool:
+        """Whether statements may be prepared: where the session is ours alone.
 
         A pooler, which hands sessions around, answers a client with a process id of its own. A plan that is
         kept must not read a whole table because that was small when the plan was made: so plans go by indexes
         alone.
         """
         if not self._may_prepare:
-            return
+            return False
         cursor = await driver.execute(b"SELECT pg_backend_pid()")
         if await cursor.fetchone() != (driver.pgconn.backend_pid,):
             self._may_prepare = False
-            return
+            return False
         await driver.execute(
             b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false),"
             b" set_config('enable_seqscan', 'off', false), set_config('enable_hashjoin', 'off', false),"
             b" set_config('enable_mergejoin', 'off', false), set_config('jit', 'off', false)"
         )
-        driver.prepare_threshold = 0
+        return True
 
     def _drop_idle(self) -> None:
         idle, self._idle = self._idle, []
         if self._pid == os.getpid():  # else the connections are another process's to end
-            for driver in idle:
-                driver.pgconn.finish()
+            for wire in idle:
+                wire.close()
 
     def _is_abandoned(self) -> bool:
         return self._pid != os.getpid() or self._loop.is_closed()
@@ -375,22 +354,14 @@ class LentConnections(Connections):
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[OwnConnection]:
         async with self._slots, self._pool.connection() as driver:
-            is_automatic = driver.autocommit
-            await driver.set_autocommit(True)
+            wire = Wire(driver, prepares=False)
             try:
-                yield OwnConnection(driver)
+                yield OwnConnection(wire)
             finally:
-                if not _is_idle(driver):
-                    driver.pgconn.finish()  # the pool makes another one
-                elif not is_automatic:
-                    await driver.set_autocommit(False)  # which asks nobody
-
-
-def _is_idle(driver: Driver) -> bool:
-    pgconn = driver.pgconn
-    return (
-        pgconn.transaction_status == TransactionStatus.IDLE and pgconn.pipeline_status == PipelineStatus.OFF
-    )
+                if wire.is_idle:
+                    wire.leave()
+                else:
+                    wire.close()  # the pool makes another one
 
 
 def refused(state: str, said: str) -> BackendError:
@@ -409,13 +380,6 @@ def refused(state: str, said: str) -> BackendError:
     if state in _RESOURCES or state.startswith("53"):
         return BackendUnavailable(f"PostgreSQL: {_RESOURCES.get(state, 'a resource is exhausted')} ({said})")
     return BackendError(f"PostgreSQL refused ({said})")
-
-
-def _has_spoken(socket: int) -> bool:
-    """Whether something has arrived that nobody asked for."""
-    waiting = poll()
-    waiting.register(socket, POLLIN)
-    return bool(waiting.poll(0))
 
 
 _RESOURCES: Final = {

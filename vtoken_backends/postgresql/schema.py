@@ -18,12 +18,11 @@ UNNUMBERED: Final = 0
 # Two processes that open a store for the first time make its tables one after the other.
 _LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('vtoken/' || $1::text, 0))"
 _FOUND: Final = """
-SELECT c.relname::text, array_agg(a.attname::text)
+SELECT c.relname::text, a.attname::text
 FROM pg_class AS c
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])
-GROUP BY c.relname
 """
 
 
@@ -57,8 +56,7 @@ async def prepare(connection: Connection, schema: str) -> None:
 
 async def check(connection: Connection, schema: str) -> None:
     """See whether all tables, their columns and indexes are there."""
-    rows = await connection.fetch(Statement(_FOUND, [schema, list(RELATIONS)]))
-    found = {name: set(columns) for name, columns in rows}
+    found = await _columns(connection, schema, list(RELATIONS))
     gone = [name for name in RELATIONS if name not in found]
     gone += [
         f"{table.name}.{column.name}"
@@ -70,10 +68,17 @@ async def check(connection: Connection, schema: str) -> None:
         raise CorruptStore(f"the PostgreSQL schema {schema!r} has no {', '.join(gone)}")
 
 
+async def _columns(connection: Connection, schema: str, relations: list[str]) -> dict[str, set[str]]:
+    """The columns of those of some tables and indexes that are there."""
+    found: dict[str, set[str]] = {}
+    for name, column in await connection.fetch(Statement(_FOUND, [schema, relations])):
+        found.setdefault(name, set()).add(column)
+    return found
+
+
 async def _version(connection: Connection, schema: str) -> int | None:
     """The number of the store's schema, or None where there is no store."""
-    rows = await connection.fetch(Statement(_FOUND, [schema, [table.name for table in TABLES]]))
-    found = {name: set(columns) for name, columns in rows}
+    found = await _columns(connection, schema, [table.name for table in TABLES])
     if not found:
         return None
     if "version" not in found.get(VERSION.name, ()):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple, cast
 
 from vtoken.backend import PRETENDED, REMEMBERED_USES, STALE_HOLD, Budget, Match, State, StoredToken, Use
-from vtoken_backends.postgresql.board import Board, Needs, Present
+from vtoken_backends.postgresql.board import Board, Insert, Needs, Present, line_of
 from vtoken_backends.postgresql.rows import (
     Row,
     binary,
@@ -276,6 +276,54 @@ receipts AS (
 SELECT place, new FROM used
 """
 
+# An insert in one round trip that replaces what is active in its line, where nothing is in its way: no key or
+# id is taken, and nobody else issues for the line at the same time. It changes nothing where one of the rows
+# cannot be inserted, and all of them are then played on a board. Each `count(*)` has the statement before it
+# carried out first.
+_ISSUE: Final = f"""
+WITH {_TUNED},
+new AS MATERIALIZED (
+    SELECT n.* FROM tuned, (
+        SELECT * FROM json_populate_recordset(NULL::@tokens, $1::text::json) LIMIT $3::bigint
+    ) AS n
+),
+old AS MATERIALIZED (
+    SELECT t.id, o.at
+    FROM (
+        SELECT o.id, new.created_at AS at
+        FROM new CROSS JOIN LATERAL (
+            SELECT t.id FROM @tokens AS t
+            WHERE t.content_type = new.content_type AND t.object_id = new.object_id AND t.slug = new.slug
+                AND t.context = new.context AND t.state = 0
+            OFFSET 0
+        ) AS o
+    ) AS o
+    JOIN @tokens AS t ON t.id = o.id
+    WHERE t.state + 0 = 0
+    ORDER BY t.id FOR UPDATE OF t
+),
+replaced AS (
+    UPDATE @tokens AS t SET state = {State.REPLACED.value}, ends_at = LEAST(t.ends_at, old.at - 1)
+    FROM old WHERE t.id = old.id
+    RETURNING 1
+),
+inserted AS (
+    INSERT INTO @tokens SELECT new.* FROM (SELECT count(*) FROM replaced) AS first, new
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+),
+changed AS (
+    INSERT INTO @keys (digest, token, origin)
+    SELECT decode(key ->> 'digest', 'hex'), new.id, new.id
+    FROM (SELECT count(*) FROM inserted) AS first, new, jsonb_array_elements(new.keys) AS key
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+)
+SELECT 1 / (
+    (SELECT count(*) FROM inserted) = $3::bigint AND (SELECT count(*) FROM changed) = $4::bigint
+)::integer
+"""
+
 # Removing. Returns how many tokens were found, and how many of them were still to be removed once they were
 # locked.
 _HELD: Final = f"""EXISTS (
@@ -493,7 +541,7 @@ class Statements:
             {"id": number_of(before.id), "version": board.versions[before.id], "patch": patch(before, after)}
             for before, after in changes
         ]
-        new_rows = [token_row(token, was_added=token.id in board.added) for token in sorted(new, key=_line)]
+        new_rows = [token_row(token, was_added=token.id in board.added) for token in sorted(new, key=line_of)]
         moved, lost, added = _keys(changes, new)
         receipts = [
             {**receipt._asdict(), "token": number_of(receipt.token), "origin": number_of(receipt.origin)}
@@ -532,6 +580,18 @@ class Statements:
         """
         rows = [_use_row(place, operation) for place, operation in enumerate(operations)]
         return Statement(self._text(_USE), [to_json(rows), str(patience), len(rows)])
+
+    def issue(self, operations: Sequence[Insert], patience: int) -> Statement:
+        """Returns nothing of use: all of them are carried out, or none.
+
+        Args:
+            operations: for which :attr:`Insert.is_plain` holds, each of a line of its own.
+            patience: how many milliseconds to wait for a lock.
+        """
+        tokens = sorted([operation.token for operation in operations], key=line_of)
+        rows = [token_row(token, was_added=False) for token in tokens]
+        keys = sum([len(token.keys) for token in tokens])
+        return Statement(self._text(_ISSUE), [to_json(rows), str(patience), len(rows), keys])
 
     def purge(self, limit: int, patience: int, now: int, before: int) -> Statement:
         """Returns (how many were found, how many of them were removed)."""
@@ -598,10 +658,6 @@ def _where(match: Match) -> tuple[str, list[object]]:
     if match.valid_at is not None:
         add("t.expires_at >= ${n}::bigint", match.valid_at)
     return " AND ".join(conditions), parameters
-
-
-def _line(token: StoredToken) -> tuple[str, str, str, bytes]:
-    return token.content_type, token.object_id, token.slug, token.context
 
 
 def _keys(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
-from typing import Any, ClassVar, Final, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, cast
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -30,7 +30,7 @@ from vtoken.backend import (
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, InvalidInput
 from vtoken_backends.batching import outlast
 from vtoken_backends.postgresql import schema as _schema
-from vtoken_backends.postgresql.board import Operation
+from vtoken_backends.postgresql.board import Insert, Operation
 from vtoken_backends.postgresql.connections import GAVE_WAY, TIME_LIMIT, Connections, refused
 from vtoken_backends.postgresql.statements import Statement, Statements
 from vtoken_backends.postgresql.store import PATIENCE, Connection, Rows, Store
@@ -153,15 +153,23 @@ class _Within:
     begin: ClassVar = Statement("SAVEPOINT vtoken")
     commit: ClassVar = Statement("RELEASE SAVEPOINT vtoken")
     rollback: ClassVar = Statement("ROLLBACK TO SAVEPOINT vtoken")
+    begin_all: ClassVar = Statement("SAVEPOINT vtoken_all")
+    """Begins what consists of several of those."""
+    commit_all: ClassVar = Statement("RELEASE SAVEPOINT vtoken_all")
+    rollback_all: ClassVar = Statement("ROLLBACK TO SAVEPOINT vtoken_all")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._has_begun = False
+        self._begun: list[Statement] = []
 
     async def fetch(self, statement: Statement) -> Rows:
-        self._has_begun = self._has_begun or statement is self.begin
+        if statement in (self.begin, self.begin_all):
+            self._begun.append(statement)
         rows = await self._driver.fetch(statement)
-        self._has_begun = self._has_begun and statement is not self.commit
+        if statement is self.commit_all:
+            self._begun.clear()
+        elif statement is self.commit:
+            self._begun = [one for one in self._begun if one is not self.begin]
         return rows
 
     async def fetch_all(self, statements: Sequence[Statement]) -> Rows:
@@ -173,10 +181,12 @@ class _Within:
     async def undo(self) -> None:
         """Take back what an operation that was cancelled has written so far. Where that cannot be done, the
         transaction cannot be committed either."""
-        if self._has_begun:
+        if self._begun:
+            undoing = self.rollback_all if self.begin_all in self._begun else self.rollback
+            self._begun.clear()
             with suppress(Exception):
                 async with asyncio.timeout(_UNDOING):
-                    await self._driver.fetch(self.rollback)
+                    await self._driver.fetch(undoing)
 
     async def try_to(self, statements: Sequence[Statement]) -> bool:
         await self.fetch(self.begin)
@@ -189,10 +199,6 @@ class _Within:
             return True
         await self._driver.fetch(self.rollback)
         return False
-
-
-async def _nothing(_: Connection) -> None:
-    pass
 
 
 class Transaction(Store):
@@ -244,35 +250,45 @@ class Transaction(Store):
         also_taken: tuple[bytes, ...] = (),
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
-        """Charge what belongs to no object beforehand and apart, and the rest on the handle: a transaction
-        may last, and must not lock a budget that everybody shares. A rollback gives back the rest only."""
+        """Charge what belongs to no object apart, and the rest on the handle: a transaction may last, and
+        must not lock a budget that everybody shares. A rollback gives back the rest only.
+
+        What is shared is charged last: whoever is refused by the object's own limits, or waits for another
+        transaction that spends from them, has taken nothing from others.
+        """
         shared = tuple([spend for spend in spends if spend.budget.object == _NOBODY])
         own = tuple([spend for spend in spends if spend.budget.object != _NOBODY])
-        await self._run(_nothing, writes=False)  # a handle that does not fit is refused before the charge
-        spent = await self._outside.spend(shared, token.created_at) if shared else Spending()
+        operation = Insert(token, mode, keep_until, wanted_until, also_taken, own)
+        if not shared:
+            return cast("Inserted", await self._submit(operation))
+
+        async def insert(connection: Connection) -> tuple[Inserted, Spending]:
+            await connection.fetch(_Within.begin_all)
+            [inserted] = cast("list[Inserted]", await self.play([operation], PATIENCE, connection))
+            spent = Spending()
+            if inserted.result is InsertResult.INSERTED:
+                try:
+                    spent = await self._outside.spend(shared, token.created_at)
+                except BackendError:
+                    await connection.fetch(_Within.rollback_all)
+                    raise
+            if spent.full is not None:
+                await connection.fetch(_Within.rollback_all)
+            await connection.fetch(_Within.commit_all)
+            return inserted, spent
+
+        inserted, spent = await self._run(insert)
         if spent.full is not None:
             place = spends.index(shared[spent.full])
             return Inserted(InsertResult.LIMITED, spending=spent._replace(full=place))
-        inserted = await super().insert(
-            token,
-            mode,
-            keep_until=keep_until,
-            wanted_until=wanted_until,
-            also_taken=also_taken,
-            spends=own,
-        )
         if inserted.result is not InsertResult.INSERTED:
-            if shared:
-                await self._outside.refund(spent.charges)
             full = inserted.spending.full
             of_all = None if full is None else spends.index(own[full])
             return inserted._replace(spending=inserted.spending._replace(full=of_all))
         charges = {charge.budget: charge for charge in (*spent.charges, *inserted.spending.charges)}
         lefts = [left for left in (spent.left, inserted.spending.left) if left is not None]
-        spending = Spending(
-            charges=tuple([charges[spend.budget] for spend in spends]), left=min(lefts, default=None)
-        )
-        return inserted._replace(spending=spending)
+        in_order = tuple([charges[spend.budget] for spend in spends])
+        return inserted._replace(spending=Spending(charges=in_order, left=min(lefts, default=None)))
 
     async def _submit(self, operation: Operation) -> object:
         async def play(connection: Connection) -> object:
