@@ -202,6 +202,55 @@ async def test_a_token_is_issued_with_its_charges_or_not_at_all(
     assert await backend.budgets((spend.budget,)) == [None]
 
 
+def spend(name: bytes, limit: int, of: bytes = bytes(16)) -> Spend:
+    return Spend(budget=Budget(object=of, name=name * 16), limit=limit, window=MINUTE, max_window=MINUTE)
+
+
+async def test_what_belongs_to_no_object_is_charged_last_and_apart(
+    backend: PostgreSQLBackend, begin: Begin, url: str
+) -> None:
+    shared, own_spend = spend(b"s", 2), spend(b"n", 1, of=b"o" * 16)
+    async with begin(url) as own:
+        within = backend.within(own.handle)
+        inserted = await within.insert(a_token(), InsertMode.REPLACE, spends=(shared, own_spend))
+        assert [charge.budget for charge in inserted.spending.charges] == [shared.budget, own_spend.budget]
+        spent, unseen = await backend.budgets((shared.budget, own_spend.budget))
+        assert (spent and spent.spent, unseen) == (1, None)
+        limited = await within.insert(a_token(), InsertMode.REPLACE, spends=(shared, own_spend))
+        assert (limited.result, limited.spending.full) == (InsertResult.LIMITED, 1)
+        assert (await backend.budgets((shared.budget,)))[0] == spent
+        await backend.spend((shared,), NOW)
+        other = spend(b"n", 1, of=b"p" * 16)
+        limited = await within.insert(a_token(object_id="43"), InsertMode.REPLACE, spends=(other, shared))
+        assert (limited.result, limited.spending.full) == (InsertResult.LIMITED, 1)
+        await own.execute("INSERT INTO passwords VALUES ('new')")
+    assert await backend.find(Match(), 9) == [inserted.token]
+    assert await backend.budgets((other.budget,)) == [None]
+
+
+async def test_nobody_is_refused_beside_others_that_their_own_limit_refuses(
+    backend: PostgreSQLBackend, url: str
+) -> None:
+    shared = spend(b"s", 5)
+
+    async def issue(object_id: str) -> InsertResult:
+        own_spend = spend(b"n", 2, of=object_id.encode() * 16)
+        async with on_psycopg(url) as own:
+            token = a_token(object_id=object_id)
+            inserted = await backend.within(own.handle).insert(
+                token, InsertMode.REPLACE, spends=(shared, own_spend)
+            )
+            await own.execute("SELECT pg_sleep(0.01)")
+        return inserted.result
+
+    results = await asyncio.gather(*(issue("a") for _ in range(20)), *(issue(name) for name in "xyz"))
+    assert results[20:] == [InsertResult.INSERTED] * 3
+    assert results[:20].count(InsertResult.INSERTED) == 2
+    [state] = await backend.budgets((shared.budget,))
+    assert state is not None
+    assert state.spent == 5
+
+
 async def test_every_method_does_there_what_it_does_elsewhere(
     backend: PostgreSQLBackend, begin: Begin, url: str
 ) -> None:
@@ -334,6 +383,37 @@ async def test_a_cancelled_operation_has_happened_wholly_or_not_at_all(
     found = await backend.find(Match(), 9)
     assert found == await backend.find(Match(digests=(token.keys[0].digest,)), 9)
     assert bool(found) is (statement == 6)
+
+
+@pytest.mark.parametrize("statement", range(1, 9))
+async def test_a_cancelled_insert_with_shared_limits_has_happened_wholly_or_not_at_all(
+    backend: PostgreSQLBackend, url: str, statement: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, asked = _Within.fetch, 0
+    ended = False
+
+    async def cancelled_afterwards(within: _Within, one: Statement) -> list[Any]:
+        nonlocal asked, ended
+        asked += 1
+        rows = await fetch(within, one)
+        ended = one is _Within.commit_all
+        if asked == statement:
+            inserting.cancel()
+            await asyncio.sleep(0)
+        return rows
+
+    async with on_psycopg(url) as own:
+        with monkeypatch.context() as patch:
+            patch.setattr(_Within, "fetch", cancelled_afterwards)
+            spends = (spend(b"s", 1), spend(b"n", 1, of=b"o" * 16))
+            target = backend.within(own.handle)
+            inserting = asyncio.create_task(target.insert(a_token(), InsertMode.REPLACE, spends=spends))
+            await asyncio.wait([inserting])
+        assert inserting.cancelled()
+        await own.execute("INSERT INTO passwords VALUES ('new')")
+    assert len(await passwords(url)) == 1
+    states = await backend.budgets((spends[1].budget,))
+    assert (len(await backend.find(Match(), 9)), states != [None]) == (int(ended), ended)
 
 
 async def test_others_wait_for_the_commit_and_only_they(backend: PostgreSQLBackend, url: str) -> None:
