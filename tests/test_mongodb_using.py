@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -174,11 +174,12 @@ async def test_a_token_is_issued_with_its_charges_or_not_at_all(
     assert await backend.budgets((spend.budget,)) == [None]
 
 
-async def test_what_belongs_to_no_object_is_charged_beforehand_and_apart(
-    backend: MongoDBBackend, begin: Begin
-) -> None:
-    shared = Spend(Budget(bytes(16), b"s" * 16), limit=2, window=1000, max_window=1000)
-    own_spend = Spend(Budget(b"o" * 16, b"n" * 16), limit=1, window=1000, max_window=1000)
+def spend(name: bytes, limit: int, of: bytes = bytes(16)) -> Spend:
+    return Spend(Budget(of, name * 16), limit=limit, window=1000, max_window=1000)
+
+
+async def test_what_belongs_to_no_object_is_charged_apart(backend: MongoDBBackend, begin: Begin) -> None:
+    shared, own_spend, others = spend(b"s", 2), spend(b"n", 1, b"o" * 16), spend(b"n", 1, b"p" * 16)
     async with begin() as own:
         within = backend.within(own.handle)
         inserted = await insert(within, token(1), spends=(shared, own_spend))
@@ -188,12 +189,54 @@ async def test_what_belongs_to_no_object_is_charged_beforehand_and_apart(
         assert (seen.spent, unseen) == (1, None)
         limited = await insert(within, token(2), spends=(shared, own_spend))
         assert (limited.result, limited.spending.full) == (InsertResult.LIMITED, 1)
+        taken = await insert(within, of(5, keys=token(1).keys), spends=(others, shared))
+        assert taken.result is InsertResult.KEY_TAKEN
         [seen] = await backend.budgets((shared.budget,))
         assert seen is not None
-        assert seen.spent == 1  # refunded
+        assert seen.spent == 1
         await insert(backend, of(3), spends=(shared,))
-        limited = await insert(within, of(4), spends=(own_spend, shared))
-        assert limited.spending.full is not None
+        limited = await insert(within, of(4), spends=(others, shared))
+        assert (limited.result, limited.spending.full) == (InsertResult.LIMITED, 1)
+    assert await backend.budgets((others.budget,)) == [None]
+
+
+async def test_a_conflict_charges_nobody(backend: MongoDBBackend, begin: Begin) -> None:
+    """The application runs its transaction again, and each run would cost what others share."""
+    shared = spend(b"s", 2)
+    for own_spends in ((), (spend(b"n", 1, b"o" * 16),)):
+        async with begin() as mine, begin() as other:
+            await insert(backend.within(other.handle), token(1), spends=own_spends)
+            with pytest.raises(BackendUnavailable):
+                await insert(backend.within(mine.handle), token(2), spends=(shared, *own_spends))
+            with suppress(PyMongoError):  # it is over
+                await mine.handle.abort_transaction()
+        [state] = await backend.budgets((shared.budget,))
+        assert state is None or state.spent == 0
+
+
+async def test_nobody_is_refused_beside_others_that_their_own_limit_refuses(
+    backend: MongoDBBackend, pymongo_client: Any
+) -> None:
+    shared = spend(b"s", 5)
+
+    async def issue(number: int, object_id: str) -> InsertResult:
+        own_spend = spend(b"n", 2, object_id.encode() * 16)
+        record = token(number)._replace(object_id=object_id)
+
+        async def issued(session: Any) -> InsertResult:
+            return (await insert(backend.within(session), record, spends=(own_spend, shared))).result
+
+        async with pymongo_client.start_session() as session:
+            result: InsertResult = await session.with_transaction(issued)
+            return result
+
+    calls = [issue(n, "a") for n in range(1, 13)] + [issue(20 + n, name) for n, name in enumerate("xyz")]
+    results = await asyncio.gather(*calls)
+    assert results[12:] == [InsertResult.INSERTED] * 3
+    assert results[:12].count(InsertResult.INSERTED) == 2
+    [state] = await backend.budgets((shared.budget,))
+    assert state is not None
+    assert state.spent == 5
 
 
 @pytest.mark.parametrize("seed", range(3))

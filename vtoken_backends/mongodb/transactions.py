@@ -15,7 +15,7 @@ commands run on the session's own client, and nothing is committed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -208,34 +208,52 @@ class Transaction(Store):
         also_taken: tuple[bytes, ...] = (),
         spends: tuple[Spend, ...] = (),
     ) -> Inserted:
-        """Charge what belongs to no object beforehand and apart, and the rest within the transaction, which
-        may last and must not lock a budget that everybody shares. A rollback gives back the rest only."""
+        """Charge what belongs to no object apart, and the rest within the transaction: it may last, and must
+        not lock a budget that everybody shares. A rollback gives back the rest only."""
         shared = tuple([spend for spend in spends if spend.budget.object == _NOBODY])
         own = tuple([spend for spend in spends if spend.budget.object != _NOBODY])
-        spent = Spending()
-        if shared:
-            await self._apart(self._check(), writes=False)  # a handle that does not fit is refused first
-            spent = await self._outside.spend(shared, token.created_at)
+        op = Insert.of(token, mode, keep_until, wanted_until, also_taken)
+        if not shared:
+            return await (self._apart(self._insert_charged(op, own)) if own else self._insert_alone(op))
+        inserted = await self._apart(self._insert_charged_apart(op, own, shared))
+        spent = inserted.spending
         if spent.full is not None:
-            place = spends.index(shared[spent.full])
-            return Inserted(InsertResult.LIMITED, spending=spent._replace(full=place))
-        inserted = await super().insert(
-            token,
-            mode,
-            keep_until=keep_until,
-            wanted_until=wanted_until,
-            also_taken=also_taken,
-            spends=own,
-        )
+            full = (*own, *shared)[spent.full]
+            return inserted._replace(spending=spent._replace(full=spends.index(full)))
+        charges = {charge.budget: charge for charge in spent.charges}
+        in_order = tuple([charges[spend.budget] for spend in spends if spend.budget in charges])
+        return inserted._replace(spending=spent._replace(charges=in_order))
+
+    async def _insert_charged_apart(
+        self, op: Insert, own: Sequence[Spend], shared: tuple[Spend, ...]
+    ) -> Inserted:
+        """Charge the object's own limits first. Whoever is refused by them, or conflicts with another
+        transaction that spends from them, has taken nothing from others."""
+        now = op.token.created_at
+        in_the_way = None if op.mode is InsertMode.REPLACE else await self._writes.in_the_way(op)
+        if in_the_way is not None:
+            return in_the_way
+        charged = await self._budgets.spend(own, now)
+        if charged.full is not None:
+            return await self._writes.in_the_way(op) or Inserted(InsertResult.LIMITED, spending=charged)
+        spent = await self._outside.spend(shared, now)
+        if spent.full is not None:
+            await self._budgets.undo(charged.charges)
+            full = spent._replace(full=len(own) + spent.full)
+            return await self._writes.in_the_way(op) or Inserted(InsertResult.LIMITED, spending=full)
+        try:
+            inserted = await self._insert_one(op)
+        except _Failed:
+            with suppress(BackendError):  # what it has failed for matters more
+                await self._outside.refund(spent.charges)
+            raise
         if inserted.result is not InsertResult.INSERTED:
+            await self._budgets.undo(charged.charges)
             await self._outside.refund(spent.charges)
-            full = inserted.spending.full
-            of_all = None if full is None else spends.index(own[full])
-            return inserted._replace(spending=inserted.spending._replace(full=of_all))
-        charges = {charge.budget: charge for charge in (*spent.charges, *inserted.spending.charges)}
-        lefts = [left for left in (spent.left, inserted.spending.left) if left is not None]
-        in_order = tuple([charges[spend.budget] for spend in spends])
-        return inserted._replace(spending=Spending(charges=in_order, left=least_left(lefts)))
+            return inserted
+        lefts = [left for left in (charged.left, spent.left) if left is not None]
+        together = Spending(charges=(*charged.charges, *spent.charges), left=least_left(lefts))
+        return inserted._replace(spending=together)
 
     # Steps ----------------------------------------------------------------------------------------
 
