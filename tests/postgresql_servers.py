@@ -99,6 +99,62 @@ def _command(program: str, *arguments: str) -> list[str]:
     return [sys.executable, "-ISc", _START, str(os.getpid()), _USER, binary, *arguments]
 
 
+def pooler_binary() -> str | None:
+    """PgBouncer, where it is installed: no package of PyPI brings it."""
+    return shutil.which("pgbouncer", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin")))
+
+
+@contextmanager
+def pooler(server_url: str, size: int) -> Generator[str]:
+    """The URL of a PgBouncer in transaction mode.
+
+    Args:
+        server_url: where it leads to.
+        size: how many connections to the server it shares between all of its clients.
+    """
+    binary = pooler_binary()
+    assert binary is not None, "look for it first"
+    server, port = urlsplit(server_url), _free_port()
+    with tempfile.TemporaryDirectory(prefix="vtoken-pgbouncer-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "users").write_text(f'"{server.username}" ""')
+        (folder / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host={server.hostname} port={server.port}\n"
+            f"[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={port}\nunix_socket_dir=\n"
+            f"auth_type=trust\nauth_file={folder}/users\n"
+            f"pool_mode=transaction\ndefault_pool_size={size}\nmax_client_conn=200\n"
+        )
+        command = [sys.executable, "-ISc", _START, str(os.getpid()), _USER, binary, "--quiet"]
+        command.append(str(folder / "pgbouncer.ini"))
+        with (folder / "log").open("wb") as log:
+            process = _STARTER.submit(
+                subprocess.Popen[bytes], command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            ).result()
+        try:
+            url = server._replace(netloc=f"{server.username}@127.0.0.1:{port}").geturl()
+            _await_ready(process, url, folder / "log")
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(600):
+        try:
+            psycopg.connect(url, connect_timeout=1).close()
+            return
+        except psycopg.OperationalError:
+            pass
+        try:
+            process.wait(0.1)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    raise RuntimeError(f"there is no answer:\n{log.read_text(errors='replace')[-2000:]}")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -167,7 +223,7 @@ class PostgreSQL:
                 stderr=log,
                 cwd=self.folder,
             ).result()
-        self._await_ready()
+        _await_ready(self._process, self.url, self.folder / "log")
         return self
 
     def _making(self) -> list[str]:
@@ -178,21 +234,6 @@ class PostgreSQL:
         command = _command("initdb", "--pgdata", str(self.data), "--username", "vtoken")
         command += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
         return [*command, "--no-sync", "--no-instructions"]
-
-    def _await_ready(self) -> None:
-        assert self._process is not None
-        for _ in range(600):
-            try:
-                psycopg.connect(self.url, connect_timeout=1).close()
-                return
-            except psycopg.OperationalError:
-                pass
-            try:
-                self._process.wait(0.1)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        raise RuntimeError(f"PostgreSQL does not answer:\n{self.log()[-2000:]}")
 
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
