@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Any
 
@@ -28,6 +29,7 @@ from vtoken.backend import (
 )
 from vtoken.errors import BackendError, BackendUnavailable, OutcomeUnknown
 from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.mongodb.writes import Writes
 
 from . import servers
 from .mongodb_tools import (
@@ -388,3 +390,108 @@ async def test_no_command_examines_more_than_it_is_about(mongodb_url: str) -> No
         assert stored.count_documents({}) > 400
         assert not plans.wasteful, "\n".join(plans.wasteful)
         assert set(plans.seen) == {"find", "update", "delete", "findAndModify"}
+
+
+class Interrupted:
+    """A replacement of a token that stands beside a line, and what somebody else asks between its writes.
+
+    Args:
+        backend: that replaces the token.
+        writes: after how many of its writes the other one asks.
+        ask: what that does.
+    """
+
+    def __init__(self, backend: MongoDBBackend, writes: int, ask: Callable[[], Awaitable[object]]) -> None:
+        self._backend = backend
+        self._writes = writes
+        self._ask = ask
+        self._done = 0
+        self.answers: list[Any] = []
+
+    async def insert(self, mode: InsertMode, monkeypatch: pytest.MonkeyPatch) -> InsertResult:
+        """Insert the token of number 2."""
+        write = Writes.write
+
+        async def interrupted(writes: Writes, documents: Any) -> Any:
+            if writes is self._backend._writes:  # pyright: ignore[reportPrivateUsage]  # whose writes are counted
+                if self._done == self._writes:
+                    self.answers.append(await self._ask())
+                self._done += any(stored.edits for stored in documents.all.values())
+            return await write(writes, documents)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Writes, "write", interrupted)
+            inserted = await insert(self._backend, token(2), mode)
+        assert self._done
+        if not self.answers:
+            self.answers.append(await self._ask())
+        return inserted.result
+
+
+@pytest.mark.parametrize("writes", range(4))
+@pytest.mark.parametrize("mode", [REPLACE, InsertMode.ONCE])
+async def test_if_none_valid_between_the_writes_of_a_replacement(
+    mongodb_url: str, mode: InsertMode, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks is told of the old token or of the new one, and never finds that there is none."""
+    async with opened(mongodb_url) as backend, opened(mongodb_url) as other:
+        await insert(backend, token(1), ADD)
+        replacing = Interrupted(
+            backend, writes, lambda: insert(other, token(3), IF_NONE_VALID, wanted_until=LATER)
+        )
+        assert await replacing.insert(mode, monkeypatch) is INSERTED
+        assert [answer.result for answer in replacing.answers] == [HAS_VALID]
+        assert await active(backend) == [2]
+        [_, replaced] = await backend.find(Match(), 9)
+        assert (replaced.state, replaced.ends_at) == (State.REPLACED, NOW + 1)
+
+
+@pytest.mark.parametrize("writes", range(4))
+async def test_what_meets_a_replacement_between_its_writes(
+    mongodb_url: str, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls at once end as one of their orders."""
+    everything = Match(content_type="auth.user", object_id="42")
+    async with opened(mongodb_url) as backend, opened(mongodb_url) as other:
+        await insert(backend, token(1), ADD)
+        replacing = Interrupted(backend, writes, lambda: other.deactivate(everything, LATER))
+        assert await replacing.insert(REPLACE, monkeypatch) is INSERTED
+        states = [found.state for found in await backend.find(Match(), 9)]
+        assert states in ([State.ACTIVE, State.ENDED], [State.ENDED, State.REPLACED])
+        assert replacing.answers == [1]
+        await backend.erase("auth.user", "42", b"o" * 16)
+
+        await insert(backend, token(1), ADD)
+        replacing = Interrupted(backend, writes, lambda: insert(other, token(3)))
+        assert await replacing.insert(REPLACE, monkeypatch) is INSERTED
+        assert await active(backend) in ([2], [3])
+        assert len(await backend.find(Match(), 9)) == 3
+        await backend.erase("auth.user", "42", b"o" * 16)
+
+        await insert(backend, token(1), ADD)
+        replacing = Interrupted(backend, writes, lambda: insert(other, of(2)))  # the same key
+        results = [await replacing.insert(REPLACE, monkeypatch), replacing.answers[0].result]
+        assert sorted(results, key=str) == [INSERTED, KEY_TAKEN]
+
+
+async def test_a_replacement_that_was_cut_short_is_finished_by_the_next_call(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    async def kill() -> None:
+        raise Killed
+
+    for writes in (1, 2):
+        async with opened(mongodb_url) as backend, opened(mongodb_url) as other:
+            await insert(other, token(1), ADD)
+            with pytest.raises((Killed, asyncio.CancelledError)):
+                await Interrupted(backend, writes, kill).insert(REPLACE, monkeypatch)
+            assert await active(other) == ([1] if writes == 1 else [])  # none, but never two
+            assert [found.id for found in await other.find(Match(), 9)] == [token(1).id]
+            inserted = await insert(other, token(3))
+            assert inserted.result is INSERTED
+            assert await active(other) == [3]
+            assert len(await other.find(Match(), 9)) == 3
+            await other.erase("auth.user", "42", b"o" * 16)

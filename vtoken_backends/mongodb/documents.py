@@ -13,6 +13,7 @@ One document is one line: its current exclusive token, and the tokens that this 
 - ``revision``: grows by one with every write. ``claims``: the flushes of the latest ones, the newest last.
 - ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
 - ``beside``: how many tokens were added beside the line (see ``writes``).
+- ``pending``: the token that is about to replace those beside the line, which end first. It is no token yet.
 - ``spilling``, ``spill``, ``spill_id``: tombstones on their way into a document of their own.
 
 A token that was added beside others is a document of its own, with ``beside_line`` instead of the line among
@@ -52,7 +53,7 @@ TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"spilling": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
-LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claims": 0}
+LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claims": 0, "pending": 0}
 """The projection that leaves out tombstones: they are rarely asked for, and may be many."""
 MOST_FORMER: Final = 8
 """Tombstones in a line, until those that nobody holds are spilled."""
@@ -280,6 +281,10 @@ class Stored:
     former: list[Kept] | None = field(default_factory=list)
     """None: not read. What is appended then stands in ``pushed``."""
     pushed: list[Kept] = field(default_factory=list)
+    pending: Kept | None = None
+    """What is about to replace the tokens beside this line."""
+    keep_until: int = 0
+    """Of the overlap that it asks for."""
     spill: list[Kept] = field(default_factory=list)
     spill_id: bytes | None = None
     oid: bytes = field(default_factory=new_id)
@@ -357,6 +362,8 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             beside=int(found.get("beside", 0)),
             kept=kept,
             former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
+            pending=kept_of(found["pending"], shared) if is_whole and "pending" in found else None,
+            keep_until=int(found.get("keep_until", 0)),
             spill=[kept_of(one, shared) for one in found.get("spill", ())] if is_whole else [],
             spill_id=found.get("spill_id"),
             oid=bytes(found["_id"]),
@@ -380,7 +387,7 @@ def whole(stored: Stored, claim: bytes) -> Document:
     line: list[object] = [stored.line] if stored.line is not None else []
     document: Document = {
         "_id": stored.oid,
-        "names": line + names_of(tokens),
+        "names": line + names_of(tokens) + reserved_names(stored),
         "object": object_of(stored.shared["content_type"], stored.shared["object_id"]),
         **stored.shared,
         "revision": 0 if stored.revision is None else stored.revision + 1,
@@ -397,11 +404,18 @@ def whole(stored: Stored, claim: bytes) -> Document:
         document["token"] = token_document(stored.kept)
     if stored.former:
         document["former"] = [token_document(kept) for kept in stored.former]
+    if stored.pending is not None:
+        document |= {"pending": token_document(stored.pending), "keep_until": Int64(stored.keep_until)}
     if stored.spill:
         document["spill"] = [token_document(kept) for kept in stored.spill]
         document["spilling"] = names_of(kept.token for kept in stored.spill)
         document["spill_id"] = stored.spill_id
     return document
+
+
+def reserved_names(stored: Stored) -> list[object]:
+    """The digests of a token that is about to be in a document. Its id is none: pages go by the ids."""
+    return [key.digest for key in stored.pending.token.keys] if stored.pending is not None else []
 
 
 NEVER_DUE: Final = (1 << 63) - 1

@@ -45,6 +45,7 @@ from vtoken_backends.mongodb.documents import (
     line_of,
     names_of,
     new_id,
+    reserved_names,
     shared_of,
 )
 
@@ -64,6 +65,10 @@ class Insert(NamedTuple):
     """Of the token."""
     given: tuple[StoredKey, ...] | None = None
     """What a predecessor beside the line has given to the new token; None where there was no such one."""
+    is_begun: bool = False
+    """It was pending, and somebody else may have gone on with it."""
+    is_anothers: bool = False
+    """Go on with it if it is pending, and do nothing otherwise."""
 
     def __repr__(self) -> str:
         return f"<Insert {self.token.id}>"
@@ -80,6 +85,12 @@ class Insert(NamedTuple):
         line = line_of(token.content_type, token.object_id, token.slug, token.context)
         names = tuple(names_of([token]))
         return cls(token, mode, keep_until, wanted_until, also_taken, line, names)
+
+    @classmethod
+    def begun(cls, pending: Kept, keep_until: int) -> Insert:
+        """What another call has begun with."""
+        op = cls.of(pending.token, InsertMode.REPLACE, keep_until, 0, ())
+        return op._replace(is_begun=True, is_anothers=True)
 
     def digests(self) -> list[bytes]:
         """All that count as taken."""
@@ -125,6 +136,12 @@ class Spill(NamedTuple):
     stored: Stored
 
 
+class Finish(NamedTuple):
+    """Finish a replacement that another call has begun in a line."""
+
+    stored: Stored
+
+
 class Again(NamedTuple):
     """Write what was changed in other documents, and decide again."""
 
@@ -132,12 +149,14 @@ class Again(NamedTuple):
     """The document of a predecessor that stands beside the line."""
     given: tuple[StoredKey, ...] = ()
     """The keys that it gives."""
+    begun: Stored | None = None
+    """The line in which the token is pending by this write."""
 
     def __repr__(self) -> str:
         return "<Again>"
 
 
-Step: TypeAlias = Spill | Again
+Step: TypeAlias = Spill | Finish | Again
 UNREAD: Final = Unread()
 AGAIN: Final = Again()
 
@@ -169,6 +188,8 @@ class Documents:
     counted: set[bytes] = field(default_factory=set)
     """These lines."""
     all: dict[bytes, Stored] = field(default_factory=dict)
+    reserved: set[object] = field(default_factory=set)
+    """Digests of tokens that are pending."""
     consulted: list[Stored] = field(default_factory=list)
     """What the latest operation has looked at or made."""
 
@@ -181,6 +202,7 @@ class Documents:
         self.consulted.append(stored)
         if stored.line is not None:
             self.lines[stored.line] = stored
+        self.reserved.update(reserved_names(stored))
         self.index(stored, names_of([kept.token for kept in stored.tokens()]))
 
     def line(self, line: bytes) -> Stored | None:
@@ -358,6 +380,11 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
             return UNREAD
     elif line is not None and line.spill:
         return Spill(line)
+    pending = line.pending if line is not None and op.mode is not InsertMode.ADD else None
+    if pending is not None or op.is_begun:
+        begun = _begun(op, line, pending, documents)
+        if begun is not None:
+            return begun
     replacing = [] if op.mode is InsertMode.ADD else list(_active(op, own, documents))
     if documents.is_whole:
         taken = _taken(op, documents, replacing)
@@ -367,17 +394,48 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
         valid = [kept.token for kept in replacing if satisfies(kept.token, op.wanted_until)]
         if valid:
             return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
-    again = _end_beside(op, own, documents) if op.mode is not InsertMode.ADD else None
-    return again if again is not None else _inserted(op, line, documents)
+    if line is not None and op.mode is not InsertMode.ADD and _beside(op, documents):
+        line.pending, line.keep_until = Kept(op.token), op.keep_until
+        line.edits += 1
+        return Again(begun=line)
+    return _inserted(op, line, documents)
 
 
-def _end_beside(op: Insert, own: Kept | None, documents: Documents) -> Again | None:
-    """Replace the active tokens beside the line. None: there are none."""
-    holders = [
+def _begun(
+    op: Insert, line: Stored | None, pending: Kept | None, documents: Documents
+) -> Inserted | Step | None:
+    """Go on with a replacement that has begun, from where it is. None: it begins.
+
+    What stands beside the line ends first, and then the pending token becomes the line's own. Nobody decides
+    anything about the line in between. Else an ``IF_NONE_VALID`` would find no token where there never is
+    none.
+    """
+    if line is not None and pending is not None and pending.token.id == op.token.id:
+        again = _end_beside(op, line.kept, documents)
+        inserted = _inserted(op, line, documents) if again is None else again
+        if isinstance(inserted, Inserted):
+            line.pending = None
+        return inserted
+    done = documents.holder(id_name(op.token.id)) if op.is_begun else None
+    if done is not None:
+        return Inserted(InsertResult.INSERTED, done.kept.token)
+    if op.is_anothers:
+        return Inserted(InsertResult.KEY_TAKEN)
+    return Finish(line) if line is not None and pending is not None else None
+
+
+def _beside(op: Insert, documents: Documents) -> list[Holder]:
+    """The active tokens beside the line."""
+    return [
         Holder(stored, stored.kept)
         for stored in documents.beside.get(op.line, ())
         if stored.kept is not None and stored.kept.token.is_active
     ]
+
+
+def _end_beside(op: Insert, own: Kept | None, documents: Documents) -> Again | None:
+    """Replace the active tokens beside the line. None: there are none."""
+    holders = _beside(op, documents)
     if not holders:
         return None
     again = Again()
@@ -411,14 +469,15 @@ def _active(op: Insert, own: Kept | None, documents: Documents) -> Iterator[Kept
     """The active tokens of the line."""
     if own is not None and own.token.is_active:
         yield own
-    for stored in documents.beside.get(op.line, ()):
-        if stored.kept is not None and stored.kept.token.is_active:
-            yield stored.kept
+    for holder in _beside(op, documents):
+        yield holder.kept
 
 
 def _taken(op: Insert, documents: Documents, replacing: Collection[Kept]) -> Inserted | Step | None:
     """The answer where a key or the id is taken; keys that are superseded are taken away."""
     digests = op.digests()
+    if not documents.reserved.isdisjoint(digests):
+        return Inserted(InsertResult.KEY_TAKEN)
     losers: list[Holder] = []
     for holder in documents.holders(digests):
         if not _is_superseded(holder.kept.token, digests, op, replacing):

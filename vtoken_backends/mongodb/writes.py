@@ -14,6 +14,10 @@ was lost: the bulk write is sent once more then, and changes nothing that it had
 afterwards. So a ``REPLACE`` that did not see the document came first: if it read the line before the second
 count, its own write comes to nothing and is decided again; otherwise ``ADD`` has not returned yet.
 
+``REPLACE`` needs several writes where tokens stand beside the line: the new token is *pending* in the line,
+under the digests of its keys; what stands beside the line ends; the new token becomes the line's own. Whoever
+comes upon such a line goes on where the replacement has stopped, before deciding anything about the line.
+
 Tombstones that a line has no room for move in three writes, after each of which they are found: the line
 names them under ``spilling`` instead of ``names``, and from then on they are not changed there; a document of
 their own is inserted, under the ``_id`` that the line has given it; the line drops them. Whoever comes upon
@@ -70,10 +74,12 @@ from vtoken_backends.mongodb.lines import (
     Again,
     Answer,
     Documents,
+    Finish,
     Insert,
     Operation,
     Present,
     Spill,
+    Step,
     Unread,
     Update,
     insert,
@@ -196,17 +202,20 @@ class Writes:
         rests_on: dict[int, list[bytes]] = {}  # documents that were not written yet
         again: list[int] = []
         spilling: dict[bytes, Stored] = {}
+        finishing: dict[bytes, Stored] = {}
         given: dict[int, Again] = {}
         waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
         for number in numbers:
             op = ops[number]
             documents.consulted.clear()
             answer = UNREAD if _waits(op, waiting) else _decide(op, documents)
-            if isinstance(answer, Unread | Again | Spill):
+            if isinstance(answer, Unread | Again | Spill | Finish):
                 again.append(number)
                 waiting.update(needed_names(op, is_whole=True), (s.oid for s in documents.consulted))
                 if isinstance(answer, Spill):
                     spilling[answer.stored.oid] = answer.stored
+                elif isinstance(answer, Finish):
+                    finishing[answer.stored.oid] = answer.stored
                 elif isinstance(answer, Again):
                     given[number] = answer
                 continue
@@ -221,15 +230,21 @@ class Writes:
         written = await self.write(documents)
         if documents.added:
             await after_a_write(self._count_beside(documents.added))
-        for number, (giver, keys) in given.items():
+        for number, answer in given.items():
             op = ops[number]
-            if giver is not None and giver.oid not in written.lost and isinstance(op, Insert):
-                ops[number] = op._replace(given=keys)
+            if not isinstance(op, Insert):
+                continue
+            if answer.giver is not None and answer.giver.oid not in written.lost:
+                ops[number] = op._replace(given=answer.given)
+            elif answer.begun is not None and answer.begun.oid not in written.lost:
+                ops[number] = op._replace(is_begun=True)
         spilling |= {oid: stored for oid, stored in documents.all.items() if stored.edits and stored.spill}
         for oid, stored in spilling.items():
             if oid not in written.lost and oid not in written.unknown and oid not in written.refused:
                 with suppress(BackendError):  # whoever comes upon it next goes on with it
                     await self.spill(stored)
+        for stored in finishing.values():
+            await self.finish(stored)
         for number, oids in () if written.is_clean() else rests_on.items():
             if not written.lost.isdisjoint(oids):
                 again.append(number)
@@ -416,6 +431,13 @@ class Writes:
             await self._client.run(insert_moved)
         await self._client.run(drop)
 
+    async def finish(self, stored: Stored) -> None:
+        """Finish a replacement that another call has begun. It may be doing so itself at this moment."""
+        if stored.pending is not None:
+            [answer] = await self.flush([Insert.begun(stored.pending, stored.keep_until)], is_whole=True)
+            if isinstance(answer, BaseException):
+                raise answer
+
     # Several documents ----------------------------------------------------------------------------
 
     async def change_all(self, query: Document, changing: Changing) -> int:
@@ -442,6 +464,10 @@ class Writes:
                 if stored.spill and stored.spill_id is not None:
                     await self.spill(stored)
                     again |= {stored.oid, stored.spill_id}
+                    continue
+                if stored.pending is not None:
+                    await self.finish(stored)
+                    again.add(stored.oid)
                     continue
                 documents.add(stored)
                 counts[stored.oid] = _changed(stored, changing)
@@ -524,6 +550,7 @@ _OF_ALL: Final = (BackendClosed, BackendUnavailable, OutcomeUnknown)
 _ENDABLE: Final[Document] = {
     "$or": [
         {"token.state": 0},
+        {"pending": {"$exists": True}},
         {"token.holds.0": {"$exists": True}},
         {"former.holds.0": {"$exists": True}},
         {"spill.0": {"$exists": True}},
@@ -536,7 +563,7 @@ def unknown() -> OutcomeUnknown:
     return OutcomeUnknown("MongoDB: the write may or may not have happened")
 
 
-def _decide(op: Operation, documents: Documents) -> Answer | Unread | Again | Spill:
+def _decide(op: Operation, documents: Documents) -> Answer | Unread | Step:
     match op:
         case Insert():
             return insert(op, documents)
