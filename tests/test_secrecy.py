@@ -67,11 +67,12 @@ def records() -> Iterator[Records]:
 async def canary(request: pytest.FixtureRequest, tmp_path: Path, records: Records) -> AsyncIterator[Canary]:
     url = "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/tokens.db"
     made = Canary(url, tmp_path, records)
+    logging.getLogger("vtoken.canary").debug("a record that must be seen")
     yield made
     made.check_all()
     await made.aclose()
     made.check_all()
-    assert records.seen  # else nothing was looked at
+    assert "vtoken.canary" in records.seen  # else nothing was looked at
 
 
 async def test_what_is_returned_shows_no_key(canary: Canary) -> None:

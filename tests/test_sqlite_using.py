@@ -227,7 +227,9 @@ async def test_a_cancelled_operation_has_happened_wholly_or_not_at_all(path: Pat
             nonlocal asked
             asked += 1
             if asked == statement:
-                task.cancel()
+                caller = asyncio.current_task()
+                assert caller is not None
+                caller.cancel()
             return fetch(sql, values)
 
         connection.execute_fetchall = cancelling  # type: ignore[method-assign]  # cancels the n-th statement
