@@ -459,8 +459,8 @@ class TokenBackend(Protocol):
     def within(self, handle: object) -> TokenBackend:
         """The same store through a transaction of the application's own: a backend whose methods run on
         ``handle`` and nowhere else, and commit nothing. There is one exception, for stores that have more
-        than one writer: what :meth:`insert` takes from budgets that belong to no object is charged beforehand
-        and apart, because one slow transaction must not lock a budget that everybody shares.
+        than one writer: what :meth:`insert` takes from budgets that belong to no object is charged apart,
+        after the object's own, because one slow transaction must not lock a budget that everybody shares.
 
         Raises:
             InvalidInput: this backend has no such thing, the handle is of another kind or another store, or
@@ -483,7 +483,9 @@ class TokenBackend(Protocol):
         In one step: look whether a key is taken, whether ``IF_NONE_VALID`` finds a token, then whether each
         spend is allowed; charge all spends, replace the tokens that ``mode`` says, and store the token. A
         backend whose store cannot charge in the same step charges first, and refunds what it charged where
-        nothing was inserted; a crash or a cancellation in between leaves the charge.
+        nothing was inserted; a crash or a cancellation in between leaves the charge. Nobody is LIMITED by
+        what is charged only to be given back: a spend that such charges fill is waited for, and if they stay
+        for seconds, ``until`` is soon.
 
         When a ``REPLACE`` has returned, no earlier token of the line is active; of N concurrent ones exactly
         one token stays active. Of N concurrent ``IF_NONE_VALID`` exactly one inserts. On a store without
@@ -525,10 +527,11 @@ class TokenBackend(Protocol):
         4. Otherwise REFUSED. All spends are charged, unless a token matches and :func:`refusal` says
            ``"used"`` or ``"leased"``: a right key that came too late or too early is no wrong key.
 
-        A backend whose store cannot do this in one step *reserves*: it charges all spends first, compares,
-        and refunds them after a right key. A reservation that nobody settles stays charged. Where a limit is
-        full and some of what fills it are reservations, as many calls as there are reservations wait up to 2
-        seconds for them and decide again.
+        A right key is never LIMITED because of other right keys that are presented at the same moment, nor by
+        what is charged to wrong ones only to be given back. A backend whose store cannot do this in one step
+        looks first, and tells nobody what it has found before the spends have been charged or, for a right
+        key, allowed. Right and wrong keys queue up for that alike, so that of N keys at once no more are
+        answered than the limit has room for.
 
         Of N concurrent uses of a token, as many are RIGHT as it has uses that are neither used nor held.
 
