@@ -11,12 +11,14 @@ import pytest
 import sqlalchemy as sa
 
 from tests import postgresql_servers as servers
+from tests.cli_tools import Terminal
+from tests.postgresql_random import Calls
 from vtoken.backend import InsertMode, Match, Outcome, Presented, StoredToken, Use
 from vtoken.diagnostics import diagnostics_of
 from vtoken.errors import BackendError, BackendUnavailable, ConfigurationError, CorruptStore
 from vtoken.migrate.tables import metadata
 from vtoken.testing.harness import NOW, a_token
-from vtoken_backends.postgresql import PostgreSQLBackend
+from vtoken_backends.postgresql import PostgreSQLBackend, schema, tables
 from vtoken_backends.postgresql.tables import TABLES, ddl
 
 _SHAPE = """
@@ -75,6 +77,16 @@ async def test_the_ddl_makes_what_opening_makes(store: Store) -> None:
     await (await opened(store)).close()
 
 
+async def test_init_prints_what_opening_makes(store: Store, vtoken: Terminal) -> None:
+    await (await opened(store)).close()
+    made = store.shape()
+    store.execute("DROP SCHEMA @ CASCADE; CREATE SCHEMA @")
+    assert await asyncio.to_thread(vtoken, "init", "--sql", "--url", store.url) == 0
+    store.execute(vtoken.out)
+    assert store.shape() == made
+    await (await opened(store)).close()
+
+
 async def test_the_metadata_makes_what_opening_makes(store: Store) -> None:
     await (await opened(store)).close()
     made = store.shape()
@@ -105,6 +117,39 @@ async def test_many_that_open_a_new_store_at_once_make_it_once(store: Store) -> 
     assert len(await backends[0].find(Match(), 99)) == 8
     for backend in backends:
         await backend.close()
+
+
+async def test_an_older_schema_is_brought_up_to_date_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many open it at once, and what is stored is still there."""
+    backend = await opened(store)
+    token = a_token()
+    await backend.insert(token, InsertMode.REPLACE)
+    await backend.close()
+    monkeypatch.setattr(tables, "SCHEMA", 2)
+    monkeypatch.setattr(schema, "SCHEMA", 2)
+    monkeypatch.setitem(schema.MIGRATIONS, 1, ("ALTER TABLE @.vtoken_notes ADD COLUMN more text",))
+    backends = [PostgreSQLBackend.from_url(store.url) for _ in range(5)]
+    await asyncio.gather(*(backend.open() for backend in backends))
+    for backend in backends:
+        assert await backend.find(Match(), 9) == [token]
+        await backend.close()
+    assert "more" in {row[2] for row in store.shape()}
+    await (await opened(store)).close()
+
+
+async def test_a_migration_that_fails_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    await (await opened(store)).close()
+    before = store.shape()
+    monkeypatch.setattr(schema, "SCHEMA", 2)
+    texts = ("ALTER TABLE @.vtoken_notes ADD COLUMN more text", "ALTER TABLE @.nothing ADD COLUMN more text")
+    monkeypatch.setitem(schema.MIGRATIONS, 1, texts)
+    with pytest.raises(BackendError):
+        await opened(store)
+    assert store.shape() == before
+    monkeypatch.undo()
+    await (await opened(store)).close()
 
 
 async def test_a_newer_schema_is_refused_untouched(store: Store) -> None:
@@ -186,8 +231,11 @@ async def test_a_role_needs_to_read_and_write_the_tables_and_no_more(store: Stor
         store.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA @ TO {role}")
         backend = PostgreSQLBackend.from_url(store.url.replace("//vtoken@", f"//{role}@"))
         await backend.open()
-        await backend.insert(a_token(), InsertMode.REPLACE)
-        assert await backend.deactivate(Match(), 1) == 1
+        calls = Calls(seed=1)
+        for _ in range(200):
+            await calls.call().on(backend)
+        await backend.note("name", "text")
+        await backend.ping()
         store.execute(f"REVOKE INSERT ON @.vtoken_tokens FROM {role}")
         with pytest.raises(BackendUnavailable, match="privilege"):
             await backend.insert(a_token(), InsertMode.REPLACE)

@@ -46,10 +46,11 @@ async def prepare(connection: Connection, schema: str) -> None:
     elif version == UNNUMBERED:
         await check(connection, schema)
         await connection.fetch(Statement(number(schema)))
-    else:
+    elif version < SCHEMA:  # otherwise another one that opened it was quicker
         for older in range(version, SCHEMA):
             for text in MIGRATIONS[older]:
                 await connection.fetch(Statement(text.replace("@", quoted(schema))))
+        await connection.fetch(Statement(number(schema)))
     await connection.fetch(connection.commit)
     await check(connection, schema)
 
