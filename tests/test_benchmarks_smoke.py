@@ -30,7 +30,10 @@ from .benchmarks.cells import Cell, Entry, Workload, measure, opened, plan
 from .benchmarks.contender import Kind, digest_of
 from .benchmarks.figures import Figure
 
-_WORKLOADS: tuple[Workload, ...] = ("issue", "check", "consume", "mix")
+_WORKLOADS = (
+    "mix",  # which issues, checks and consumes
+    *(pytest.param(each, marks=pytest.mark.long) for each in ("issue", "check", "consume")),
+)
 
 
 def _entries(cells: Iterable[tuple[Cell, list[Entry]]]) -> dict[str, Entry]:

@@ -31,6 +31,7 @@ def test_every_two_calls_have_an_order(scene: Scene) -> None:
     assert schedules > 800
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 def test_chosen_three_calls_have_an_order(scene: Scene) -> None:
     schedules, wrong = violations(scene, explorer.triples())

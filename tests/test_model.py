@@ -32,6 +32,8 @@ _numbers = count()
 
 
 class TestMemory(BackendModel):
+    examples = 60
+
     def new_store(self, directory: Path) -> str:
         return f"memory://model-{next(_numbers)}"
 
@@ -43,7 +45,7 @@ class _OnServer(BackendModel):
     """On a database that is emptied and used again from history to history."""
 
     kind: ClassVar[str]
-    examples = 60
+    examples = 20
 
     @pytest.fixture(autouse=True)
     def _server(self, request: pytest.FixtureRequest, tmp_path: Path) -> Generator[None]:
@@ -69,6 +71,26 @@ class TestMongoDB(_OnServer):
 
 class TestPostgreSQL(_OnServer):
     kind = "postgresql"
+
+
+@pytest.mark.long
+class TestMemoryAtLength(TestMemory):
+    examples = 300
+
+
+@pytest.mark.long
+class TestSQLiteAtLength(TestSQLite):
+    examples = 100
+
+
+@pytest.mark.long
+class TestMongoDBAtLength(TestMongoDB):
+    examples = 100
+
+
+@pytest.mark.long
+class TestPostgreSQLAtLength(TestPostgreSQL):
+    examples = 100
 
 
 class ForgetsTheSecondSecret(broken.Broken):
