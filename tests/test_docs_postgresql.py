@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
@@ -27,9 +28,11 @@ def fresh_database() -> Generator[str]:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
-def test_with_sqlalchemy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["with-sqlalchemy.md", "both-or-neither.md"])
+def test_with_sqlalchemy(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with fresh_database() as url:
         monkeypatch.setenv("VTOKEN_URL", url)
         monkeypatch.setenv("DATABASE_URL", url.replace("postgresql://", "postgresql+psycopg://"))
         monkeypatch.setenv("VTOKEN_SECRET", secrets.token_urlsafe(32))
-        run_python(ROOT / "docs" / "how-to" / "with-sqlalchemy.md")
+        run_python(ROOT / "docs" / "how-to" / page)
