@@ -428,6 +428,20 @@ async def proxy(as_process: int | None = None) -> AsyncGenerator[tuple[Proxy, in
         await asyncio.gather(*made.served, return_exceptions=True)
 
 
+async def waits_for_a_lock(url: str, name: str) -> None:
+    """Return once a connection with this application name waits for a lock."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        for _ in range(1000):
+            waiting = await connection.execute(
+                "SELECT FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'",
+                [name],
+            )
+            if await waiting.fetchall():
+                return
+            await connection.execute("SELECT pg_sleep(0.01)")
+    raise AssertionError("nobody waits for a lock")
+
+
 def new_schema() -> str:
     """The name of a schema that nobody else uses."""
     return f"vtoken_{os.getpid()}_{next(_numbers)}"

@@ -1,5 +1,7 @@
 """PostgreSQL in trouble: connections that are cut, servers that hang or die, callers that are cancelled."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -9,9 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+import psycopg_pool
 import pytest
+from psycopg.pq import ConnStatus
 
 from tests import postgresql_servers as servers
+from tests.postgresql_servers import waits_for_a_lock
 from tests.secrecy_tools import chain, frames
 from vtoken.backend import (
     Hold,
@@ -27,6 +32,7 @@ from vtoken.backend import (
 from vtoken.errors import BackendError, BackendUnavailable, OutcomeUnknown
 from vtoken.testing.harness import MINUTE, NOW, a_token
 from vtoken_backends.postgresql import PostgreSQLBackend, connections
+from vtoken_backends.postgresql.statements import Statement
 
 
 @pytest.fixture
@@ -169,6 +175,29 @@ async def test_errors_show_no_digest(store: str) -> None:
             assert repr(token.keys[0].digest) not in shown
 
 
+async def test_a_statement_is_larger_than_the_network_takes_at_once(store: str) -> None:
+    backend = await opened(store)
+    text = "x" * 30_000_000
+    assert await backend._fetch(Statement("SELECT length($1::text), $1::text", [text])) == [(len(text), text)]
+    await backend.close()
+
+
+async def test_a_server_that_hangs_up_is_left_alone(store: str) -> None:
+    """The event loop would find its connection readable for ever."""
+    backend = await opened(f"{store}&application_name=left", pool_size=1)
+    assert await backend.find(Match(), 1) == []
+    [wire] = backend._connections._idle
+    ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'left'"
+    with psycopg.connect(servers.shared_url(), autocommit=True) as connection:
+        assert connection.execute(ended.encode()).fetchall() == [(True,)]
+    async with asyncio.timeout(10):
+        while wire._pgconn.status == ConnStatus.OK:  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0)
+    assert not asyncio.get_running_loop().remove_reader(wire._socket)
+    assert await backend.find(Match(), 1) == []
+    await backend.close()
+
+
 # Cancellation -------------------------------------------------------------------------------------
 
 
@@ -229,3 +258,26 @@ async def test_a_cancelled_opening_leaves_the_backend_closed_or_open(store: str)
         await backend.close()
         if not opening.cancelled():
             await backend.close()
+
+
+@pytest.mark.parametrize("is_lent", [False, True])
+async def test_a_cancelled_call_that_waits_for_a_lock_ends_at_the_server(store: str, is_lent: bool) -> None:
+    made = await opened(store)
+    token = a_token()
+    await made.insert(token, InsertMode.REPLACE)
+    schema = store.rpartition("=")[2]
+    url = f"{servers.shared_url()}?application_name=waits"
+    async with psycopg_pool.AsyncConnectionPool(url, min_size=1) as pool:
+        backend = PostgreSQLBackend(pool if is_lent else url, schema=schema)
+        await backend.open()
+        with psycopg.connect(servers.shared_url()) as connection:
+            connection.execute(f"SELECT FROM {schema}.vtoken_tokens FOR UPDATE".encode())
+            deactivating = asyncio.create_task(backend.deactivate(Match(id=token.id), NOW))
+            await waits_for_a_lock(servers.shared_url(), "waits")
+            deactivating.cancel()
+            await asyncio.wait([deactivating])
+            assert deactivating.cancelled()
+            assert sessions("waits") == []
+        assert await backend.deactivate(Match(id=token.id), NOW) == 1
+        await backend.close()
+    await made.close()

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from tests import postgresql_servers as servers
 from tests.postgresql_random import Calls, everything
+from tests.postgresql_servers import waits_for_a_lock
 from vtoken.backend import (
     Budget,
     Hold,
@@ -430,20 +431,6 @@ async def test_others_wait_for_the_commit_and_only_they(backend: PostgreSQLBacke
         assert not presenting.done()
     assert presenting.result() is None
     assert waiting.result().result is InsertResult.INSERTED or waiting.result().token is not None
-
-
-async def waits_for_a_lock(url: str, name: str) -> None:
-    """Return once a connection with this application name waits for a lock."""
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        for _ in range(1000):
-            waiting = await connection.execute(
-                "SELECT FROM pg_stat_activity WHERE application_name = %s AND wait_event_type = 'Lock'",
-                [name],
-            )
-            if await waiting.fetchall():
-                return
-            await connection.execute("SELECT pg_sleep(0.01)")
-    pytest.fail("nobody waits for a lock")
 
 
 @pytest.mark.parametrize("by_key", [False, True])
