@@ -1,60 +1,25 @@
-"""Accounts and sessions, in an SQLite file of the application's own.
-
-Each change is one statement, so it is whole or not there, also where a request is cancelled.
-"""
+"""Accounts and sessions, in the database of the tokens: a password and the use of a link are one commit."""
 
 from __future__ import annotations
 
 import hashlib
-import secrets
-import sqlite3
-from pathlib import Path
-from typing import Self
-
-import aiosqlite
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 SESSION_SECONDS = 12 * 3600
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS accounts (
-    email TEXT PRIMARY KEY,
-    password TEXT NOT NULL,
-    generation INTEGER NOT NULL DEFAULT 0  -- sessions of an older one are over
-) STRICT;
-CREATE TABLE IF NOT EXISTS sessions (
-    digest BLOB PRIMARY KEY,
-    email TEXT NOT NULL,
-    generation INTEGER NOT NULL,
-    ends_at INTEGER NOT NULL
-) STRICT;
-"""
 
 
 class AddressTaken(Exception):
     """There is an account of this address."""
 
 
-class Accounts:
-    """The accounts, each known by its address."""
+class Change(Protocol):
+    """What can be changed within a transaction."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
-        self._connection = connection
-
-    @classmethod
-    async def open(cls, file: Path) -> Self:
-        """Open the file, and make it where there is none."""
-        connection = await aiosqlite.connect(file, isolation_level=None)
-        await connection.execute("PRAGMA journal_mode = WAL")
-        await connection.executescript(_SCHEMA)
-        return cls(connection)
-
-    async def close(self) -> None:
-        """Close the file."""
-        await self._connection.close()
-
-    async def is_empty(self) -> bool:
-        """Whether there is no account yet."""
-        return not await self._connection.execute_fetchall("SELECT 1 FROM accounts LIMIT 1")
+    @property
+    def handle(self) -> Any:
+        """The transaction itself, for vtoken's ``using=``."""
 
     async def add(self, email: str, password: str) -> None:
         """Make an account.
@@ -66,25 +31,25 @@ class Accounts:
         Raises:
             AddressTaken: there is one of this address.
         """
-        try:
-            await self._connection.execute_fetchall(
-                "INSERT INTO accounts (email, password) VALUES (?, ?)", (email, password)
-            )
-        except sqlite3.IntegrityError:
-            raise AddressTaken from None
-
-    async def password(self, email: str) -> str | None:
-        """The hash of an account's password; None where there is no such account."""
-        rows = await self._connection.execute_fetchall(
-            "SELECT password FROM accounts WHERE email = ?", (email,)
-        )
-        return next((str(row[0]) for row in rows), None)
 
     async def set_password(self, email: str, password: str) -> None:
         """Set the hash of an account's password, and end its sessions."""
-        await self._connection.execute_fetchall(
-            "UPDATE accounts SET password = ?, generation = generation + 1 WHERE email = ?", (password, email)
-        )
+
+
+class Accounts(Protocol):
+    """The accounts, each known by its address."""
+
+    async def close(self) -> None:
+        """Close what was opened."""
+
+    async def in_transaction(self, work: Callable[[Change], Awaitable[None]]) -> None:
+        """Commit what ``work`` does, or nothing of it if it raises. It may be called more than once."""
+
+    async def is_empty(self) -> bool:
+        """Whether there is no account yet."""
+
+    async def password(self, email: str) -> str | None:
+        """The hash of an account's password; None where there is no such account."""
 
     async def start_session(self, email: str, password: str, now: float) -> str:
         """Start a session, unless the password has changed since it was checked.
@@ -97,27 +62,35 @@ class Accounts:
         Returns:
             The session's key, for a cookie.
         """
-        key = secrets.token_urlsafe(32)
-        await self._connection.execute_fetchall(
-            "INSERT INTO sessions SELECT ?, email, generation, ? FROM accounts"
-            " WHERE email = ? AND password = ?",
-            (_digest(key), int(now) + SESSION_SECONDS, email, password),
-        )
-        return key
 
     async def of_session(self, key: str, now: float) -> str | None:
         """The address of the account whose session this is, or None."""
-        rows = await self._connection.execute_fetchall(
-            "SELECT email FROM sessions JOIN accounts USING (email, generation)"
-            " WHERE digest = ? AND ends_at > ?",
-            (_digest(key), int(now)),
-        )
-        return next((str(row[0]) for row in rows), None)
 
     async def end_session(self, key: str) -> None:
         """End a session."""
-        await self._connection.execute_fetchall("DELETE FROM sessions WHERE digest = ?", (_digest(key),))
 
 
-def _digest(key: str) -> bytes:
+async def open_accounts(tokens_url: str) -> Accounts:
+    """Open the accounts beside the tokens, and make the tables where there are none.
+
+    Args:
+        tokens_url: vtoken's own URL; on SQLite with ``?shared=true``.
+
+    Raises:
+        ValueError: this application knows no accounts for such a store.
+    """
+    scheme = urlsplit(tokens_url).scheme
+    if scheme.startswith("mongodb"):
+        from password_reset.accounts_mongodb import MongoAccounts
+
+        return await MongoAccounts.open(tokens_url)
+    if scheme in {"sqlite", "postgresql"}:
+        from password_reset.accounts_sql import SqlAccounts
+
+        return await SqlAccounts.open(tokens_url)
+    raise ValueError(f"accounts are kept in SQLite, PostgreSQL or MongoDB, and not in {scheme}")
+
+
+def digest(key: str) -> bytes:
+    """What is stored of a session's key."""
     return hashlib.sha256(key.encode(errors="replace")).digest()

@@ -19,7 +19,7 @@ from vtoken import BackendError, TokenManager, utc_now
 from vtoken.contrib.fastapi import lifespan
 
 from password_reset import members, reset
-from password_reset.accounts import Accounts
+from password_reset.accounts import open_accounts
 from password_reset.config import Config
 from password_reset.mail import Deliver, deliverer
 from password_reset.outbox import Busy, Outbox
@@ -55,16 +55,16 @@ def create_app(
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncGenerator[dict[str, Any]]:
-        accounts = await Accounts.open(config.data / "accounts.db")
-        try:
-            send = deliver or deliverer(config.smtp, config.data / "mailbox")
-            outbox = Outbox(manager, send, config.base_url, config.sender)
-            async with opened(app) as state, outbox.running():
+        send = deliver or deliverer(config.smtp, config.data / "mailbox")
+        outbox = Outbox(manager, send, config.base_url, config.sender)
+        async with opened(app) as state, outbox.running():
+            accounts = await open_accounts(config.tokens_url)
+            try:
                 if await accounts.is_empty():
                     logger.info("Invitation: %s", await members.invitation(manager, config.base_url))
                 yield {**state, "parts": Parts(config, clock, accounts, outbox)}
-        finally:
-            await accounts.close()
+            finally:
+                await accounts.close()
 
     # No redirects from /reset/ to /reset: they would go to the host that the request names, with the key.
     app = FastAPI(lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

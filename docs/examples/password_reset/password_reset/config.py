@@ -1,12 +1,13 @@
 """What the environment says.
 
 ``VTOKEN_URL``, ``VTOKEN_SECRET``
-    the token store and the secret, as for any application of vtoken. Left out: an SQLite file, and a secret
-    that is made at the first start, both in ``APP_DATA``.
+    the store and the secret, as for any application of vtoken. The accounts are kept in the same database, on
+    SQLite with ``?shared=true``. Left out: an SQLite file, and a secret that is made at the first start, both
+    in ``APP_DATA``.
 ``APP_BASE_URL``
     how this site is reached; links are built from it and never from a request. Default ``http://127.0.0.1:8000``.
 ``APP_DATA``
-    a directory for the accounts, the mailbox and what else is left out here. Default ``data``.
+    a directory for the mailbox and what else is left out here. Default ``data``.
 ``APP_SMTP``
     ``smtp://[user:password@]host[:port]``, which uses TLS where the server offers it, or ``smtps://``. Left
     out, messages go to the file ``mailbox`` in ``APP_DATA``.
@@ -42,7 +43,7 @@ class Config:
         data = Path(environ.get("APP_DATA", "data")).resolve()
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         (data / ".gitignore").write_text("*\n", encoding="ascii")  # it may lie in a repository
-        found = Configuration.from_env(environ, default_url=f"sqlite:///{data.as_posix()}/tokens.db")
+        found = Configuration.from_env(environ, default_url=f"sqlite:///{data.as_posix()}/app.db?shared=true")
         settings = found.settings
         if settings.secret is None:  # codes need one
             settings = replace(settings, secret=_kept_secret(data / "secret"))

@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse
 from vtoken import InvalidToken, TokenBusy, TokenManager
 
 from password_reset import passwords
-from password_reset.accounts import AddressTaken
+from password_reset.accounts import AddressTaken, Change
 from password_reset.pages import (
     SESSION,
     Account,
@@ -98,8 +98,13 @@ async def join(
         made = await anyio.to_thread.run_sync(
             passwords.hashed, password
         )  # before, so that the lease is short
-        async with manager.redeem(TEAM, INVITATION, key):  # an address that is taken gives the use back
-            await parts.accounts.add(whose, made)
+        async with manager.redeem(TEAM, INVITATION, key) as token:
+
+            async def change(accounts: Change) -> None:
+                await accounts.add(whose, made)  # an address that is taken gives the use back
+                await manager.mark_used(token, using=accounts.handle)
+
+            await parts.accounts.in_transaction(change)
     except AddressTaken:  # who was invited may know; strangers don't get here
         return page(request, "join", 400, key=key, problem="That address has an account already.")
     except TokenBusy:  # an invitation has three uses, and three people are joining just now

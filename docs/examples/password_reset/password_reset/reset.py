@@ -24,6 +24,7 @@ from vtoken import (
 )
 
 from password_reset import passwords
+from password_reset.accounts import Change
 from password_reset.pages import Application, Manager, Parts, Text, page, same_browser, set_cookie
 from password_reset.tokens import ANY_ADDRESS, RESET, address, normalised
 
@@ -159,16 +160,26 @@ async def send_another(request: Request, manager: Manager, parts: Application, k
 async def _redeem(
     request: Request, manager: TokenManager, parts: Parts, whose: Subject, key: str, password: str
 ) -> Response:
-    """Set the password inside of the block. Whatever matters for security is done in there, because what
-    comes after it might be made to fail on purpose."""
+    """Set the password and use the token by one commit: both happen, or neither.
+
+    Whatever matters for security is done inside of the block, because what comes after it might be made to
+    fail on purpose.
+    """
     hashed = await anyio.to_thread.run_sync(passwords.hashed, password)  # before, so that the lease is short
     try:
         async with manager.redeem(
             whose, RESET, key, consume_id=_consume_id(request, parts, key), by=_by(request)
         ) as token:
-            await parts.accounts.set_password(token.object_id, hashed)  # and end its sessions
-            await manager.deactivate(address(token.object_id))  # no other link may outlive the password
-            parts.outbox.notify(token.object_id)
+            email = token.object_id
+
+            async def change(accounts: Change) -> None:
+                await accounts.set_password(email, hashed)  # and end its sessions
+                await manager.mark_used(token, using=accounts.handle)
+                # No other link may outlive the password.
+                await manager.deactivate(address(email), using=accounts.handle)
+
+            await parts.accounts.in_transaction(change)
+            parts.outbox.notify(email)
     except AlreadyUsed as error:  # the same form a second time
         return page(request, "changed", done=error.token is not None)
     response = page(request, "changed")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import psycopg
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from psycopg.sql import SQL, Identifier
 
 from password_reset import passwords
-from password_reset.accounts import Accounts
+from password_reset.accounts import Change, open_accounts
 from tests.site import SECONDS, Site, in_a_thread
 
 ADA, OLD = "ada@example.org", "the old long password"
@@ -29,6 +35,7 @@ _ARGUMENTS = (
 )
 
 NewPage = Callable[[], Page]
+Databases = Callable[[], AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +71,10 @@ def page(new_page: NewPage) -> Page:
     return new_page()
 
 
-@pytest.fixture(scope="session")
-def servers() -> ModuleType:
-    """The module of vtoken's own tests that starts mongod; ``VTOKEN_SERVERS`` says where it is."""
-    in_the_tree = Path(__file__).parents[4] / "tests" / "servers.py"
-    file = os.environ.get("VTOKEN_SERVERS", in_the_tree)
-    spec = importlib.util.spec_from_file_location("servers", file)
+def _servers(name: str) -> ModuleType:
+    """A module of vtoken's own tests that starts servers; ``VTOKEN_TESTS`` says where they are."""
+    folder = os.environ.get("VTOKEN_TESTS", Path(__file__).parents[4] / "tests")
+    spec = importlib.util.spec_from_file_location(name, Path(folder, f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -78,31 +83,54 @@ def servers() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def mongodb(servers: ModuleType) -> Generator[str]:
-    """The URL of a MongoDB server."""
+def mongodb() -> Generator[Databases]:
+    """Makes databases on a MongoDB server."""
+    servers = _servers("servers")
     declared = servers.declared_url()
-    started: AbstractContextManager[object] = nullcontext() if declared else servers.start_mongod("rs0")
-    with started:
-        yield declared or started.url  # type: ignore[attr-defined]  # of servers.Mongod
+    started: AbstractContextManager[Any] = nullcontext() if declared else servers.start_mongod("rs0")
+    with started as server:
+        yield partial(servers.fresh_database, declared or server.url)
 
 
-@pytest.fixture(params=["sqlite", "mongodb"])
+@pytest.fixture(scope="session")
+def postgresql() -> Generator[Databases]:
+    """Makes databases on a PostgreSQL server."""
+    servers = _servers("postgresql_servers")
+    declared = servers.declared_url()
+    started: AbstractContextManager[Any] = nullcontext() if declared else servers.PostgreSQL()
+    with started as server:
+        yield partial(_postgresql_database, declared or server.url)
+
+
+@contextmanager
+def _postgresql_database(server_url: str) -> Generator[str]:
+    name = f"example_{secrets.token_hex(8)}"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
+        try:
+            yield urlunsplit(urlsplit(server_url)._replace(path=f"/{name}"))
+        finally:
+            connection.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mongodb"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Site]:
     """The application with ada's account, on each store."""
-    if request.param == "sqlite":
-        url: AbstractContextManager[str] = nullcontext(f"sqlite:///{tmp_path.as_posix()}/tokens.db")
-    else:
-        servers = request.getfixturevalue("servers")
-        url = servers.fresh_database(request.getfixturevalue("mongodb"))
-    in_a_thread(_add_account(tmp_path))
+    url: AbstractContextManager[str] = nullcontext(f"sqlite:///{tmp_path.as_posix()}/app.db?shared=true")
+    if request.param != "sqlite":
+        url = request.getfixturevalue(request.param)()
     with url as tokens_url, Site(tmp_path, tokens_url) as running:
+        in_a_thread(_add_account(tokens_url))
         yield running
 
 
-async def _add_account(data: Path) -> None:
-    accounts = await Accounts.open(data / "accounts.db")
-    try:
+async def _add_account(tokens_url: str) -> None:
+    async def add(accounts: Change) -> None:
         await accounts.add(ADA, passwords.hashed(OLD))
+
+    accounts = await open_accounts(tokens_url)
+    try:
+        await accounts.in_transaction(add)
     finally:
         await accounts.close()
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
+from vtoken import TokenManager
 
-from password_reset.accounts import Accounts
+from password_reset.accounts import Change
+from password_reset.accounts_mongodb import MongoChange
+from password_reset.accounts_sql import SqlChange
 from tests.conftest import ADA, OLD, NewPage
 from tests.site import SECONDS, Site, code_in, link_in
 
@@ -18,6 +22,11 @@ NEW, OTHER = "the new long password", "another long password"
 GRACE = "grace@example.org"
 
 Picture = Callable[[Page, str], None]
+
+
+def change_of(site: Site) -> type[MongoChange] | type[SqlChange]:
+    """The class whose methods change accounts on this site's store."""
+    return MongoChange if site.config.tokens_url.startswith("mongodb") else SqlChange
 
 
 def expect_title(page: Page, title: str) -> None:
@@ -286,14 +295,14 @@ def test_a_second_browser_comes_while_the_first_sets_its_password(
     page: Page, new_page: NewPage, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, may_go_on = threading.Event(), threading.Event()
-    whole = Accounts.set_password
+    whole: Any = change_of(site).set_password
 
-    async def slow(accounts: Accounts, email: str, password: str) -> None:
+    async def slow(accounts: Change, email: str, password: str) -> None:
         entered.set()
         await asyncio.to_thread(may_go_on.wait, SECONDS)
         await whole(accounts, email, password)
 
-    monkeypatch.setattr(Accounts, "set_password", slow)
+    monkeypatch.setattr(change_of(site), "set_password", slow)
     ask(page, site)
     link = site.next_link(ADA)
     second = new_page()
@@ -309,8 +318,9 @@ def test_a_second_browser_comes_while_the_first_sets_its_password(
     assert can_sign_in(page, site, NEW)
 
 
-def test_a_failure_within_the_redemption_gives_the_link_back(
-    page: Page, site: Site, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", ["before the use is marked", "after it"])
+def test_a_transaction_that_fails_leaves_the_old_password_and_the_link_good(
+    page: Page, site: Site, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     async def broken(*_: object) -> None:
         raise OSError("no space left on device")
@@ -319,9 +329,13 @@ def test_a_failure_within_the_redemption_gives_the_link_back(
     link = site.next_link(ADA)
     page.goto(link)
     with monkeypatch.context() as patch:
-        patch.setattr(Accounts, "set_password", broken)
+        if fails == "after it":
+            patch.setattr(TokenManager, "deactivate", broken)
+        else:
+            patch.setattr(change_of(site), "set_password", broken)
         set_password(page)
         expect(page.locator("body")).to_have_text("Internal Server Error")
+    assert can_sign_in(page, site, OLD)
     page.goto(link)
     set_password(page)
     expect_title(page, "Your password is changed")

@@ -22,7 +22,7 @@ from time import perf_counter
 import httpx
 
 from password_reset import app, passwords
-from password_reset.accounts import Accounts
+from password_reset.accounts import Change, open_accounts
 from password_reset.tokens import POLICIES
 from tests.site import Site
 
@@ -31,10 +31,13 @@ CRITICAL = 1.36 * sqrt(2 / COUNT)
 """Of the largest distance of two samples of this size, at a level of 5 % (Smirnov, 1948)."""
 
 
-async def _add_accounts(data: Path, emails: Iterable[str]) -> None:
-    accounts = await Accounts.open(data / "accounts.db")
-    for email in emails:
-        await accounts.add(email, passwords.NOBODYS)
+async def _add_accounts(url: str, emails: Iterable[str]) -> None:
+    async def add(change: Change) -> None:
+        for email in emails:
+            await change.add(email, passwords.NOBODYS)
+
+    accounts = await open_accounts(url)
+    await accounts.in_transaction(add)
     await accounts.close()
 
 
@@ -56,13 +59,13 @@ def measure(url: str) -> tuple[list[float], list[float]]:
     unlimited = tuple(replace(policy, issue_limits=(), attempt_limits=()) for policy in POLICIES)
     vars(app)["POLICIES"] = unlimited
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder)
-        asyncio.run(_add_accounts(data, known))
+        store = url or f"sqlite:///{folder}/app.db?shared=true"
         times: dict[str, float] = {}
         with (
-            Site(data, url or f"sqlite:///{folder}/tokens.db") as site,
+            Site(Path(folder), store) as site,
             httpx.Client(base_url=site.url, trust_env=False) as client,
         ):
+            asyncio.run(_add_accounts(store, known))
             csrf = client.get("/forgot").text.partition('name="csrf" value="')[2].partition('"')[0]
             order = [*known, *unknown]
             random.shuffle(order)
