@@ -601,6 +601,20 @@ class TestTwoClocks:
 
 
 class TestMarkUsed:
+    async def test_without_a_transaction_the_block_counts_the_use(self, world: World) -> None:
+        """An application that runs on several stores passes on what it has: a session, or None."""
+        manager = await world.manager()
+        issued = await manager.issue(USER, "a", using=None)
+        await refused(InvalidInput, manager.mark_used(issued, using=None))
+        with pytest.raises(RuntimeError):
+            async with manager.redeem(USER, "a", issued.key) as token:
+                await manager.mark_used(token, using=None)
+                raise RuntimeError
+        async with manager.redeem(USER, "a", issued.key) as token:
+            for _ in range(2):
+                await manager.mark_used(token, using=None)
+        assert await reason(manager.verify(USER, "a", issued.key)) == "used"
+
     async def test_only_inside_its_block(self, world: World) -> None:
         manager, other = await world.manager(), await world.manager()
         issued = await manager.issue(USER, "a")

@@ -1219,7 +1219,8 @@ class TokenManager:
 
         Args:
             token: what ``redeem`` gave to the block.
-            using: a connection or session of the store's own kind, with a transaction under way.
+            using: a connection or session of the store's own kind, with a transaction under way. None where
+                there is none, on another store say: the use is counted when the block ends, as always.
 
         Raises:
             InvalidInput: the token is not held by a block of this manager, it was marked already, or the
@@ -1231,7 +1232,8 @@ class TokenManager:
         block = self._opening.block_of(token)
         if not isinstance(block, Redemption):
             raise InvalidInput("mark_used takes the token of a redeem block, inside that block")
-        await block.mark_used(using)
+        if using is not None:
+            await block.mark_used(using)
 
     async def _complete(self, asked: PresentedKey, context: Hidden, by: By | None) -> None:
         """Find out what a wrong key costs, and the context that the key comes with: neither is asked of a key

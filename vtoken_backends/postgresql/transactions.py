@@ -327,14 +327,27 @@ class Transaction(Store):
                 f"PostgreSQL did not answer within {TIME_LIMIT:.0f} seconds: roll the transaction back"
             )
         except Exception as error:  # of one of several drivers
-            failure = _refused(error)
+            failure = _refused(error, repr(self._connections))
         raise failure  # outside of the block: the driver's error quotes keys
 
 
-def _refused(error: Exception) -> BackendError:
+def _refused(error: Exception, place: str) -> BackendError:
+    error = getattr(error, "orig", None) or error  # SQLAlchemy's are around the driver's
     state = getattr(error, "sqlstate", None) or ""
+    said = f"{type(error).__name__} {state}".rstrip()
     if state in GAVE_WAY:
         return BackendUnavailable(
             "PostgreSQL: another transaction was quicker: roll this one back and run it again"
         )
-    return refused(state, f"{type(error).__name__} {state}".rstrip())
+    if state.startswith(("08", "57P")) or (not state and _is_about_the_connection(error)):
+        return BackendUnavailable(
+            f"PostgreSQL at {place}: the connection was lost, and the transaction with it ({said})"
+        )
+    return refused(state, said)
+
+
+def _is_about_the_connection(error: Exception) -> bool:
+    """Whether an error that has no code of the server's says that there is no server any more."""
+    asyncpg: Any = sys.modules.get("asyncpg")
+    lost = (psycopg.OperationalError, OSError, *(() if asyncpg is None else (asyncpg.InterfaceError,)))
+    return isinstance(error, lost)
