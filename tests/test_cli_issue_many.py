@@ -162,7 +162,7 @@ def test_wrong_usage(vtoken: Terminal, tmp_path: Path) -> None:
         (("in.txt", "--slug", "invite", "--out", "notes.txt"), "is not an output of issue-many"),
         (("in.txt", "--slug", "log-in", "--batch", "x"), "key_storage='derived'"),
         (("in.txt", "--slug", "invite", "--batch", "x" * 129), "batch must be at most 128"),
-        (("missing.txt", "--slug", "invite"), "FILE cannot be read: No such file"),
+        (("missing.txt", "--slug", "invite"), "FILE cannot be read: missing.txt: No such file"),
         ((".", "--slug", "invite"), "it is read twice"),
         (("in.txt", "--slug", "invite", "--extra", "{"), "--extra is not JSON"),
     ):
@@ -170,3 +170,70 @@ def test_wrong_usage(vtoken: Terminal, tmp_path: Path) -> None:
         assert message in vtoken.err
     assert (tmp_path / "notes.txt").read_text() == "do not lose me"
     assert vtoken("issue-many", "in.txt", "--slug", "invite", "--out", "no/folder/x") == 3
+
+
+def test_what_is_no_list_of_objects_is_told_what_is_wanted(vtoken: Terminal, tmp_path: Path) -> None:
+    for content in ("name,email\nAda,ada@example.org\n", "content-type;object-id\nauth.user;1\n"):
+        (tmp_path / "in.csv").write_text(content)
+        assert vtoken("issue-many", "in.csv", "--slug", "invite") == 2
+        assert "line 1: needs the columns content_type and object_id" in vtoken.err
+        assert "separated by commas" in vtoken.err
+
+
+def test_a_repeated_object_is_told(vtoken: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("auth.user:1\nauth.user:2\nauth.user:1\n")
+    told = vtoken.json("issue-many", "in.txt", "--slug", "invite", "--out", "keys.jsonl")
+    assert (told["issued"], told["note"][:35]) == (3, "1 line names an object that came be")
+    first, _, last = (row["key"] for row in lines_of(tmp_path / "keys.jsonl"))
+    assert vtoken("check", "auth.user:1", first, "--slug", "invite") == 1
+    assert vtoken("check", "auth.user:1", last, "--slug", "invite") == 0
+    told = vtoken.json("issue-many", "in.txt", *DERIVED, "--out", "batch.jsonl")
+    assert told["note"] is None  # of a batch it is the same token, and its key is good
+
+
+def test_the_keys_of_another_run_are_not_replaced(vtoken: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("auth.user:1\n")
+    for name in ("keys.csv", "keys.jsonl"):
+        out, arguments = tmp_path / name, ("issue-many", "in.txt", "--slug", "invite", "--out", name)
+        for batch in ((), ("--batch", f"spring {name}")):
+            assert vtoken(*arguments, *batch) == 0
+            before = out.read_text()
+            others = ((), ("--batch", "autumn"))
+            for other in others:
+                assert vtoken(*arguments, *other) == 2
+                assert f"{name} has the keys of another run" in vtoken.err
+            assert out.read_text() == before
+            if batch:
+                assert vtoken(*arguments, *batch) == 0
+                assert out.read_text() == before
+            out.unlink()
+    (tmp_path / "keys.csv").write_bytes(b"\xff\xfe not text")
+    assert vtoken("issue-many", "in.txt", "--slug", "invite", "--out", "keys.csv") == 2
+    assert "is not an output of issue-many" in vtoken.err
+
+
+def test_a_file_that_cannot_be_written_is_named(vtoken: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("auth.user:1\n")
+    assert vtoken("issue-many", "in.txt", "--slug", "invite", "--out", "nowhere/k.csv") == 3
+    assert vtoken.err == "vtoken: nowhere/k.csv.part: No such file or directory\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("options", [DERIVED, DERIVED[:2]])
+def test_interrupted_it_says_how_to_go_on(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "in.txt").write_text("".join(f"auth.user:{n}\n" for n in range(200_000)))
+    with subprocess.Popen(
+        [sys.executable, "-m", "vtoken", "issue-many", "in.txt", *options, "--out", "keys.csv"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        part = tmp_path / "keys.csv.part"
+        until = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size):
+            assert child.poll() is None, "it ended before it was interrupted"
+            assert time.monotonic() < until
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.startswith("vtoken: interrupted: what was issued before is in keys.csv.part; ")
+    assert ("the same command again issues the rest" in err) == ("--batch" in options)

@@ -95,7 +95,7 @@ def test_support_unlocks_an_account(vtoken: Terminal) -> None:
     assert vtoken.json("reset-limits", USER) == {"reset": 0}
     assert vtoken("issue", USER, "--slug", "login") == 0, "the cooldown was forgotten, too"
     assert vtoken("check", USER, code, "--slug", "login") == 2
-    assert "by={'ip': ...}" in vtoken.err
+    assert "counts by 'ip': pass --by ip=..." in vtoken.err
 
 
 def test_history_is_every_token_of_an_object(vtoken: Terminal) -> None:
@@ -259,7 +259,10 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
     assert "note" not in issued.stdout
     assert (tmp_path / "app.db").exists()
     assert not (tmp_path / "tokens.db").exists()
-    assert "the store of shop:manager" in run("init", *options).stdout
+    assert run("init", *options).stdout == "ready  sqlite:///app.db (shop:manager)\n"
+    assert json.loads(run("init", "--json", *options).stdout)["url"] == "sqlite:///app.db"
+    assert "ok      configuration   sqlite:///app.db (shop:manager)\n" in run("doctor", *options).stdout
+    assert "CREATE TABLE" in run("init", "--sql", *options).stdout
     for name in ("blocking", "opened", "made"):
         listed = run("list", "--manager", f"shop:{name}")
         assert "reset" in listed.stdout
@@ -272,7 +275,7 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
         (["stats", "--manager", "shop:missing"], "has no 'missing'"),
         (["stats", "--manager", "no_such_module:x"], "no module 'no_such_module'"),
         (["stats", *options, "--url", "memory://"], "leave out --url"),
-        (["config", *options], "leave out --manager"),
+        (["config", *options], "Unknown option"),
     ):
         refused = run(*arguments)
         assert refused.returncode == 2
@@ -441,6 +444,64 @@ def test_the_module_is_run_with_its_folder_importable(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(APPLICATION)
     done = process("init", "--manager", "shop:manager")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("as_variable", [True, False])
+def test_a_setting_names_the_applications_own_manager(
+    vtoken: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_variable: bool
+) -> None:
+    module = f"shop_of_a_setting_{as_variable}"
+    (tmp_path / f"{module}.py").write_text(
+        "from vtoken import TokenManager, TokenPolicy\n"
+        "policies = [TokenPolicy.link('reset', cooldown='1h')]\n"
+        "manager = TokenManager.from_env('sqlite:///app.db', policies=policies)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = f"{module}:manager"
+    if as_variable:
+        monkeypatch.setenv("VTOKEN_MANAGER", path)
+    else:
+        (tmp_path / "vtoken.toml").write_text(f'manager = "{path}"\n')
+    assert vtoken("init") == 0
+    assert vtoken.out == f"ready  sqlite:///app.db ({path})\n"
+    assert vtoken.json("issue", USER, "--slug", "reset")["note"] is None
+    assert vtoken("issue", USER, "--slug", "reset") == 1
+    assert "The limit is 1 per 1h" in vtoken.err
+    assert vtoken.json("config")["manager"] == path
+    # A URL that is given is a store of its own.
+    assert vtoken("init", "--url", "sqlite:///other.db") == 0
+    assert vtoken.out == "ready  sqlite:///other.db\n"
+    assert vtoken("config", "--manager", path) == 2
+
+
+def test_a_link_is_found_by_its_key_alone(vtoken: Terminal) -> None:
+    key = vtoken.json("issue", "team:chess", "--slug", "group")["key"]
+    assert vtoken.json("check", "team", key, "--slug", "group")["object_id"] == "chess"
+    assert vtoken("check", "teams", key, "--slug", "group") == 1
+    assert vtoken("check", "team", key) == 1
+    assert vtoken.json("consume", "team", key, "--slug", "group")["object_id"] == "chess"
+    assert vtoken("issue", "team", "--slug", "group") == 2
+
+
+@pytest.mark.usefixtures("configured")
+def test_tables_tell_of_uses(vtoken: Terminal) -> None:
+    vtoken.json("issue", USER, "--slug", "reset")
+    vtoken("list")
+    assert "used" not in vtoken.out
+    key = vtoken.json("issue", "team:chess", "--slug", "invite")["key"]
+    vtoken("history", "team:chess")
+    assert re.search(r"in \S+ \S+ +0 of any number$", vtoken.out, re.MULTILINE)
+    vtoken.json("consume", "team:chess", key, "--slug", "invite")
+    for command in (("list",), ("history", "team:chess")):
+        vtoken(*command)
+        assert re.search(r"1 of any number, (in 0|\d) s", vtoken.out)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_policy_with_a_context_is_told_by_status(vtoken: Terminal) -> None:
+    vtoken.json("issue", USER, "--slug", "mail", "--context", "browser")
+    assert "binds tokens to a context" in vtoken.json("status", USER, "--slug", "mail")["note"]
+    assert vtoken.json("status", USER, "--slug", "mail", "--context", "browser")["note"] is None
 
 
 # Ids --------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_doctor_on_a_healthy_store(vtoken: Terminal, monkeypatch: pytest.MonkeyP
         "tokens",
         "writable",
         "made in time",
+        "secrets",
         "every token",
     ]
     assert vtoken("doctor") == 0
@@ -76,6 +77,40 @@ def test_doctor_on_a_healthy_store(vtoken: Terminal, monkeypatch: pytest.MonkeyP
             "it leaves nothing behind"
         )
     assert len(Path("tokens.db").read_bytes()) == len(before)
+
+
+def test_doctor_counts_tokens_by_their_secret(
+    vtoken: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old, new, random = (f"a-secret-of-the-doctor-{n}-0123456789" for n in range(3))
+    (tmp_path / "vtoken.toml").write_text("")
+
+    def told(secret: str, *previous: str) -> tuple[str, str]:
+        monkeypatch.setenv("VTOKEN_SECRET", secret)
+        monkeypatch.delenv("VTOKEN_PREVIOUS_SECRETS", raising=False)
+        if previous:
+            monkeypatch.setenv("VTOKEN_PREVIOUS_SECRETS", ",".join(previous))
+        found = {one["name"]: one for one in vtoken.json("doctor", "--deep")["findings"]}
+        return found["secrets"]["state"], found["every token"]["detail"]
+
+    vtoken("init")
+    monkeypatch.setenv("VTOKEN_SECRET", old)
+    tokens = [vtoken.json("issue", USER, "--slug", slug) for slug in ("a", "b", "c")]
+    assert vtoken("deactivate", "--id", tokens[2]["id"]) == 0
+    assert told(old) == ("ok", "3 read")
+    assert told(new, old) == ("ok", "3 read; 2 valid ones still need a previous secret")
+    state, detail = told(random)
+    assert (state, detail) == (
+        "warning",
+        "3 read; 2 valid ones were made with a secret that is not configured",
+    )
+    monkeypatch.setenv("VTOKEN_SECRET", new)
+    for slug in ("a", "b"):
+        vtoken.json("issue", USER, "--slug", slug)
+    assert told(new, old) == ("ok", "5 read; none needs a previous secret any more")
+    assert told(new) == ("ok", "5 read")
+    vtoken("doctor", "--deep")
+    assert not any(secret in vtoken.out for secret in (old, new, random))
 
 
 def test_doctor_names_an_sqlite_with_the_wal_reset_bug(
@@ -290,7 +325,7 @@ def test_purge_as_a_service_ends_at_a_signal(vtoken: Terminal, number: signal.Si
             {"purged": 2},
         ]
     else:
-        assert (first, second) == ("purging every 1:00:00, keeping 0:00:00\n", "purged 2\n")
+        assert (first, second) == ("purging every 1h, keeping 0s\n", "purged 2\n")
         assert out.split() == ["purged", "2"]
     assert vtoken.json("stats")["total"] == 1
     assert findings(vtoken).items() >= {"integrity": "ok", "writable": "ok"}.items()

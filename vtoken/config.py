@@ -32,7 +32,9 @@ from vtoken.registry import create_backend, register_backend
 
 __all__ = ["Configuration", "create_backend", "policies_from_mapping", "redact_url", "register_backend"]
 
-_VARIABLES: Final = {f"VTOKEN_{name.upper()}": name for name in (*SETTINGS, "url", "hooks", "config")}
+_VARIABLES: Final = {
+    f"VTOKEN_{name.upper()}": name for name in (*SETTINGS, "url", "hooks", "manager", "config")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class Configuration:
         settings: what holds for every slug.
         policies: what holds for one slug each.
         hooks: callables that are told of each event, mostly as import paths.
+        manager: the import path of the application's own manager, for the command line; the library itself
+            never looks at it.
     """
 
     url: str = field(repr=False)
     settings: Settings = field(default_factory=Settings)
     policies: tuple[TokenPolicy, ...] = ()
     hooks: tuple[Hook | LazyHook | str, ...] = ()
+    manager: str | None = None
 
     @classmethod
     @without_locals(ConfigurationError)
@@ -69,12 +74,14 @@ class Configuration:
             one for each field of :class:`Settings`. A lifetime is a number of minutes, a duration such as
             ``"1h"``, or ``"never"``; ``VTOKEN_PREVIOUS_SECRETS`` holds several secrets, which white space or
             commas separate.
+        ``VTOKEN_MANAGER``
+            the import path of the application's own manager, which the command line uses.
         ``VTOKEN_HOOKS``
             import paths, which white space or commas separate.
         ``VTOKEN_CONFIG``
-            a TOML file with the settings by their names, ``url``, ``hooks`` and a table ``[policies.<slug>]``
-            for each policy (see :func:`policies_from_mapping`); in a ``pyproject.toml`` all of that stands in
-            ``[tool.vtoken]``.
+            a TOML file with the settings by their names, ``url``, ``hooks``, ``manager`` and a table
+            ``[policies.<slug>]`` for each policy (see :func:`policies_from_mapping`); in a ``pyproject.toml``
+            all of that stands in ``[tool.vtoken]``.
 
         A variable overrides the file. Variables that begin with ``VTOKEN_TEST_`` are the test suite's.
 
@@ -115,6 +122,7 @@ class Configuration:
             settings=settings_from(found),
             policies=policies_from_mapping(table.get("policies", {}), f"policies in {file}"),
             hooks=convert(found["hooks"][0], texts, found["hooks"][1]) if "hooks" in found else (),
+            manager=convert(found["manager"][0], text, found["manager"][1]) if "manager" in found else None,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -128,6 +136,7 @@ class Configuration:
             "settings": settings,
             "policies": {policy.slug or "": self._policy(policy) for policy in self.policies},
             "hooks": [_plain(hook) for hook in self.hooks],
+            "manager": self.manager,
         }
 
     def _policy(self, policy: TokenPolicy) -> dict[str, Any]:

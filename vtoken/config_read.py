@@ -90,7 +90,8 @@ def _with(settings: Settings, name: str, value: Any) -> Settings:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file: settings, ``url``, ``hooks``, ``[policies.<slug>]``; or all in ``[tool.vtoken]``.
+    """Read a TOML file: settings, ``url``, ``hooks``, ``manager``, ``[policies.<slug>]``; or all of these in
+    ``[tool.vtoken]``.
 
     Raises:
         ConfigurationError: it cannot be read, is not TOML, or holds an unknown name.
@@ -101,7 +102,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         if table is None:
             raise ConfigurationError(f"the configuration file {str(path)!r} has no table [tool.vtoken]")
         document = table
-    check_names(document, (*SETTINGS, "url", "hooks", "policies"), str(path))
+    check_names(document, (*SETTINGS, "url", "hooks", "manager", "policies"), str(path))
     return document
 
 

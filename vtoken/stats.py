@@ -24,6 +24,11 @@ class SlugStats:
     expired: int = 0
     used: int = 0
 
+    @property
+    def inactive(self) -> int:
+        """The rest: deactivated or replaced, and never used."""
+        return self.total - self.active - self.expired - self.used
+
 
 @dataclass(frozen=True, slots=True)
 class Stats(SlugStats):

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ from vtoken.cli import (
 )
 from vtoken.cli.options import Output
 from vtoken.cli.output import Result, print_json, show, show_error
-from vtoken.cli.terminal import Declined
+from vtoken.cli.terminal import Declined, Interrupted
 from vtoken.errors import (
     BackendError,
     CooldownActive,
@@ -61,6 +62,7 @@ STORE_FAILED: Final = 3
 UNEXPECTED: Final = 4
 INTERRUPTED: Final = 130
 READER_GONE: Final = 141
+_BY: Final = re.compile(r"pass by=\{'([^']*)': \.\.\.\}")
 
 app = App(
     name="vtoken",
@@ -142,6 +144,9 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         show_error("Interrupted", "interrupted", as_json)
         return INTERRUPTED
+    except Interrupted as error:
+        show_error("Interrupted", f"interrupted: {error}", as_json)
+        return INTERRUPTED
     except BrokenPipeError:
         return READER_GONE
     except Declined:
@@ -170,7 +175,8 @@ def _report(error: Exception, as_json: bool) -> int:
         show_error(kind, _message(error), as_json, **data)
         return _status(error)
     if isinstance(error, OSError):  # a file or folder that cannot be written, say
-        show_error(kind, error.strerror or kind, as_json)
+        where = "" if error.filename is None else f"{error.filename}: "
+        show_error(kind, f"{where}{error.strerror or kind}", as_json)
         return STORE_FAILED
     show_error(kind, f"unexpected {kind}{_place(error)}", as_json)
     return UNEXPECTED
@@ -183,7 +189,8 @@ def _status(error: VTokenError) -> int:
 
 
 def _message(error: VTokenError) -> str:
-    text = str(error) or type(error).__name__
+    # What is written in Python for the library's callers is an option here.
+    text = _BY.sub(r"pass --by \1=...", str(error)) or type(error).__name__
     if isinstance(error, TooManyAttempts):
         text = "Too many attempts: the key was not compared."
     elif isinstance(error, InvalidToken):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -13,7 +15,7 @@ import anyio.to_thread
 from cyclopts import Parameter
 from rich.text import Text
 
-from vtoken.backend import Budget, Match, Spend, TokenBackend
+from vtoken.backend import Budget, Match, Spend, StoredToken, TokenBackend, is_valid
 from vtoken.cli.options import Store
 from vtoken.cli.output import Result, printable
 from vtoken.cli.terminal import progress
@@ -22,13 +24,15 @@ from vtoken.config_read import file_in
 from vtoken.diagnostics import CLOCK_TOLERANCE, Diagnostics, Finding, FindingState, diagnostics_of
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken.inputs import milliseconds
-from vtoken.manager import utc_now
+from vtoken.keys import Keyring
+from vtoken.manager import TokenManager, utc_now
 from vtoken.migrate import pages
 from vtoken.registry import url_of
 
 STORE_FAILED: Final = 3
 _STORE = Store()  # the default of the shared options; it is frozen
 _PROBE: Final = Budget(object=b"vtoken doctor".ljust(16, b"\0"), name=b"probe".ljust(16, b"\0"))
+_NEWEST: Final = 100
 _STYLES: Final[dict[FindingState, str]] = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _Examine = Callable[[TokenBackend], Awaitable[tuple[FindingState, str]]]
 
@@ -44,16 +48,16 @@ async def doctor(
     backend can do that.
     """
     findings: list[Finding] = []
-    async for finding in _examine(store, deep):
+    manager = store.made()  # finds what only the parts together show, such as a missing driver
+    async for finding in _examine(store, manager, deep):
         findings.append(finding)  # noqa: PERF401  # extend() accepts no async iterator
     failed = any(finding.state == "failed" for finding in findings)
-    data = {"healthy": not failed, "url": store.shown(), "findings": [f._asdict() for f in findings]}
+    data = {"healthy": not failed, "url": store.address(manager), "findings": [f._asdict() for f in findings]}
     return Result(data, _text(findings), STORE_FAILED if failed else 0)
 
 
-async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
-    manager = store.made()  # finds what only the parts together show, such as a missing driver
-    yield _configuration(store)
+async def _examine(store: Store, manager: TokenManager, deep: bool) -> AsyncGenerator[Finding]:
+    yield _configuration(store, manager)
     unlimited = manager.policies.unlimited_codes()
     if unlimited:
         named = ", ".join(slug or "(none)" for slug in unlimited)
@@ -70,7 +74,8 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
         return
     backend = manager.backend if url is None else create_backend(url, **about.open_options)
     is_open = False
-    async for finding in _open_and_examine(backend, about, deep):
+    keyring = Keyring(manager.settings.secret, manager.settings.previous_secrets)
+    async for finding in _open_and_examine(backend, about, keyring.secret_ids, deep):
         is_open = is_open or (finding.name, finding.state) == ("reachable", "ok")
         yield finding
     if is_open:
@@ -78,14 +83,16 @@ async def _examine(store: Store, deep: bool) -> AsyncGenerator[Finding]:
             yield finding
 
 
-def _configuration(store: Store) -> Finding:
-    if store.manager is not None:
-        return Finding("configuration", "ok", store.shown())
-    file = os.environ.get("VTOKEN_CONFIG") or file_in(Path.cwd())
-    return Finding("configuration", "ok", f"{store.shown()}{f', {file}' if file else ''}")
+def _configuration(store: Store, manager: TokenManager) -> Finding:
+    file = None
+    if store.managers_path() is None:
+        file = os.environ.get("VTOKEN_CONFIG") or file_in(Path.cwd())
+    return Finding("configuration", "ok", f"{store.shown(manager)}{f', {file}' if file else ''}")
 
 
-async def _open_and_examine(backend: TokenBackend, about: Diagnostics, deep: bool) -> AsyncGenerator[Finding]:
+async def _open_and_examine(
+    backend: TokenBackend, about: Diagnostics, secret_ids: Sequence[str], deep: bool
+) -> AsyncGenerator[Finding]:
     try:
         await backend.open()
     except BackendError as error:
@@ -100,10 +107,11 @@ async def _open_and_examine(backend: TokenBackend, about: Diagnostics, deep: boo
             ("tokens", _tokens),
             ("writable", _writable),
             ("made in time", _newest),
+            ("secrets", partial(_secrets_of_the_newest, secret_ids)),
         ):
             yield await _finding(name, examine, backend)
         if deep:
-            yield await _finding("every token", _every_token, backend)
+            yield await _finding("every token", partial(_every_token, secret_ids), backend)
     finally:
         with anyio.CancelScope(shield=True):
             await backend.close()
@@ -154,13 +162,48 @@ async def _newest(backend: TokenBackend) -> tuple[FindingState, str]:
     return "ok", "no token is from the future"
 
 
-async def _every_token(backend: TokenBackend) -> tuple[FindingState, str]:
+async def _secrets_of_the_newest(
+    secret_ids: Sequence[str], backend: TokenBackend
+) -> tuple[FindingState, str]:
+    """A process with another secret than the rest issues tokens that nobody else finds."""
+    count = Counter(_keys_by_secret(await backend.find(Match(), _NEWEST), secret_ids))
+    if not count["unknown"]:
+        return "ok", "those of the newest tokens are configured; --deep looks at all"
+    return "warning", f"of the newest tokens, {_unknown(count)}"
+
+
+async def _every_token(secret_ids: Sequence[str], backend: TokenBackend) -> tuple[FindingState, str]:
     done = 0
+    count = Counter[str]()
     with progress("reading", sum(row.total for row in await backend.count(0))) as bar:
         async for tokens in pages(backend):
             done += len(tokens)
+            count.update(_keys_by_secret(tokens, secret_ids))
             bar(done)
-    return "ok", f"{done} read"
+    told = [f"{done} read"]
+    if count["unknown"]:
+        told.append(_unknown(count))
+    if count["previous"]:
+        told.append(f"{count['previous']} valid ones still need a previous secret")
+    elif len(secret_ids) > 1:
+        told.append("none needs a previous secret any more")
+    return "warning" if count["unknown"] else "ok", "; ".join(told)
+
+
+def _keys_by_secret(tokens: Iterable[StoredToken], secret_ids: Sequence[str]) -> Iterator[str]:
+    """For each valid token whether its keys were made with a ``"previous"`` secret or with an ``"unknown"``
+    one, that is not configured."""
+    now = milliseconds(utc_now())
+    for token in tokens:
+        made_with = {key.secret_id for key in token.keys if key.expires_at >= now} - {"", *secret_ids[:1]}
+        if is_valid(token, now) and made_with:
+            yield "unknown" if made_with - set(secret_ids) else "previous"
+
+
+def _unknown(count: Counter[str]) -> str:
+    number = count["unknown"]
+    were = "one was" if number == 1 else "ones were"
+    return f"{number} valid {were} made with a secret that is not configured"
 
 
 def _failed_to_open(error: BackendError) -> Finding:

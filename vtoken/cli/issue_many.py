@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import csv
 import json
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, TextIO, cast
 
 from cyclopts import Parameter
 
+from vtoken.backend import Match, StoredToken, TokenBackend
 from vtoken.cli.options import (
     Caller,
     ExpiresIn,
@@ -27,8 +29,9 @@ from vtoken.cli.options import (
     subject_of,
 )
 from vtoken.cli.output import Result, iso, pairs, without_policy
-from vtoken.cli.terminal import progress
+from vtoken.cli.terminal import Interrupted, progress
 from vtoken.errors import InvalidInput
+from vtoken.keys import batch_nonce
 from vtoken.subject import ContentTypes, Subject
 from vtoken.token import VerificationToken
 
@@ -36,6 +39,11 @@ _STORE = Store()  # the default of the shared options; it is frozen
 _CALLER = Caller()
 _FIELDS: Final = ("id", "content_type", "object_id", "slug", "expires_at", "key", "code")
 _NAMES: Final = ("subject", "content_type", "object_id")
+_LINE: Final = 4_000
+_HEADER: Final = (
+    "needs the columns content_type and object_id, named in the first line and separated by commas, or lines"
+    " of content_type:object_id"
+)
 
 
 def issue_many(
@@ -62,7 +70,8 @@ def issue_many(
         Path | None,
         Parameter(
             help="Where the keys go: a file that only its owner can read, CSV if it ends with .csv, else JSON"
-            " lines. Left out: standard output."
+            " lines. Keys of an earlier run of the same batch are replaced, those of another run never. Left"
+            " out: standard output."
         ),
     ] = None,
     expires_in: ExpiresIn = None,
@@ -88,36 +97,63 @@ def issue_many(
     # Before the event loop runs: a blocking read inside it would not react to Ctrl-C.
     with ExitStack() as stack:
         content = stack.enter_context(_content(file))
-        count = sum(1 for _ in _subjects(content))
+        count, repeated = _counted(_subjects(content))
         stack.pop_all()  # the coroutine closes it
-    return _issue(content, count, slug, options, out, store)
+    if batch is not None:
+        repeated = 0  # an object's token is the same each time
+    return _issue(content, (count, repeated), slug, options, out, store)
 
 
 async def _issue(
-    content: TextIO, count: int, slug: str | None, options: dict[str, Any], out: Path | None, store: Store
+    content: TextIO,
+    counted: tuple[int, int],
+    slug: str | None,
+    options: dict[str, Any],
+    out: Path | None,
+    store: Store,
 ) -> Result:
     issued = over = 0
+    count, repeated = counted
     with content:
         async with store.opened(may_make_it=True) as manager:
-            note = without_policy(manager.policies, slug)
-            with _written(out) as write, progress("issuing", count) as bar:
+            note = "; ".join(filter(None, [without_policy(manager.policies, slug), _dead_keys(repeated)]))
+            first_id = None if out is None else _first_id(out)
+            if out is not None and first_id is not None:
+                await _check_batch(out, first_id, manager.backend, options["batch"])
+            with _written(out, options["batch"]) as write, progress("issuing", count) as bar:
                 tokens = manager.issue_many(_subjects(content), slug, progress=bar, **options)
                 async for token in tokens:
                     write(token)
                     issued += token.key is not None
                     over += token.key is None
-    data = {"issued": issued, "over": over, "out": None if out is None else str(out), "note": note}
+    data = {"issued": issued, "over": over, "out": None if out is None else str(out), "note": note or None}
     rows: list[tuple[str, object]] = [("issued", issued)]
     if over:
         rows.append(("over already", over))
     if out is not None:
         rows.append(("written to", out))
-    if note is not None:
+    if note:
         rows.append(("note", note))
     if out is not None:
         return Result(data, pairs(rows))
     print(", ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
     return Result({}, None)
+
+
+def _counted(subjects: Iterable[Subject]) -> tuple[int, int]:
+    """How many objects there are, and how many of these have come before."""
+    count, seen = 0, set[int]()
+    for subject in subjects:
+        count += 1
+        seen.add(hash((subject.content_type, subject.object_id)))  # not the texts: there may be millions
+    return count, count - len(seen)
+
+
+def _dead_keys(repeated: int) -> str | None:
+    if not repeated:
+        return None
+    lines = "1 line names" if repeated == 1 else f"{repeated} lines name"
+    return f"{lines} an object that came before: of its keys the last one is valid, and the others are over"
 
 
 # What comes in -----------------------------------------------------------------------------------
@@ -139,7 +175,7 @@ def _content(file: str) -> TextIO:
         problem = error.strerror or type(error).__name__
     except ValueError:
         problem = "it is not UTF-8 text"
-    raise InvalidInput(f"FILE cannot be read: {problem}")
+    raise InvalidInput(f"FILE cannot be read: {file}: {problem}")
 
 
 def _subjects(content: TextIO) -> Iterator[Subject]:
@@ -184,6 +220,8 @@ def _csv_rows(content: Iterable[str]) -> Iterator[tuple[int, Any]]:
             if any(name in header for name in _NAMES):
                 names = header
                 continue
+            if not any(":" in field for field in row):
+                raise InvalidInput(_HEADER)
             names = ["subject"]
         yield rows.line_num, dict(zip(names, row, strict=False))
 
@@ -206,19 +244,27 @@ def _subject(found: Any) -> Subject:
 
 
 @contextmanager
-def _written(out: Path | None) -> Generator[Callable[[VerificationToken], None]]:
+def _written(out: Path | None, batch: str | None) -> Generator[Callable[[VerificationToken], None]]:
     """Write tokens with their keys. What was written is kept, also where the run ends with an error."""
+    go_on = "the same command again issues the rest, and writes all keys"
+    if batch is None:
+        go_on = "without --batch the same command would issue them anew"
     if out is None:
-        yield _writer(sys.stdout, as_csv=False)
-        sys.stdout.flush()
+        try:
+            yield _writer(sys.stdout, as_csv=False)
+        except asyncio.CancelledError:
+            raise Interrupted(f"what was issued before is written; {go_on}") from None
+        finally:
+            sys.stdout.flush()
         return
-    _check_replaceable(out)
     part = out.with_name(f"{out.name}.part")
     part.unlink(missing_ok=True)  # what an earlier run left there may belong to somebody else
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         try:
             yield _writer(file, as_csv=out.suffix.lower() == ".csv")
+        except asyncio.CancelledError:
+            raise Interrupted(f"what was issued before is in {part}; {go_on}") from None
         except Exception as error:
             error.add_note(f"what was issued before is in {part}")
             raise
@@ -248,16 +294,41 @@ def _fields(token: VerificationToken) -> dict[str, Any]:
     }
 
 
-def _check_replaceable(out: Path) -> None:
-    """Refuse to replace a file that this command has not written.
+def _first_id(out: Path) -> str | None:
+    """The id of the first token in an earlier output of this command; None where there is none.
 
     Raises:
-        InvalidInput: the file begins otherwise.
+        InvalidInput: the file is something else.
     """
     if not out.exists():
-        return
-    start = ""
-    with suppress(OSError, ValueError), out.open(encoding="utf-8") as file:
-        start = file.read(200)
-    if start and not start.startswith((",".join(_FIELDS), '{"id": "')):
+        return None
+    first: list[str] = []
+    with suppress(OSError), out.open(encoding="utf-8", errors="replace", newline="") as file:
+        first = [file.readline(_LINE) for _ in range(2)]
+    header = ",".join(_FIELDS)
+    found = ""
+    if first and first[0].startswith('{"id": "'):
+        found = first[0].split('"')[3]
+    elif first and first[0].startswith(header):
+        found = first[1].partition(",")[0]
+    elif any(first):
         raise InvalidInput(f"--out: {out} exists and is not an output of issue-many")
+    return found or None
+
+
+async def _check_batch(out: Path, first_id: str, backend: TokenBackend, batch: str | None) -> None:
+    """Refuse to replace the keys of another run, which nobody can make again.
+
+    Raises:
+        InvalidInput: the first of them is not of this batch.
+    """
+    found = await backend.find(Match(id=first_id), 1)
+    if not any(_is_of_batch(token, batch) for token in found):
+        raise InvalidInput(f"--out: {out} has the keys of another run: name another file, or move it away")
+
+
+def _is_of_batch(token: StoredToken, batch: str | None) -> bool:
+    if batch is None:
+        return False
+    nonce = batch_nonce(batch, token.content_type, token.object_id, token.slug)
+    return any(key.nonce == nonce for key in token.keys)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vtoken.backend import PRETENDED, Match, StoredToken, TokenBackend
 from vtoken.cli.options import AnySlug, AnySubjectText, Store, any_subject_of, checked_slug
-from vtoken.cli.output import Result, pairs, printable, relative, state_of, token_data, token_rows
+from vtoken.cli.output import Result, pairs, printable, relative, state_of, token_data, token_rows, uses_of
 from vtoken.inputs import MAX_NAME_BYTES, check_count, check_text
 from vtoken.manager import utc_now
 from vtoken.subject import ContentTypes
@@ -89,6 +89,9 @@ def tokens_table(tokens: Sequence[VerificationToken], now: datetime, *, more: bo
         may_fold = name in ("subject", "slug")
         table.add_column(name, no_wrap=not may_fold, overflow="fold", min_width=None if may_fold else 0)
     table.columns[0].min_width = max(len(token.id) for token in tokens)
+    tells_uses = any(token.uses or token.max_uses != 1 for token in tokens)
+    if tells_uses:
+        table.add_column("used", min_width=8)
     for token in tokens:
         table.add_row(
             Text(token.id),
@@ -97,7 +100,16 @@ def tokens_table(tokens: Sequence[VerificationToken], now: datetime, *, more: bo
             state_of(token, now),
             relative(token.created_at, now),
             "never" if token.expires_at is None else relative(token.expires_at, now),
+            *([_used(token, now)] if tells_uses else []),
         )
     if more:
         table.caption, table.caption_justify = "There are more: see --limit.", "left"
     return table
+
+
+def _used(token: VerificationToken, now: datetime) -> str:
+    """How often a token was used, where that may be several times, and when the last time was."""
+    parts = [] if token.max_uses == 1 else [uses_of(token)]
+    if token.used_at is not None:
+        parts.append(relative(token.used_at, now))
+    return ", ".join(parts)

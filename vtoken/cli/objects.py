@@ -19,7 +19,7 @@ from vtoken.cli.options import (
 )
 from vtoken.cli.output import Result, iso, pairs, printable, state_of, token_data, when, without_policy
 from vtoken.cli.terminal import ask
-from vtoken.manager import utc_now
+from vtoken.manager import TokenManager, utc_now
 from vtoken.subject import Subject
 
 _STORE = Store()  # the default of the shared options; it is frozen
@@ -40,6 +40,11 @@ async def status(
     async with store.opened() as manager:
         found = await manager.status(of, purpose, context=caller.context, by=caller.dimensions())
         note = without_policy(manager.policies, slug)
+        if caller.context is None and manager.policies.get(slug or "").needs_context:
+            note = (
+                "the policy binds tokens to a context: without --context the tokens of all contexts count,"
+                " and the cooldown of none"
+            )
     now = utc_now()
     data = {
         "has_valid": found.has_valid,
@@ -73,13 +78,14 @@ async def history(subject: SubjectText, /, *, slug: AnySlug = None, store: Store
 
 def erase(subject: SubjectText, /, *, yes: Yes = False, store: Store = _STORE) -> Coroutine[Any, Any, Result]:
     """Delete every stored token of an object, and what is counted of its attempts (data protection)."""
-    found = subject_of(subject)
-    ask(f"Delete every token of {printable(subject)} in {store.shown()}?", yes, without_terminal=False)
-    return _erase(found, store)
+    found, manager = subject_of(subject), store.made()
+    question = f"Delete every token of {printable(subject)} in {store.shown(manager)}?"
+    ask(question, yes, without_terminal=False)
+    return _erase(found, store, manager)
 
 
-async def _erase(subject: Subject, store: Store) -> Result:
-    async with store.opened() as manager:
+async def _erase(subject: Subject, store: Store, manager: TokenManager) -> Result:
+    async with store.opened(manager):
         count = await manager.erase(subject)
     return Result({"erased": count}, pairs([("erased", count)]))
 

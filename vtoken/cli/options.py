@@ -41,8 +41,8 @@ class Output:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Store(Output):
-    """Which store a command works on, and with which settings and policies."""
+class Configured(Output):
+    """What the environment and the configuration file say."""
 
     url: Annotated[
         str | None,
@@ -52,21 +52,41 @@ class Store(Output):
             f" {DEFAULT_URL}."
         ),
     ] = None
-    manager: Annotated[
-        str | None,
-        Parameter(
-            help="The application's own manager (TokenManager or SyncTokenManager, or a function that returns"
-            " one), package.module:attribute, with its store, settings and policies."
-        ),
-    ] = None
 
     def configuration(self) -> Configuration:
         """What the environment, the configuration file and ``--url`` say."""
         return Configuration.from_env(url=self.url, default_url=DEFAULT_URL, folder=Path.cwd())
 
-    def shown(self) -> str:
-        """How the store is called, without passwords."""
-        return f"the store of {self.manager}" if self.manager else redact_url(self.configuration().url)
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Store(Configured):
+    """Which store a command works on, and with which settings and policies."""
+
+    manager: Annotated[
+        str | None,
+        Parameter(
+            help="The application's own manager (TokenManager or SyncTokenManager, or a function that returns"
+            " one), package.module:attribute, with its store, settings and policies. Left out, and without"
+            " --url: VTOKEN_MANAGER, else that of the configuration file, else none."
+        ),
+    ] = None
+
+    def managers_path(self) -> str | None:
+        """Where the application's own manager is, or None for one that is made here."""
+        if self.manager is not None or self.url is not None:
+            return self.manager
+        return self.configuration().manager
+
+    def address(self, manager: TokenManager) -> str:
+        """The URL of a manager's store, without passwords."""
+        url = url_of(manager.backend)
+        return repr(manager.backend) if url is None else redact_url(url)
+
+    def shown(self, manager: TokenManager) -> str:
+        """The same for people, with the application's own manager where it is that one's."""
+        path = self.managers_path()
+        return self.address(manager) if path is None else f"{self.address(manager)} ({path})"
 
     def made(self) -> TokenManager:
         """A manager as configured, or the application's own; not open yet.
@@ -74,7 +94,8 @@ class Store(Output):
         Raises:
             ConfigurationError: the configuration cannot work, or ``--manager`` names something else.
         """
-        if self.manager is None:
+        path = self.managers_path()
+        if path is None:
             found = self.configuration()
             with silenced():
                 return TokenManager(
@@ -85,19 +106,22 @@ class Store(Output):
                 )
         if self.url is not None:
             raise ConfigurationError("--manager has a store of its own: leave out --url")
-        return applications_own(self.manager)
+        return applications_own(path)
 
     @asynccontextmanager
-    async def opened(self, *, may_make_it: bool = False) -> AsyncGenerator[TokenManager]:
+    async def opened(
+        self, manager: TokenManager | None = None, *, may_make_it: bool = False
+    ) -> AsyncGenerator[TokenManager]:
         """A manager, open.
 
         Args:
+            manager: the one to open; left out, it is :meth:`made`.
             may_make_it: whether the store may be made where there is none.
 
         Raises:
             BackendUnavailable: there is no store, and this command must not make one.
         """
-        manager = self.made()
+        manager = manager or self.made()
         url = url_of(manager.backend)
         if not may_make_it and url is not None:
             await require_store(url)
@@ -231,6 +255,13 @@ AnySubjectText = Annotated[
     str,
     Parameter(
         name="SUBJECT", help="The object, content_type:object_id, or for all objects of a type content_type."
+    ),
+]
+PresentedSubjectText = Annotated[
+    str,
+    Parameter(
+        name="SUBJECT",
+        help="The object, content_type:object_id; for a link the content_type alone will do.",
     ),
 ]
 Slug = Annotated[str | None, Parameter(help="The purpose. Left out: tokens without one.")]

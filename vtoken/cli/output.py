@@ -119,12 +119,17 @@ def token_rows(token: VerificationToken, now: datetime) -> list[tuple[str, objec
     if token.code_expires_at is not None:
         rows.append(("code expires", when(token.code_expires_at, now)))
     if token.max_uses != 1 or token.uses:
-        rows.append(("uses", f"{token.uses} of {'any number' if token.max_uses is None else token.max_uses}"))
+        rows.append(("uses", uses_of(token)))
     if token.used_at is not None:
         rows.append(("used", when(token.used_at, now)))
     if token.extra_data is not None:
         rows.append(("extra data", token.extra_data))
     return rows
+
+
+def uses_of(token: VerificationToken) -> str:
+    """How many uses a token has had, of how many."""
+    return f"{token.uses} of {'any number' if token.max_uses is None else token.max_uses}"
 
 
 def state_of(token: VerificationToken, now: datetime) -> str:

@@ -18,8 +18,8 @@ from vtoken.cli.options import Store, Yes, duration
 from vtoken.cli.output import Result, pairs, printable, say
 from vtoken.cli.terminal import ask, progress
 from vtoken.errors import InvalidInput
-from vtoken.inputs import Duration, check_count, milliseconds
-from vtoken.manager import utc_now
+from vtoken.inputs import Duration, check_count, milliseconds, spelled
+from vtoken.manager import TokenManager, utc_now
 from vtoken.migrate import pages
 from vtoken.sweeper import Sweeper
 
@@ -59,16 +59,17 @@ def purge(
         if period is not None:
             raise InvalidInput("--dry-run counts once: leave out --every")
         return _count(store, kept)
-    ask(f"Delete what has ended in {store.shown()}?", yes, without_terminal=True)
+    manager = store.made()
+    ask(f"Delete what has ended in {store.shown(manager)}?", yes, without_terminal=True)
     if period is None:
-        return _once(store, batch_size, kept)
+        return _once(store, manager, batch_size, kept)
     if period <= timedelta(0):
         raise InvalidInput("--every: must be more than 0")
-    return _serve(store, batch_size, kept, period)
+    return _serve(store, manager, batch_size, kept, period)
 
 
-async def _once(store: Store, batch_size: int, keep: timedelta) -> Result:
-    async with store.opened() as manager:
+async def _once(store: Store, manager: TokenManager, batch_size: int, keep: timedelta) -> Result:
+    async with store.opened(manager):
         with progress("purging") as bar:
             count = await manager.purge(batch_size, keep, bar)
     return _purged(count)
@@ -95,7 +96,9 @@ async def _count(store: Store, keep: timedelta) -> Result:
     )
 
 
-async def _serve(store: Store, batch_size: int, keep: timedelta, every: timedelta) -> Result:
+async def _serve(
+    store: Store, manager: TokenManager, batch_size: int, keep: timedelta, every: timedelta
+) -> Result:
     """Purge until a signal comes. Each step is atomic, so it ends at once."""
     total = 0
 
@@ -104,7 +107,7 @@ async def _serve(store: Store, batch_size: int, keep: timedelta, every: timedelt
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: Ctrl-C interrupts as always
                 loop.add_signal_handler(number, until_a_signal.cancel)
-        async with store.opened() as manager:
+        async with store.opened(manager):
 
             async def purge_and_tell(limit: int, kept: Duration) -> None:
                 nonlocal total
@@ -113,7 +116,8 @@ async def _serve(store: Store, batch_size: int, keep: timedelta, every: timedelt
                 if count:
                     say({"purged": count}, f"purged {count}", store.json)
 
-            say({"every": every.total_seconds()}, f"purging every {every}, keeping {keep}", store.json)
+            period, kept = spelled(milliseconds_of(every)), spelled(milliseconds_of(keep))
+            say({"every": every.total_seconds()}, f"purging every {period}, keeping {kept}", store.json)
             await purge_and_tell(batch_size, keep)
             async with Sweeper(purge_and_tell, every, keep, batch_size, anyio.sleep):
                 await anyio.sleep_forever()

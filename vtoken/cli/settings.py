@@ -6,20 +6,19 @@ import json
 import secrets
 from typing import Any, cast
 
-from vtoken.cli.options import Output, Store
+from vtoken.cli.options import Configured, Output, Store
 from vtoken.cli.output import Result, pairs
-from vtoken.errors import ConfigurationError
 
-_STORE = Store()  # the default of the shared options; it is frozen
+_CONFIGURED = Configured()  # the default of the shared options; it is frozen
 _OUTPUT = Output()
 
 
-async def config(*, store: Store = _STORE) -> Result:
-    """Print the effective configuration, secrets redacted. Exit status 2: it cannot work."""
-    if store.manager is not None:
-        raise ConfigurationError("config prints what the environment and the file say: leave out --manager")
-    store.made()  # finds what only the parts together show: a missing driver, a code without a secret
-    data = store.configuration().describe()
+async def config(*, configured: Configured = _CONFIGURED) -> Result:
+    """Print what the environment and the configuration file say, secrets redacted. Exit status 2: it cannot
+    work."""
+    found = configured.configuration()
+    Store(url=found.url).made()  # finds what only the parts together show: a code without a secret, say
+    data = found.describe()
     return Result(data, pairs(_flat("", data)))
 
 

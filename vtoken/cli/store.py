@@ -12,9 +12,11 @@ from rich.text import Text
 from vtoken.cli.options import Store
 from vtoken.cli.output import Result, pairs, printable
 from vtoken.diagnostics import diagnostics_of
+from vtoken.registry import url_of
 from vtoken.stats import SlugStats, Stats
 
 _STORE = Store()  # the default of the shared options; it is frozen
+_NUMBERS = ("total", "active", "expired", "used", "inactive")
 
 
 async def init(
@@ -31,11 +33,13 @@ async def init(
 ) -> Result:
     """Make the store, with its tables and indexes; one that is there already is checked and left as it is."""
     if sql:
-        statements = diagnostics_of(store.configuration().url).ddl()
+        url = store.configuration().url if store.managers_path() is None else url_of(store.made().backend)
+        statements = diagnostics_of(url or "").ddl()
         return Result({"statements": statements}, Text(";\n".join([*statements, ""])))
-    async with store.opened(may_make_it=True):
-        url = store.shown()
-    return Result({"ready": True, "url": url}, pairs([("ready", url)]))
+    async with store.opened(may_make_it=True) as manager:
+        pass
+    data = {"ready": True, "url": store.address(manager)}
+    return Result(data, pairs([("ready", store.shown(manager))]))
 
 
 async def ping(*, store: Store = _STORE) -> Result:
@@ -64,13 +68,11 @@ async def stats(*, store: Store = _STORE) -> Result:
 def _stats_table(found: Stats, slugs: list[tuple[str | None, SlugStats]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("slug", overflow="fold")
-    for name in ("total", "active", "expired", "used"):
+    for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     for slug, row in slugs:
         label = Text("(none)" if slug is None else printable(slug))
-        table.add_row(label, str(row.total), str(row.active), str(row.expired), str(row.used))
+        table.add_row(label, *[str(getattr(row, name)) for name in _NUMBERS])
     table.add_section()
-    table.add_row(
-        "all", str(found.total), str(found.active), str(found.expired), str(found.used), style="bold"
-    )
+    table.add_row("all", *[str(getattr(found, name)) for name in _NUMBERS], style="bold")
     return table

@@ -41,6 +41,10 @@ def ask(question: str, yes: bool, *, without_terminal: bool) -> None:
         raise Declined
 
 
+class Interrupted(Exception):
+    """The operator interrupted a work that can be gone on with; the message says how."""
+
+
 @contextmanager
 def progress(what: str, total: int | None = None) -> Generator[Callable[[int], None]]:
     """Show a bar while a block runs, which tells it how much is done. Without a terminal, show nothing.

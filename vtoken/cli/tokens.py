@@ -15,6 +15,7 @@ from vtoken.cli.options import (
     ExpiresIn,
     ExtraData,
     Key,
+    PresentedSubjectText,
     Slug,
     Store,
     SubjectText,
@@ -74,7 +75,7 @@ async def issue(
 
 
 async def check(
-    subject: SubjectText,
+    subject: PresentedSubjectText,
     key: Key,
     /,
     *,
@@ -83,7 +84,7 @@ async def check(
     store: Store = _STORE,
 ) -> Result:
     """Check a key without consuming it. Exit status 1: it is not valid."""
-    found, purpose = subject_of(subject), checked_slug(slug)
+    found, purpose = any_subject_of(subject), checked_slug(slug)
     async with store.opened() as manager, _explained(manager, found, purpose):
         token = await manager.verify(found, purpose, key, context=caller.context, by=caller.dimensions())
     data = {"valid": True, **token_data(token)}
@@ -91,7 +92,7 @@ async def check(
 
 
 async def consume(
-    subject: SubjectText,
+    subject: PresentedSubjectText,
     key: Key,
     /,
     *,
@@ -104,7 +105,7 @@ async def consume(
     store: Store = _STORE,
 ) -> Result:
     """Use a token: exactly one caller can. Exit status 1: the key is not valid."""
-    found, purpose = subject_of(subject), checked_slug(slug)
+    found, purpose = any_subject_of(subject), checked_slug(slug)
     async with store.opened() as manager, _explained(manager, found, purpose):
         token = await manager.consume(
             found,
@@ -128,7 +129,7 @@ async def _explained(manager: TokenManager, subject: Subject, slug: str | None) 
         note = without_policy(manager.policies, slug)
         if note is not None and slug is not None and error.reason == "unknown":
             error.add_note(note)
-        if slug is None and error.reason == "unknown":
+        if slug is None and error.reason == "unknown" and subject.object_id is not ANY:
             slugs = {token.slug async for token in manager.filter_active_tokens(subject)} - {None}
             if slugs:
                 named = ", ".join(sorted(str(name) for name in slugs))
@@ -157,16 +158,17 @@ def deactivate(
         return _deactivate_one(token_id, store)
     if subject is None:
         raise InvalidInput("give SUBJECT, or --id for one token")
-    found, purpose = any_subject_of(subject), any_slug(slug)
+    found, purpose, manager = any_subject_of(subject), any_slug(slug), store.made()
     if found.object_id is ANY:
         what = "tokens" if slug is None else f"{printable(slug)} tokens"
-        question = f"Deactivate the {what} of every {printable(found.content_type)} in {store.shown()}?"
+        where = store.shown(manager)
+        question = f"Deactivate the {what} of every {printable(found.content_type)} in {where}?"
         ask(question, yes, without_terminal=False)
-    return _deactivate(found, purpose, store)
+    return _deactivate(found, purpose, store, manager)
 
 
-async def _deactivate(subject: Subject, slug: str | Wildcard, store: Store) -> Result:
-    async with store.opened() as manager:
+async def _deactivate(subject: Subject, slug: str | Wildcard, store: Store, manager: TokenManager) -> Result:
+    async with store.opened(manager):
         count = await manager.deactivate(subject, slug, all_objects=subject.object_id is ANY)
     return Result({"deactivated": count}, pairs([("deactivated", count)]))
 
