@@ -251,6 +251,23 @@ async def test_inside_a_write_transaction_others_wait_and_are_told(path: Path) -
             await insert(backend, token(1))
 
 
+@pytest.mark.parametrize("others", ["has written", "writes"])
+async def test_a_transaction_that_began_with_a_read_is_told_how_to_begin(path: Path, others: str) -> None:
+    """SQLite refuses it at once: its snapshot is old, or would be after a wait."""
+    async with opened(SQLiteBackend(path, shared=True)) as backend, aiosqlite.connect(path) as connection:
+        await connection.execute("BEGIN")
+        await connection.execute_fetchall("SELECT * FROM users")
+        with plain(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("INSERT INTO users VALUES ('Ada')")
+            if others == "has written":
+                other.execute("COMMIT")
+            with pytest.raises(BackendUnavailable, match="begin it with BEGIN IMMEDIATE") as refused:
+                await insert(backend.within(connection), token(1))
+        assert "using=" not in str(refused.value)
+        await connection.rollback()
+
+
 KILLED = """
 import asyncio, os, signal, sys
 sys.path[:0] = {path!r}

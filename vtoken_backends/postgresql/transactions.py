@@ -41,7 +41,7 @@ _NOBODY: Final = bytes(16)
 """The object of budgets that belong to none."""
 _KINDS: Final = (
     "using must be a psycopg AsyncConnection, an asyncpg connection, or SQLAlchemy's AsyncSession or"
-    " AsyncConnection on one of these"
+    " AsyncConnection on one of these; no synchronous one can be used"
 )
 _UNDOING: Final = 5.0
 """Seconds that a cancelled operation may take to be undone."""

@@ -33,21 +33,24 @@ _NOT_AS_MADE: Final = (
     "malformed JSON",
     "cannot store",
 )
+_BUSY: Final = (
+    "another connection kept it locked for longer than busy_timeout; within a write transaction of your own,"
+    " pass its connection as using="
+)
 _REMEDIES: Final = {
-    sqlite3.SQLITE_BUSY: "another connection kept it locked for longer than busy_timeout; within a write"
-    " transaction of your own, pass its connection as using=",
     sqlite3.SQLITE_FULL: "there is no room left on its disk",
     sqlite3.SQLITE_READONLY: "the process needs the right to write the file and its directory",
     sqlite3.SQLITE_CANTOPEN: "the process needs the right to read and write the file and its directory",
 }
 
 
-def as_backend_error(error: Exception, path: str) -> VTokenError:
+def as_backend_error(error: Exception, path: str, *, busy: str = _BUSY) -> VTokenError:
     """The error to raise instead of one that came from SQLite; it does not know the one it stands for.
 
     Args:
         error: what was raised.
         path: the file, which most of SQLite's messages do not name.
+        busy: what to say of a lock.
     """
     code: int | None = getattr(error, "sqlite_errorcode", None)
     text = str(error)
@@ -70,6 +73,6 @@ def as_backend_error(error: Exception, path: str) -> VTokenError:
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or text.startswith(_NOT_AS_MADE):
         return CorruptStore(message)
     if code & 0xFF in _UNAVAILABLE:
-        remedy = _REMEDIES.get(code & 0xFF)
+        remedy = busy if code & 0xFF == sqlite3.SQLITE_BUSY else _REMEDIES.get(code & 0xFF)
         return BackendUnavailable(f"{message} ({remedy})" if remedy else message)
     return BackendError(message)

@@ -32,7 +32,12 @@ _T = TypeVar("_T")
 
 _KINDS: Final = (
     "using must be an sqlite3 or aiosqlite connection, or SQLAlchemy's AsyncSession or AsyncConnection on"
-    " aiosqlite"
+    " aiosqlite; of synchronous code, the sqlite3 connection underneath: Django's connection.connection, or"
+    " session.connection().connection.driver_connection of SQLAlchemy"
+)
+_BUSY: Final = (
+    "another connection writes, or has written since this transaction began with a read, which then cannot"
+    " wait for its turn: begin it with BEGIN IMMEDIATE"
 )
 _NO_TRANSACTION: Final = "using: no transaction is under way on it: begin one, and commit it afterwards"
 
@@ -233,11 +238,11 @@ class Transaction(Store):
             failure = error
         except sqlite3.ProgrammingError as error:
             if "thread" not in str(error):
-                failure = as_backend_error(error, self._path)
+                failure = as_backend_error(error, self._path, busy=_BUSY)
             else:
                 failure = InvalidInput("using: make the sqlite3 connection with check_same_thread=False")
         except Exception as error:
-            failure = as_backend_error(error, self._path)
+            failure = as_backend_error(error, self._path, busy=_BUSY)
         raise failure  # after the except block, so that the driver's own error is not chained to it
 
 
