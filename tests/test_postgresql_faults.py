@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from tests import postgresql_servers as servers
 from tests.faults import postgresql_rounds as rounds
 from vtoken.backend import InsertMode, Match
+from vtoken.errors import OutcomeUnknown
 from vtoken.testing.harness import a_token
-from vtoken_backends.postgresql import PostgreSQLBackend
+from vtoken_backends.postgresql import PostgreSQLBackend, connections
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,22 @@ async def test_a_standby_is_never_read(pair: servers.Pair) -> None:
         await backend.open()
     await backend.close()
     pair.standby.ask("SELECT pg_wal_replay_resume()")
+
+
+async def test_a_write_that_waits_for_the_standby_in_vain_is_unknown(
+    pair: servers.Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.mend()
+    backend = PostgreSQLBackend.from_url(pair.url)
+    await backend.open()
+    await backend.insert(a_token(), InsertMode.REPLACE)
+    [(sender,)] = pair.primary.ask("SELECT pid FROM pg_stat_replication")
+    os.kill(sender, signal.SIGSTOP)
+    monkeypatch.setattr(connections, "TIME_LIMIT", 1)
+    with pytest.raises(OutcomeUnknown, match="did not answer"):
+        await backend.insert(a_token(object_id="waits"), InsertMode.REPLACE)
+    os.kill(sender, signal.SIGCONT)
+    await backend.close()
 
 
 async def test_what_was_acknowledged_outlives_a_fail_over(pair: servers.Pair) -> None:
