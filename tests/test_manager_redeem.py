@@ -606,7 +606,7 @@ class TestMarkUsed:
         manager = await world.manager()
         issued = await manager.issue(USER, "a", using=None)
         await refused(InvalidInput, manager.mark_used(issued, using=None))
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError):  # noqa: PT012  # raised within the block
             async with manager.redeem(USER, "a", issued.key) as token:
                 await manager.mark_used(token, using=None)
                 raise RuntimeError

@@ -27,6 +27,8 @@ InvalidStatus = Literal[400, 410]
 
 _RETRY: Final = 5
 """Seconds after which a store that was not there is worth another try."""
+_BUSY: Final = 2
+"""Seconds after which a block that uses the token is mostly done. The error says when its lease ends."""
 PRIVATE: Final = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 """Headers for pages whose address has a key in it: no cache keeps them, and no other site is told the address
 (OWASP Forgot Password Cheat Sheet, "URL Tokens")."""
@@ -36,8 +38,8 @@ class Refusal(NamedTuple):
     """The HTTP response for an error.
 
     Its body says which error it was and what to tell people, as in ``{"code": "too_many_attempts", "detail":
-    "Too many attempts. Try again later.", "retry_after": 40}``; ``retry_after``, in seconds, only where it
-    is known.
+    "Too many attempts. Try again later.", "retry_after": 40}``; ``retry_after``, in seconds, and
+    ``attempts_left``, of a refused code, only where they are known.
     """
 
     status: int
@@ -66,7 +68,8 @@ _ANSWERS: Final[dict[type[VTokenError], _Answer]] = {
 def refusal(error: VTokenError, invalid_status: InvalidStatus = 400) -> Refusal | None:
     """The response for an error, or None for one that no visitor has caused, which is logged.
 
-    It tells when to try again, and of a refused key never why. One status and one body for every refused
+    It tells when to try again, and of a refused key never why; of a code it tells how many attempts are left,
+    which is the same whatever the reason. One status and one body for every refused
     key: a difference would tell an attacker which ones came close (OWASP Forgot Password Cheat Sheet). A 410
     may be cached unless the response forbids it (RFC 9110, section 15.5.11).
     """
@@ -79,7 +82,11 @@ def refusal(error: VTokenError, invalid_status: InvalidStatus = 400) -> Refusal 
     status = invalid_status if answer.status == 400 else answer.status
     headers = {"Cache-Control": "no-store"}
     body: dict[str, Any] = {"code": answer.code, "detail": answer.detail}
+    if answer is _ANSWERS[InvalidToken] and (left := getattr(error, "attempts_left", None)) is not None:
+        body["attempts_left"] = left
     retry_after = _RETRY if isinstance(error, BackendUnavailable) else getattr(error, "retry_after", None)
+    if isinstance(error, TokenBusy):
+        retry_after = min(error.retry_after, _BUSY)
     if retry_after is not None:
         # Whole seconds (RFC 9110, section 10.2.3), rounded up: never told too early.
         body["retry_after"] = math.ceil(retry_after)
@@ -109,6 +116,7 @@ def _schema(codes: list[str]) -> dict[str, Any]:
             "code": {"type": "string", "enum": codes},
             "detail": {"type": "string"},
             "retry_after": {"type": "integer", "description": "Seconds."},
+            "attempts_left": {"type": "integer", "description": "Of a refused code."},
         },
     }
 
@@ -129,8 +137,10 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 class PrivatePages:
     """ASGI middleware for an application, or a part of it, whose addresses have keys in them.
 
-    Every response gets ``Referrer-Policy: no-referrer`` and ``Cache-Control: no-store``, unless it has a
-    header of that name already.
+    Every response that passes through it gets ``Referrer-Policy: no-referrer`` and ``Cache-Control:
+    no-store``, unless it has a header of that name already. Starlette and FastAPI answer an error that nobody
+    handles outside of all middleware that was added: ``PrivatePages(app)``, served in place of ``app``, is
+    around that answer, too.
 
     Args:
         app: the application.
