@@ -259,8 +259,9 @@ async def test_uses_that_fail_again_have_an_unknown_outcome(mongodb_url: str, tr
     async with opened(mongodb_url) as backend:
         await insert_all(backend, *(of(n) for n in range(30)))
         with failing(mongodb_url, 20, "update", **trouble):
-            answers = await use_all(backend, *(key(n) for n in range(30)), key(99))
-        assert outcomes(answers) == [OutcomeUnknown] * 30 + [REFUSED]
+            # The first is an unknown key: under eager tasks it goes alone, before the batch.
+            answers = await use_all(backend, key(99), *(key(n) for n in range(30)))
+        assert outcomes(answers) == [REFUSED] + [OutcomeUnknown] * 30
         assert len({id(answer) for answer in answers}) == 31
         again = outcomes(await use_all(backend, *(key(n) for n in range(30))))
         assert set(again) == {REFUSED if trouble is NOT_CONFIRMED else RIGHT}
@@ -409,7 +410,7 @@ class Interrupted:
         self.answers: list[Any] = []
 
     async def insert(self, mode: InsertMode, monkeypatch: pytest.MonkeyPatch) -> InsertResult:
-        """Insert the token of number 2."""
+        """Insert the token of number 2, and be told of it as it was then."""
         write = Writes.write
 
         async def interrupted(writes: Writes, documents: Any) -> Any:
@@ -425,6 +426,7 @@ class Interrupted:
         assert self._done
         if not self.answers:
             self.answers.append(await self._ask())
+        assert inserted.token in (token(2), None)
         return inserted.result
 
 

@@ -417,8 +417,10 @@ def _begun(
             line.pending = None
         return inserted
     done = documents.holder(id_name(op.token.id)) if op.is_begun else None
-    if done is not None:
-        return Inserted(InsertResult.INSERTED, done.kept.token)
+    if done is not None:  # and somebody may have used or replaced it since
+        taken_over = [key for key in done.kept.token.keys if key.origin != op.token.id]
+        token = op.token._replace(keys=(*op.token.keys, *taken_over))
+        return Inserted(InsertResult.INSERTED, token)
     if op.is_anothers:
         return Inserted(InsertResult.KEY_TAKEN)
     return Finish(line) if line is not None and pending is not None else None
