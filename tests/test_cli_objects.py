@@ -60,6 +60,7 @@ def test_status_tells_how_an_object_stands(vtoken: Terminal) -> None:
         "attempts_left",
         "attempts_reset_at",
         "can_issue_at",
+        "code_expires_at",
         "note",
     }
     assert (at_first["has_valid"], at_first["expires_at"], at_first["attempts_reset_at"]) == (

@@ -974,30 +974,30 @@ class TokenManager:
             policy, slug_text, content_type, object_id, line.context or b"", dimensions, lenient=True
         )
         with self._opening.calls() as store:
-            expiries = await self._expiries(store, line, limiter.object_name(content_type, object_id), now)
+            newest = await self._newest(store, line, limiter.object_name(content_type, object_id), now)
             budgets = tuple(spend.budget for spend in (*attempts.spends, *issues.spends))
             states = await store.budgets(budgets) if budgets else []
         of_attempts, of_issues = states[: len(attempts.spends)], states[len(attempts.spends) :]
         more_at = resets_at(of_attempts, attempts, now)
         return Status(
-            has_valid=bool(expiries),
-            expires_at=expiries[0] if expiries else None,
+            has_valid=newest is not None,
+            expires_at=None if newest is None else newest.expires_at,
             attempts_left=attempts_left(of_attempts, attempts, now),
             attempts_reset_at=None if more_at is None else inputs.from_milliseconds(more_at),
             can_issue_at=inputs.from_milliseconds(allowed_at(of_issues, issues, now)),
+            code_expires_at=None if newest is None else newest.code_expires_at,
         )
 
-    async def _expiries(
+    async def _newest(
         self, store: TokenBackend, line: Match, pretended_for: bytes, now: int
-    ) -> list[datetime | None]:
-        """When the valid tokens of a line expire, the newest's first. One that was pretended counts like a
-        real one, and is looked for in either case, so that neither the answer nor its time tells them
-        apart."""
+    ) -> VerificationToken | None:
+        """The newest valid token of a line. One that was pretended counts like a real one, and is looked for
+        in either case, so that neither the answer nor its time tells them apart."""
         stand_in = line._replace(content_type=PRETENDED, object_id=pretended_for.hex())
         valid = await store.find(line._replace(valid_at=now), _PAGE)
         found = [one for one in valid if has_free_use(one, now)]
         pretended = [one for one in await store.find(stand_in, 1) if one.expires_at >= now]
-        return [loaded(one).expires_at for one in found or pretended]
+        return next((loaded(one) for one in found or pretended), None)
 
     async def filter_active_tokens(
         self, obj: object, slug: str | Wildcard | None = ANY, key: str | Wildcard = ANY

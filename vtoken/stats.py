@@ -52,6 +52,8 @@ class Status:
         attempts_reset_at: when ``attempts_left`` grows again: the end of the window of the limit that decides
             it. None where nothing is spent of that one.
         can_issue_at: when a token may be issued; now, or in the past, if at once.
+        code_expires_at: when the code of that token expires, if it is a pair; it may be in the past, while
+            the link is still good. None for other tokens.
 
     .. versionadded:: 0.1
     """
@@ -61,3 +63,4 @@ class Status:
     attempts_left: int | None
     attempts_reset_at: datetime | None
     can_issue_at: datetime
+    code_expires_at: datetime | None = None

@@ -52,11 +52,14 @@ async def status(
         "attempts_left": found.attempts_left,
         "attempts_reset_at": iso(found.attempts_reset_at),
         "can_issue_at": iso(found.can_issue_at),
+        "code_expires_at": iso(found.code_expires_at),
         "note": note,
     }
     rows: list[tuple[str, object]] = [("valid token", "yes" if found.has_valid else "no")]
     if found.has_valid:
         rows.append(("expires", "never" if found.expires_at is None else when(found.expires_at, now)))
+    if found.code_expires_at is not None:
+        rows.append(("its code expires", when(found.code_expires_at, now)))
     rows.append(("attempts left", "any number" if found.attempts_left is None else found.attempts_left))
     if found.attempts_reset_at is not None:
         rows.append(("attempts reset", when(found.attempts_reset_at, now)))

@@ -286,6 +286,15 @@ class ScreenCases(Suite):
         forever = await manager.issue(USER, "reset", expires_in=None)
         status = await other.status(USER, "reset")
         assert (status.has_valid, status.expires_at, status.attempts_left) == (True, None, None)
+        pair = TokenPolicy.pair("log-in")
+        manager, other = await bench.two_managers(pair)
+        for subject, call in ((USER, manager.issue), (Subject("auth.user", "nobody"), manager.pretend)):
+            await call(subject, "log-in")
+            for _ in range(2):  # the code is over when the link is still good
+                status = await other.status(subject, "log-in")
+                assert (status.expires_at, status.code_expires_at) == (now + 60 * MINUTE, now + 10 * MINUTE)
+                bench.clock.advance(11 * MINUTE)
+            bench.clock.set(now)
         await manager.erase(USER)
         assert forever not in before
         assert not (await other.status(USER, "reset")).has_valid
