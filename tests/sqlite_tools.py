@@ -147,4 +147,4 @@ async def no_more_than(most: int, count: Callable[[], int]) -> None:
 async def ask(backend: SQLiteBackend, sql: str) -> Rows:
     """Have the connection that writes answer: its settings can be seen from nowhere else."""
     connections = backend._opened()
-    return await connections.write(lambda database: Rows(database.execute(sql).fetchall()))
+    return await connections.write(lambda database: Rows(database.execute(sql).fetchall())).result

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from vtoken.backend import (
     Use,
 )
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
-from vtoken_backends.sqlite import SQLiteBackend
-from vtoken_backends.sqlite.batch import Batch
+from vtoken_backends.sqlite import SQLiteBackend, operations
+from vtoken_backends.sqlite.batch import Batch, SingleOperation
 from vtoken_backends.sqlite.steps import Rows
 
 from .sqlite_tools import NOW, ask, digest, insert, key, opened, plain, present, subject, token, use
@@ -337,3 +339,57 @@ async def test_only_the_last_thousand_use_ids_or_more_are_remembered(path: Path)
         with plain(path) as database:
             assert database.execute("SELECT * FROM vtoken_receipts").fetchall() == []
             assert database.execute("SELECT * FROM vtoken_keys").fetchall() == []
+
+
+async def test_cancelled_behind_a_foreign_lock_one_leaves_at_once_and_its_neighbours_go_on(
+    path: Path,
+) -> None:
+    async with opened(SQLiteBackend(path, busy_timeout=600_000)) as backend:
+        await asyncio.gather(*(insert(backend, token(n, str(n))) for n in range(6)))
+        with plain(path) as database:
+            database.execute("BEGIN IMMEDIATE")
+            tasks = [asyncio.create_task(use(backend, present(n, str(n)))) for n in range(6)]
+            for _ in range(5):  # by then they share a batch
+                await asyncio.sleep(0)
+            async with asyncio.timeout(60):  # and not as long as the lock is waited for
+                for number in (0, 3, 5):
+                    tasks[number].cancel()
+                    await asyncio.wait([tasks[number]])
+            assert [task.done() for task in tasks] == [True, False, False, True, False, True]
+            database.execute("ROLLBACK")
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(answer, StoredToken) for answer in answers] == [
+            False,
+            True,
+            True,
+            False,
+            True,
+            False,
+        ]
+        found = [(await backend.find(Match(id=token(n).id), 1))[0].uses for n in range(6)]
+        assert found == [0, 1, 1, 0, 1, 0]
+
+
+async def test_when_all_have_left_nobody_waits_for_the_lock(path: Path) -> None:
+    async with opened(SQLiteBackend(path, busy_timeout=600_000)) as backend:
+        await insert(backend, token(1))
+        with plain(path) as database:
+            database.execute("BEGIN IMMEDIATE")
+            tasks = [asyncio.create_task(use(backend, present(1))) for _ in range(3)]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            async with asyncio.timeout(60):
+                await asyncio.wait(tasks)
+                await ask(backend, "PRAGMA user_version")  # the thread is free again
+            database.execute("ROLLBACK")
+        assert (await backend.find(present(1), 1))[0].uses == 0
+
+
+def test_what_has_begun_cannot_be_withdrawn() -> None:
+    operation = SingleOperation(lambda: operations.read_note("name"))
+    batch = Batch([operation], 0)
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        database.execute("CREATE TABLE vtoken_notes (name, text)")
+        assert batch.carry_out(database).answers == [""]
+    assert not batch.withdraw(operation)

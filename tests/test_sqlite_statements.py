@@ -128,9 +128,9 @@ def test_every_other_statement_goes_by_an_index(database: sqlite3.Connection) ->
     request = inserts.Insert(
         token=stored, mode=InsertMode.REPLACE, keep_until=0, wanted_until=0, also_taken=(), spends=()
     )
-    carry_out(inserts.insert_many([request]), execute_on(database))
+    carry_out(shared.work_together(request.kind, [request.row(request.kind)]), execute_on(database))
     hold = presents.Present(key=present(1), change=Hold(hold_id="h", until=NOW + 9), now=NOW, spends=())
-    carry_out(presents.present_many([hold]), execute_on(database))
+    carry_out(shared.work_together(hold.kind, [hold.row(hold.kind)]), execute_on(database))
     for match in (
         Match(id=token(1).id),
         Match(digests=two),

@@ -32,9 +32,9 @@ from vtoken.errors import (
     OutcomeUnknown,
 )
 from vtoken.inputs import nearest
-from vtoken_backends.batching import Batcher, outlast
+from vtoken_backends.batching import Batcher
 from vtoken_backends.sqlite import operations
-from vtoken_backends.sqlite.batch import Answers, Batch, Operation, Patience, SharedOperation
+from vtoken_backends.sqlite.batch import Answers, Batch, Flight, Operation
 from vtoken_backends.sqlite.connections import Connections, execute_on
 from vtoken_backends.sqlite.errors import as_backend_error
 from vtoken_backends.sqlite.file import Check, Options, Reads, Synchronous, check_schema
@@ -101,10 +101,7 @@ class SQLiteBackend(Store):
         self._options = Options(
             synchronous=synchronous, busy_timeout=busy_timeout, check=check, reads=reads, shared=shared
         )
-        # A cancelled caller waits for the write that was begun: nothing changes once it was told.
-        self._writes = Batcher[Operation | SharedOperation, Any](
-            self._flush_writes, by_caller=True, outlast=True
-        )
+        self._writes = Batcher[Operation, Any](self._flush_writes, by_caller=True)
         self._look_ups = Batcher[Match, list[StoredToken]](self._flush_look_ups, by_caller=True)
 
     @classmethod
@@ -163,15 +160,22 @@ class SQLiteBackend(Store):
     async def ping(self) -> None:
         connections = self._opened()
         connections.check_now()
-        await self._translated(connections.read(lambda database: check_schema(database, self._path)))
+        await self._translated(connections.read(lambda database: check_schema(database, self._path)).result)
 
     def within(self, handle: object) -> TokenBackend:
         return Transaction(handle, self._opened(), self._path)
 
     # How operations get to SQLite and back --------------------------------------------------------
 
-    async def _submit(self, operation: Operation | SharedOperation) -> Any:
-        return await self._writes.submit(operation)
+    async def _submit(self, operation: Operation) -> Any:
+        try:
+            return await self._writes.submit(operation)
+        except asyncio.CancelledError:
+            # Nothing changes once the caller was told: what has been begun is finished first.
+            flight = operation.flight
+            if flight is not None and not flight.batch.withdraw(operation):
+                await flight.job.outlast()
+            raise
 
     async def _read(self, steps: Callable[[], Steps[_T]]) -> _T:
         connections = self._opened()
@@ -180,7 +184,7 @@ class SQLiteBackend(Store):
         def read(database: sqlite3.Connection) -> _T:
             return carry_out(steps(), execute_on(database))
 
-        return await self._translated(connections.read(read))
+        return await self._translated(connections.read(read).result)
 
     async def _candidates(self, match: Match) -> list[StoredToken]:
         """The tokens with the id or one of the digests of a match."""
@@ -193,19 +197,12 @@ class SQLiteBackend(Store):
             return operations.in_order([from_row(row) for row in rows], match)
         raise as_backend_error(Unreadable(), self._path)
 
-    async def _flush_writes(self, batch: Sequence[Operation | SharedOperation]) -> list[Any]:
-        patience = Patience(self._options.busy_timeout)
-
-        def write(database: sqlite3.Connection) -> Answers:
-            return Batch(database, batch, patience).carry_out()
-
-        writing = self._opened().write(write)
-        try:
-            answers = await self._translated(asyncio.shield(writing))
-        except asyncio.CancelledError:  # of a caller that flushes its own, or with the event loop
-            patience.end()
-            await outlast(writing)
-            raise
+    async def _flush_writes(self, operations: Sequence[Operation]) -> list[Any]:
+        batch = Batch(operations, self._options.busy_timeout)
+        flight = Flight(batch=batch, job=self._opened().write(batch.carry_out))
+        for operation in operations:
+            operation.flight = flight
+        answers = await self._translated(flight.job.result)
         return [
             as_backend_error(answer, self._path) if isinstance(answer, Exception) else answer
             for answer in answers.answers
@@ -221,7 +218,7 @@ class SQLiteBackend(Store):
                 connections.on_the_spot.took_elsewhere(time.perf_counter() - started, len(batch))
             return Answers(answers)
 
-        answers = await self._translated(connections.read(read))
+        answers = await self._translated(connections.read(read).result)
         return [
             as_backend_error(answer, self._path) if isinstance(answer, Exception) else answer
             for answer in answers.answers

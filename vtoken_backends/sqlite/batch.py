@@ -5,6 +5,8 @@
 3. Nobody's operation may fail for a neighbour's reason: after a failure nothing has happened, and each is
    tried alone.
 4. What may be durable is never tried again.
+5. While the lock of another process is waited for, nothing has happened, and an operation whose caller was
+   cancelled is left out. SQLite's own waiting (``busy_timeout``) could not be ended.
 
 The operations of a batch are concurrent, so that any order of them will do.
 """
@@ -16,32 +18,57 @@ import itertools
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from vtoken_backends.sqlite.steps import Rows, Steps, carry_out
+from vtoken_backends.sqlite.shared import Kind, work_together
+from vtoken_backends.sqlite.steps import Private, Rows, Steps, carry_out
+from vtoken_backends.sqlite.worker import Job
 
 
-class Operation(NamedTuple):
+class Operation(ABC):
     """One operation that writes."""
 
-    steps: Callable[[], Steps[Any]]
-    """What it does alone, in a transaction of its own."""
+    flight: Flight | None = None
+    """The batch that it is in, once that is under way."""
 
-    def __repr__(self) -> str:
-        return "<Operation>"
+    @abstractmethod
+    def alone(self) -> Steps[Any]:
+        """What it does where it shares nothing, within a transaction."""
 
 
-class SharedOperation(NamedTuple):
-    """One operation of a kind that shares a statement."""
+class SingleOperation(Operation):
+    """One that is steps of its own.
 
-    kind: Hashable
-    many: Callable[[Sequence[Any]], Steps[list[Any]]]
-    """What several of the kind do together, in one statement; an answer for each."""
-    request: Any
+    Args:
+        steps: what it does.
+    """
 
-    def __repr__(self) -> str:
-        return "<SharedOperation>"
+    def __init__(self, steps: Callable[[], Steps[Any]]) -> None:
+        self._steps = steps
+
+    def alone(self) -> Steps[Any]:
+        return self._steps()
+
+
+class SharedOperation(Operation):
+    """One of a kind that shares a statement.
+
+    Args:
+        kind: which.
+        row: its row of the statement.
+    """
+
+    def __init__(self, kind: Kind, row: Private) -> None:
+        self.kind = kind
+        self.row = row
+
+    def alone(self) -> Steps[Any]:
+        [answer] = yield from work_together(self.kind, [self.row])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class Answers(NamedTuple):
@@ -53,132 +80,137 @@ class Answers(NamedTuple):
         return f"<{len(self.answers)} answers>"
 
 
-_NOT_YET: Final = object()
-_OVER: Final = object()
+class Flight(NamedTuple):
+    """A batch that is under way."""
+
+    batch: Batch
+    job: Job[Answers]
+
+
 _HOPELESS: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR}
 """A lock that was waited for in vain, and a disk that fails: the next write would fail just the same."""
-
-
-class Patience:
-    """How long to wait for the lock of another process; it may end early.
-
-    SQLite's own waiting cannot be ended. Whoever is cancelled would have to wait with it, because nothing may
-    change once the cancellation was raised.
-
-    Args:
-        milliseconds: how long at most, for each statement that needs the lock.
-    """
-
-    def __init__(self, milliseconds: int) -> None:
-        self._seconds = milliseconds / 1000
-        self._is_over = threading.Event()
-
-    def end(self) -> None:
-        """Wait no longer. May be called in any thread."""
-        self._is_over.set()
-
-    def retries(self) -> Iterator[None]:
-        """Wait, for longer each time, and come back, as long as there is time."""
-        deadline = time.monotonic() + self._seconds
-        for delay in itertools.chain(_DELAYS, itertools.repeat(_DELAYS[-1])):
-            left = deadline - time.monotonic()
-            if left <= 0 or self._is_over.wait(min(delay, left)):
-                return
-            yield
-
-
-_DELAYS: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05)
+_PAUSES: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05)
 """Seconds between attempts to get the lock of another process."""
 
 
 class Batch:
-    """Operations on their way through SQLite."""
+    """Operations on their way through SQLite.
 
-    def __init__(
-        self,
-        connection: sqlite3.Connection,
-        operations: Sequence[Operation | SharedOperation],
-        patience: Patience,
-    ) -> None:
-        self._connection = connection
+    Args:
+        operations: which.
+        busy_timeout: milliseconds to wait for the lock of another process.
+    """
+
+    _connection: sqlite3.Connection
+
+    def __init__(self, operations: Sequence[Operation], busy_timeout: int) -> None:
         self._operations = operations
-        self._patience = patience
-        self._answers: list[Any] = [_NOT_YET] * len(operations)
+        self._busy_timeout = busy_timeout / 1000
+        self._answers: dict[Operation, Any] = {}
+        self._waiting = set(operations)
+        """Those that have not been begun: nothing of them has happened."""
+        self._changed = threading.Condition(threading.Lock())
 
-    def carry_out(self) -> Answers:
-        """Do it all, and return what came of each."""
-        groups = self._groups()
+    def withdraw(self, operation: Operation) -> bool:
+        """Leave an operation out, if it has not been begun. May be called in any thread.
+
+        Returns:
+            False where it is too late.
+        """
+        with self._changed:
+            if operation not in self._waiting:
+                return False
+            self._waiting.remove(operation)
+            self._changed.notify()
+            return True
+
+    def carry_out(self, connection: sqlite3.Connection) -> Answers:
+        """Do it all, and return what came of each. The answer of one that was withdrawn is None."""
+        self._connection = connection
+        self._work_through(self._operations)
+        return Answers([self._answers.get(operation) for operation in self._operations])
+
+    def _work_through(self, operations: Sequence[Operation]) -> None:
+        pauses = self._pauses()
+        while begun := self._begin(operations):
+            try:
+                self._answers.update(self._do(begun))
+                return
+            except Exception as error:
+                pause = next(pauses, None) if _code(error) == sqlite3.SQLITE_BUSY else None
+                if pause is None:
+                    self._recover(begun, error)
+                    return
+            self._wait(begun, pause)
+
+    def _begin(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        with self._changed:
+            begun = [operation for operation in operations if operation in self._waiting]
+            self._waiting.difference_update(begun)
+        return begun
+
+    def _wait(self, operations: Sequence[Operation], pause: float) -> None:
+        with self._changed:
+            self._waiting.update(operations)
+            self._changed.wait(pause)
+
+    def _pauses(self) -> Iterator[float]:
+        """How long to wait between attempts, as long as there is time."""
+        deadline = time.monotonic() + self._busy_timeout
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            yield min(pause, left)
+
+    def _do(self, operations: Sequence[Operation]) -> dict[Operation, Any]:
+        groups: dict[object, list[Operation]] = {}
+        for operation in operations:
+            name = operation.kind if isinstance(operation, SharedOperation) else operation
+            groups.setdefault(name, []).append(operation)
+        if len(groups) == 1 and isinstance(operations[0], SharedOperation):
+            return self._run(operations)
+        self._execute("BEGIN IMMEDIATE")
+        answers: dict[Operation, Any] = {}
         try:
-            if len(groups) == 1 and isinstance(self._operations[0], SharedOperation):
-                self._run(groups[0])
-            else:
-                self._in_transaction(groups)
-        except Exception as error:
-            self._recover(error)
-        return Answers(self._answers)
-
-    def _groups(self) -> list[list[int]]:
-        """The places of operations that go together."""
-        groups: dict[Hashable, list[int]] = {}
-        for place, operation in enumerate(self._operations):
-            name = operation.kind if isinstance(operation, SharedOperation) else place
-            groups.setdefault(name, []).append(place)
-        return list(groups.values())
-
-    def _in_transaction(self, groups: Sequence[list[int]]) -> None:
-        answered = list(self._answers)
-        try:
-            self._execute("BEGIN IMMEDIATE")
-            for group in groups:
-                self._run(group)
+            for group in groups.values():
+                answers.update(self._run(group))
         except Exception:
             self._roll_back()
-            self._answers = answered
             raise
         try:
             self._execute("COMMIT")
         except Exception as error:  # MemoryError, too
             self._roll_back()
             # As far as we know nothing was committed. It is not tried again, because that might do it twice.
-            self._answers = [error if answer is _NOT_YET else answer for answer in answered]
+            return dict.fromkeys(operations, error)
+        return answers
+
+    def _run(self, group: Sequence[Operation]) -> dict[Operation, Any]:
+        shared = [operation for operation in group if isinstance(operation, SharedOperation)]
+        if not shared:
+            return {operation: carry_out(operation.alone(), self._execute) for operation in group}
+        steps = work_together(shared[0].kind, [operation.row for operation in shared])
+        return dict(zip(group, carry_out(steps, self._execute), strict=True))
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._execute("ROLLBACK")
 
-    def _run(self, group: Sequence[int]) -> None:
-        first = self._operations[group[0]]
-        if isinstance(first, SharedOperation):
-            requests = [operation.request for operation in self._shared(group)]
-            answers = carry_out(first.many(requests), self._execute)
-            for place, answer in zip(group, answers, strict=True):
-                self._answers[place] = answer
-        else:
-            self._answers[group[0]] = carry_out(first.steps(), self._execute)
-
-    def _shared(self, group: Sequence[int]) -> list[SharedOperation]:
-        operations = [self._operations[place] for place in group]
-        return [operation for operation in operations if isinstance(operation, SharedOperation)]
-
-    def _recover(self, error: Exception) -> None:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if len(self._operations) == 1 or code in _HOPELESS:
-            self._answers = [error if answer is _NOT_YET else answer for answer in self._answers]
+    def _recover(self, operations: Sequence[Operation], error: Exception) -> None:
+        if len(operations) == 1 or _code(error) in _HOPELESS:
+            self._answers.update(dict.fromkeys(operations, error))
             return
-        for place, operation in enumerate(self._operations):
-            if self._answers[place] is _NOT_YET:
-                alone = Batch(self._connection, [operation], self._patience)
-                [self._answers[place]] = alone.carry_out().answers
+        with self._changed:
+            self._waiting.update(operations)
+        for operation in operations:
+            self._work_through([operation])
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        if self._connection.in_transaction:
-            return Rows(self._connection.execute(sql, values).fetchall())
-        retries = self._patience.retries()
-        while True:
-            try:
-                return Rows(self._connection.execute(sql, values).fetchall())
-            except sqlite3.OperationalError as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if code != sqlite3.SQLITE_BUSY or next(retries, _OVER) is _OVER:
-                    raise
+        return Rows(self._connection.execute(sql, values).fetchall())
+
+
+def _code(error: Exception) -> int:
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF

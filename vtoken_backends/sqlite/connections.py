@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from vtoken_backends.sqlite.file import Options, check_identity, identity, open_file, open_reader
 from vtoken_backends.sqlite.on_the_spot import OnTheSpot
 from vtoken_backends.sqlite.steps import Private, Rows
-from vtoken_backends.sqlite.worker import Worker
+from vtoken_backends.sqlite.worker import Job, Worker
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,7 @@ class Connections:
         """Open the file. What a failed or cancelled one has opened is closed."""
         opening = self._write_thread.run(partial(self._open, asyncio.get_running_loop()))
         try:
-            await opening
+            await opening.result
         except BaseException:
             self.end()
             raise
@@ -91,7 +91,7 @@ class Connections:
 
         self._read_thread.end(lambda: self._write_thread.end(close))
 
-    def write(self, work: Callable[[sqlite3.Connection], _T]) -> asyncio.Future[_T]:
+    def write(self, work: Callable[[sqlite3.Connection], _T]) -> Job[_T]:
         """Do something on the connection that writes, if the file is still in its place."""
 
         def do() -> _T:
@@ -101,7 +101,7 @@ class Connections:
 
         return self._write_thread.run(do)
 
-    def read(self, work: Callable[[sqlite3.Connection], _T]) -> asyncio.Future[_T]:
+    def read(self, work: Callable[[sqlite3.Connection], _T]) -> Job[_T]:
         """Do something on the connection that reads."""
 
         def do() -> _T:

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from vtoken.backend import (
     Inserted,
@@ -38,9 +38,8 @@ from vtoken_backends.sqlite.shared import (
     joined,
     limits_of,
     nth_of,
-    work_together,
 )
-from vtoken_backends.sqlite.steps import Steps
+from vtoken_backends.sqlite.steps import Private
 
 _MODES: Final = {mode: number for number, mode in enumerate(InsertMode)}
 _ADD, _IF_NONE_VALID, _ONCE = (
@@ -70,29 +69,20 @@ class Insert(NamedTuple):
             is_usual=not self.also_taken and not overlaps and _is_usual(self.token),
         )
 
+    def row(self, kind: Kind) -> Private:
+        """Its row of the statement of its kind."""
+        row = to_row(self.token)
+        row["mode"] = _MODES[self.mode]
+        row["keep_until"] = self.keep_until
+        row["wanted_until"] = self.wanted_until
+        row["taken"] = row["digests"] + joined(self.also_taken) if self.also_taken else row["digests"]
+        if self.token.keys:
+            first = self.token.keys[0]
+            row["kind"], row["key_expires_at"] = first.kind, expiry_to_store(first, self.token)
+        return kind.row(row | limits_of(self.spends) if self.spends else row)
+
     def __repr__(self) -> str:
         return "<Insert>"
-
-
-def insert_many(requests: Sequence[Insert]) -> Steps[list[Inserted | Exception]]:
-    """Insert, one after the other, for requests of one kind."""
-    answers = yield from work_together(requests[0].kind, [_row(request) for request in requests])
-    return [
-        answer if isinstance(answer, Exception) else _inserted(request, answer)
-        for request, answer in zip(requests, answers, strict=True)
-    ]
-
-
-def _row(request: Insert) -> dict[str, Any]:
-    row = to_row(request.token)
-    row["mode"] = _MODES[request.mode]
-    row["keep_until"] = request.keep_until
-    row["wanted_until"] = request.wanted_until
-    row["taken"] = row["digests"] + joined(request.also_taken) if request.also_taken else row["digests"]
-    if request.token.keys:
-        first = request.token.keys[0]
-        row["kind"], row["key_expires_at"] = first.kind, expiry_to_store(first, request.token)
-    return row | limits_of(request.spends) if request.spends else row
 
 
 def _is_usual(token: StoredToken) -> bool:
@@ -109,7 +99,8 @@ def _is_usual(token: StoredToken) -> bool:
     )
 
 
-def _inserted(request: Insert, answer: Answer) -> Inserted:
+def inserted(request: Insert, answer: Answer) -> Inserted:
+    """What :meth:`TokenBackend.insert` returns."""
     spends, now = request.spends, request.token.created_at
     if answer.outcome == _KEY_TAKEN:
         return Inserted(result=InsertResult.KEY_TAKEN, token=answer.token)

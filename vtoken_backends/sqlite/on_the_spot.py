@@ -5,8 +5,9 @@ times that, and the thread competes for the interpreter lock, which holds the ev
 the look-ups would. What speaks against it is a page that is in no cache: a slow disk would hold the loop. So:
 
 1. Look-ups begin on the reader's thread, and go over to the spot once they are quick there.
-2. All look-ups of one turn of the event loop together take about a millisecond at most. Those that do not fit
-   in wait for the next turn, so that everything else that is ready gets its own.
+2. A turn of the event loop in which tokens are looked up gets no further look-up after about a millisecond,
+   whatever has taken it: a task whose look-ups never wait would not let others run. Those that do not fit in
+   wait for the next turn, so that everything else that is ready gets its own.
 3. After one that was slow, those that follow go to the reader's thread, together, until they are quick again.
 """
 
@@ -24,7 +25,9 @@ from typing import Final, NamedTuple
 from vtoken_backends.sqlite.steps import Private, Rows
 
 TURN: Final = 0.001
-"""Seconds that look-ups may take of one turn of the event loop."""
+"""Seconds from the first look-up of a turn of the event loop after which those that follow wait."""
+WAITED: Final = TURN / 4
+"""Seconds of a turn for look-ups that have waited: what their tasks do then takes two or three times that."""
 SLOW: Final = 0.001
 """A look-up that takes longer sends those that follow to the reader's thread."""
 QUICK: Final = 0.000_25
@@ -63,8 +66,7 @@ class OnTheSpot:
         self._in_use = threading.Lock()
         self._is_quick = False
         self._not_before = 0.0
-        self._spent = 0.0
-        self._turn_ends = False
+        self._turn_began: float | None = None
         self._waiting: deque[_Waiting] = deque()
 
     async def look_up(self, sql: str, values: Private) -> Rows | None:
@@ -74,8 +76,8 @@ class OnTheSpot:
         loop = asyncio.get_running_loop()
         if loop is not self._loop():
             return None
-        if self._spent < TURN and not self._waiting:
-            return self._look_up(sql, values, loop)
+        if not self._waiting and self._has_time(loop):
+            return self._look_up(sql, values)
         rows: asyncio.Future[Rows | None] = loop.create_future()
         self._waiting.append(_Waiting(sql=sql, values=values, rows=rows))
         return await rows
@@ -90,34 +92,40 @@ class OnTheSpot:
         with self._in_use:
             self._connection.close()
 
-    def _look_up(self, sql: str, values: Private, loop: asyncio.AbstractEventLoop) -> Rows | None:
-        if not self._in_use.acquire(blocking=False):
+    def _has_time(self, loop: asyncio.AbstractEventLoop) -> bool:
+        now = self._clock()
+        if self._turn_began is None:
+            self._begin_turn(now, loop)
+            return True
+        return now - self._turn_began < TURN
+
+    def _begin_turn(self, now: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._turn_began = now
+        loop.call_soon(self._next_turn, loop)
+
+    def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._turn_began = None
+        if not self._waiting:
+            return
+        began = now = self._clock()
+        self._begin_turn(began, loop)
+        while self._waiting and now - began < WAITED:  # the first one in any case
+            waiting = self._waiting.popleft()
+            if not waiting.rows.done():  # otherwise its caller was cancelled
+                waiting.rows.set_result(self._look_up(waiting.sql, waiting.values))
+            now = self._clock()
+
+    def _look_up(self, sql: str, values: Private) -> Rows | None:
+        if not self._is_quick or not self._in_use.acquire(blocking=False):
             return None
         started = self._clock()
         try:
-            rows = Rows(self._connection.execute(sql, values).fetchall())
+            return Rows(self._connection.execute(sql, values).fetchall())
         except sqlite3.Error:  # the reader's thread tries again, waits if need be, and says what is wrong
             return None
         finally:
             self._in_use.release()
             now = self._clock()
-            self._spent += now - started
             if now - started > SLOW:
                 self._is_quick = False
                 self._not_before = now + AGAIN
-            if not self._turn_ends:
-                self._turn_ends = True
-                loop.call_soon(self._begin_turn, loop)
-        return rows
-
-    def _begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._turn_ends = False
-        self._spent = 0.0
-        while self._waiting and self._spent < TURN:
-            waiting = self._waiting.popleft()
-            if not waiting.rows.done():  # otherwise its caller was cancelled
-                rows = self._look_up(waiting.sql, waiting.values, loop) if self._is_quick else None
-                waiting.rows.set_result(rows)
-        if self._waiting and not self._turn_ends:
-            self._turn_ends = True
-            loop.call_soon(self._begin_turn, loop)

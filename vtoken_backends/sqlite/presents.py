@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -34,9 +33,8 @@ from vtoken_backends.sqlite.shared import (
     names_of,
     nth_of,
     uncharged,
-    work_together,
 )
-from vtoken_backends.sqlite.steps import Steps
+from vtoken_backends.sqlite.steps import Private
 
 _RIGHT, _REPLAYED, _REFUSED, _TOO_LATE, _LIMITED = range(5)
 """``_TOO_LATE`` is a refusal for which nothing is charged."""
@@ -70,42 +68,34 @@ class Present(NamedTuple):
             resets=isinstance(change, Use) and bool(change.resets),
         )
 
+    def row(self, kind: Kind) -> Private:
+        """Its row of the statement of its kind."""
+        key, change = self.key, self.change
+        row: dict[str, Any] = {
+            "digests": joined(key.digests or ()),
+            "kind": key.kind,
+            "id": None if key.id is None else number_of(key.id),
+            "content_type": key.content_type,
+            "object_id": key.object_id,
+            "slug": key.slug,
+            "context": key.context,
+            "now": self.now,
+        }
+        if isinstance(change, Use):
+            row["use_id"], row["at"] = change.use_id, change.at
+            row["resets"] = names_of(change.resets) if change.resets else None
+        elif change is not None:
+            row["use_id"] = change.use_id
+            entry = change._asdict()
+            row["hold"] = json.dumps([entry.get(name) for name in HOLD_ENTRY])
+        return kind.row(row | limits_of(self.spends) if self.spends else row)
+
     def __repr__(self) -> str:
         return "<Present>"
 
 
-def present_many(requests: Sequence[Present]) -> Steps[list[Presented | Exception]]:
-    """Present keys, one after the other, for requests of one kind."""
-    answers = yield from work_together(requests[0].kind, [_row(request) for request in requests])
-    return [
-        answer if isinstance(answer, Exception) else _presented(request, answer)
-        for request, answer in zip(requests, answers, strict=True)
-    ]
-
-
-def _row(request: Present) -> dict[str, Any]:
-    key, change = request.key, request.change
-    row: dict[str, Any] = {
-        "digests": joined(key.digests or ()),
-        "kind": key.kind,
-        "id": None if key.id is None else number_of(key.id),
-        "content_type": key.content_type,
-        "object_id": key.object_id,
-        "slug": key.slug,
-        "context": key.context,
-        "now": request.now,
-    }
-    if isinstance(change, Use):
-        row["use_id"], row["at"] = change.use_id, change.at
-        row["resets"] = names_of(change.resets) if change.resets else None
-    elif change is not None:
-        row["use_id"] = change.use_id
-        entry = change._asdict()
-        row["hold"] = json.dumps([entry.get(name) for name in HOLD_ENTRY])
-    return row | limits_of(request.spends) if request.spends else row
-
-
-def _presented(request: Present, answer: Answer) -> Presented:
+def presented(request: Present, answer: Answer) -> Presented:
+    """What :meth:`TokenBackend.present` returns."""
     outcome, spends, now = _OUTCOMES[answer.outcome], request.spends, request.now
     token = None if answer.outcome == _LIMITED else answer.token
     used_at = answer.at if answer.outcome == _REPLAYED else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Final
 
@@ -86,7 +87,7 @@ def to_row(token: StoredToken) -> dict[str, Any]:
     row = token._asdict()
     row["id"] = int(token.id, 16)
     row["state"] = token.state.value
-    row["keys"] = _dump([_key_entry(key, token) for key in token.keys])
+    row["keys"] = _keys_text(token)
     row["digests"] = b"".join([key.digest for key in token.keys])
     row["holds"] = "[]"
     if token.holds:
@@ -143,6 +144,18 @@ _fields_of_hold: Final = attrgetter(*HOLD_ENTRY[:-1])
 def _key_entry(key: StoredKey, token: StoredToken) -> tuple[Any, ...]:
     origin = 0 if key.origin == token.id else int(key.origin, 16)
     return (*_fields_of_key(key), expiry_to_store(key, token), origin)
+
+
+def _keys_text(token: StoredToken) -> str:
+    entries = tuple([_key_entry(key, token) for key in token.keys])
+    if any(key.nonce or key.plain_key for key in token.keys):
+        return _dump(entries)
+    return _without_secrets(entries)
+
+
+@lru_cache(64)  # most tokens have the same: what makes a key's own is its digest
+def _without_secrets(entries: tuple[tuple[Any, ...], ...]) -> str:
+    return _dump(entries)
 
 
 def _token(

@@ -7,7 +7,7 @@ interval of 5 ms (``sys.setswitchinterval``). So the work of 1 or of 128 operati
 2. An ``INSTEAD OF`` trigger of the view does the work of a row: it looks at the keys and the limits, changes
    or charges, and writes the answer down in a temporary table. An ``INSERT`` works row by row, so that a
    later row sees what the earlier ones did, and it is durable before anybody has read its answers.
-3. One ``SELECT`` fetches all answers as one text of JSON.
+3. One ``SELECT`` fetches all answers as one text. The task that waits for an answer reads its part.
 
 ``SELECT RAISE(IGNORE)`` ends the work of one row and goes on with the next. The views are temporary because
 an answer is nothing to store. A connection makes one when it needs it first, or when a rollback has undone
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -37,8 +37,8 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import InvalidInput
-from vtoken_backends.sqlite.records import AS_JSON, budget_state, from_row
-from vtoken_backends.sqlite.steps import Private, Steps
+from vtoken_backends.sqlite.records import AS_JSON, Unreadable, budget_state, from_row
+from vtoken_backends.sqlite.steps import Private, Rows, Steps
 
 _MOST_DIGESTS: Final = 1024
 ANSWERS: Final = (
@@ -74,24 +74,48 @@ ANSWERS: Final = (
 )
 """What each connection that writes keeps in memory for itself alone: where the triggers write their answers,
 and numbers, by which a value that holds several digests is taken apart."""
+_BETWEEN: Final = b"\x1e"
+"""What stands between two answers. In JSON it never stands for itself."""
+# As a blob, so that one text that is damaged (not UTF-8) does not keep the others from being read.
 _READ_ANSWERS: Final = """
-    SELECT '[' || group_concat(
+    SELECT CAST(group_concat(
         '[' || outcome || ',' || ifnull(token_row, 'null') || ',' || ifnull(at, 'null') || ','
-            || ifnull(budgets, 'null') || ']'
-    ) || ']' FROM temp.vtoken_answers WHERE place >= ? AND place < ?
+            || ifnull(budgets, 'null') || ']', char(30)
+    ) AS BLOB) FROM temp.vtoken_answers WHERE place < ?
 """
+_decode: Final = json.JSONDecoder().raw_decode
 
 
-class Kind(NamedTuple):
-    """Operations that share a statement."""
+class Kind:
+    """Operations that share a statement.
 
-    view: str
-    columns: tuple[str, ...]
-    work: str
-    """The statements of its trigger, for the row ``NEW``."""
+    Args:
+        view: its name.
+        columns: of the view, ``place`` first.
+        work: the statements of its trigger, for the row ``NEW``.
+    """
+
+    def __init__(self, view: str, columns: tuple[str, ...], work: str) -> None:
+        self.view = view
+        self.columns = columns
+        self.work = work
+        self._in_order = itemgetter(*columns[1:])
+
+    def row(self, values: Mapping[str, Any]) -> Private:
+        """The values of all columns but ``place``."""
+        return Private(self._in_order(values))
 
     def __repr__(self) -> str:
         return f"<Kind {self.view}>"
+
+
+class Text(bytes):
+    """The text of an answer. Digests are in it, so no repr shows it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
 
 
 class Answer(NamedTuple):
@@ -104,22 +128,20 @@ class Answer(NamedTuple):
     """What was stored of the budgets, before anything was charged."""
 
 
-def work_together(kind: Kind, rows: Sequence[dict[str, Any]]) -> Steps[list[Answer | Exception]]:
-    """Have the work of all rows done, and return an answer for each.
+def work_together(kind: Kind, rows: Sequence[Private]) -> Steps[list[Text | Exception]]:
+    """Have the work of all rows done, and return for each what :func:`answer_of` reads.
 
     Args:
         kind: what they have in common.
-        rows: the values of its columns but ``place``.
+        rows: by :meth:`Kind.row`.
     """
     size = padded_size(len(rows))
-    columns = kind.columns
-    in_order = itemgetter(*columns)
     values: list[Any] = []
     for place, row in enumerate(rows):
-        row["place"] = place
-        values += in_order(row)
-    values += [None] * ((size - len(rows)) * len(columns))
-    sql = _insert_sql(kind.view, len(columns), size)
+        values.append(place)
+        values += row
+    values += [None] * ((size - len(rows)) * len(kind.columns))
+    sql = _insert_sql(kind.view, len(kind.columns), size)
     try:
         yield sql, Private(values)
     except sqlite3.OperationalError as error:
@@ -128,7 +150,31 @@ def work_together(kind: Kind, rows: Sequence[dict[str, Any]]) -> Steps[list[Answ
         yield _view(kind), Private()
         yield _trigger(kind), Private()
         yield sql, Private(values)
-    return (yield from _answers(len(rows)))
+    try:
+        return _taken_apart((yield _READ_ANSWERS, Private((len(rows),))), len(rows))
+    except Exception as error:  # it is done, and must not be done again
+        return [error for _ in rows]
+
+
+def answer_of(text: Text) -> Answer:
+    """The answer of an operation: for the task that waits for it to read, because what the thread does in
+    Python keeps the event loop waiting.
+
+    Raises:
+        Unreadable: it makes no sense.
+    """
+    try:
+        (outcome, row, at, states), _ = _decode(text.decode())
+        return Answer(
+            outcome=outcome,
+            token=None if row is None else from_row(row),
+            at=at or 0,
+            states=[budget_state(*state) for state in states] if states else [],
+        )
+    except (ValueError, TypeError, RecursionError):
+        pass
+    del text
+    raise Unreadable
 
 
 def joined(digests: Sequence[bytes]) -> bytes:
@@ -171,34 +217,12 @@ def _trigger(kind: Kind) -> str:
     """
 
 
-def _answers(count: int) -> Steps[list[Answer | Exception]]:
-    try:
-        return list(map(_answer, (yield from _read_answers(0, count))))
-    except Exception:  # noqa: S110  # one of them cannot be read: the others are, below
-        pass
-    answers: list[Answer | Exception] = []
-    for place in range(count):
-        try:
-            [answer] = yield from _read_answers(place, place + 1)
-            answers.append(_answer(answer))
-        except Exception as error:
-            answers.append(error)
-    return answers
-
-
-def _read_answers(first: int, end: int) -> Steps[Any]:
-    [(text,)] = yield _READ_ANSWERS, Private((first, end))
-    return json.loads(text)
-
-
-def _answer(values: list[Any]) -> Answer:
-    outcome, row, at, states = values
-    return Answer(
-        outcome=outcome,
-        token=None if row is None else from_row(row),
-        at=at or 0,
-        states=[budget_state(*state) for state in states] if states else [],
-    )
+def _taken_apart(rows: Rows, count: int) -> list[Text | Exception]:
+    [(texts,)] = rows
+    found = list(map(Text, texts.split(_BETWEEN)))
+    if len(found) != count:
+        raise Unreadable
+    return [*found]
 
 
 # Limits -------------------------------------------------------------------------------------------

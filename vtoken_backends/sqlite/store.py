@@ -25,9 +25,12 @@ from vtoken.backend import (
     Use,
 )
 from vtoken_backends.sqlite import operations
-from vtoken_backends.sqlite.batch import Operation, SharedOperation
-from vtoken_backends.sqlite.inserts import Insert, insert_many
-from vtoken_backends.sqlite.presents import Present, present_many
+from vtoken_backends.sqlite.batch import Operation, SharedOperation, SingleOperation
+from vtoken_backends.sqlite.errors import as_backend_error
+from vtoken_backends.sqlite.inserts import Insert, inserted
+from vtoken_backends.sqlite.presents import Present, presented
+from vtoken_backends.sqlite.records import Unreadable
+from vtoken_backends.sqlite.shared import Answer, answer_of
 from vtoken_backends.sqlite.steps import Steps
 
 _T = TypeVar("_T")
@@ -38,9 +41,11 @@ _PURGED_AT_ONCE: Final = 100
 class Store(ABC):
     """The methods of :class:`~vtoken.backend.TokenBackend` that are about tokens, budgets and notes."""
 
+    _path: str
+
     @abstractmethod
-    async def _submit(self, operation: Operation | SharedOperation) -> Any:
-        """Have an operation carried out that writes, and return its answer."""
+    async def _submit(self, operation: Operation) -> Any:
+        """Have an operation carried out that writes, and return its answer (of a shared one: its text)."""
 
     @abstractmethod
     async def _read(self, steps: Callable[[], Steps[_T]]) -> _T:
@@ -50,8 +55,17 @@ class Store(ABC):
     async def _candidates(self, match: Match) -> list[StoredToken]:
         """The tokens with the id or one of the digests of a match."""
 
+    async def _share(self, request: Insert | Present) -> Answer:
+        """Have the work of a request done in company, and return its answer."""
+        kind = request.kind
+        try:
+            return answer_of(await self._submit(SharedOperation(kind, request.row(kind))))
+        except Unreadable:
+            pass
+        raise as_backend_error(Unreadable(), self._path)
+
     async def _write(self, steps: Callable[[], Steps[_T]]) -> _T:
-        return cast("_T", await self._submit(Operation(steps)))
+        return cast("_T", await self._submit(SingleOperation(steps)))
 
     async def note(self, name: str, text: str, *, replace: bool = False) -> str:
         if not text:
@@ -77,8 +91,7 @@ class Store(ABC):
             spends=spends,
         )
         del also_taken  # no digest in a frame that a traceback may show
-        operation = SharedOperation(request.kind, insert_many, request)
-        return cast("Inserted", await self._submit(operation))
+        return inserted(request, await self._share(request))
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
@@ -86,8 +99,7 @@ class Store(ABC):
         if change is None and not spends:
             return operations.checked(await self._candidates(key), key, now)
         request = Present(key=key, change=change, now=now, spends=spends)
-        operation = SharedOperation(request.kind, present_many, request)
-        return cast("Presented", await self._submit(operation))
+        return presented(request, await self._share(request))
 
     async def update(self, match: Match, change: Change) -> StoredToken | None:
         return await self._write(lambda: operations.update(match, change))

@@ -20,7 +20,7 @@ from vtoken.backend import Match, StoredToken, TokenBackend
 from vtoken.errors import ConfigurationError, InvalidInput, VTokenError
 from vtoken_backends.batching import outlast
 from vtoken_backends.sqlite import operations
-from vtoken_backends.sqlite.batch import Operation, SharedOperation
+from vtoken_backends.sqlite.batch import Operation
 from vtoken_backends.sqlite.connections import Connections
 from vtoken_backends.sqlite.errors import as_backend_error
 from vtoken_backends.sqlite.schema import TRIGGERS
@@ -172,12 +172,12 @@ class Transaction(Store):
     def within(self, handle: object) -> TokenBackend:
         return Transaction(handle, self._connections, self._path)
 
-    async def _submit(self, operation: Operation | SharedOperation) -> Any:
+    async def _submit(self, operation: Operation) -> Any:
         async def write() -> Any:
             await self._prepare()
             await self._driver.fetch("SAVEPOINT vtoken")
             try:
-                answer = await self._carry_out(operation)
+                answer = await carry_out_elsewhere(operation.alone(), self._driver.fetch)
             except Exception:
                 await self._undo()
                 raise
@@ -195,14 +195,6 @@ class Transaction(Store):
     async def _undo(self) -> None:
         await self._driver.fetch("ROLLBACK TO vtoken")
         await self._driver.fetch("RELEASE vtoken")
-
-    async def _carry_out(self, operation: Operation | SharedOperation) -> Any:
-        if isinstance(operation, Operation):
-            return await carry_out_elsewhere(operation.steps(), self._driver.fetch)
-        [answer] = await carry_out_elsewhere(operation.many([operation.request]), self._driver.fetch)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
     async def _read(self, steps: Callable[[], Steps[_T]]) -> _T:
         async def read() -> _T:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from vtoken_backends.batching import outlast
+
 _T = TypeVar("_T")
 
 
@@ -24,12 +26,11 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Have a function run; await its result, or what it raised."""
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[_T] = loop.create_future()
-        self._jobs.put(_Job(function, loop, result).run)
-        return result
+    def run(self, function: Callable[[], _T]) -> Job[_T]:
+        """Have a function run."""
+        job = Job(function, asyncio.get_running_loop())
+        self._jobs.put(job.run)
+        return job
 
     def end(self, last: Callable[[], None]) -> None:
         """Run a last function, which raises nothing, and end. May be called in any thread."""
@@ -46,17 +47,19 @@ class Worker:
             del job  # what it was about is not kept while the thread waits
 
 
-class _Job(Generic[_T]):
-    """A function to run, and who waits for it. Its repr, which asyncio's debug mode logs, shows nothing."""
+class Job(Generic[_T]):
+    """A function that runs on a thread. Its repr, which asyncio's debug mode logs, shows nothing."""
 
-    def __init__(
-        self, function: Callable[[], _T], loop: asyncio.AbstractEventLoop, result: asyncio.Future[_T]
-    ) -> None:
+    def __init__(self, function: Callable[[], _T], loop: asyncio.AbstractEventLoop) -> None:
         self._function = function
         self._loop = loop
-        self._result = result
+        self._is_over = False
+        self._over: asyncio.Future[None] | None = None
+        self.result: asyncio.Future[_T] = loop.create_future()
+        """To be awaited, by one task: what the function returned, or raised."""
 
     def run(self) -> None:
+        """Run the function, on the thread that calls this."""
         outcome: _Success[_T] | _Failure
         try:
             outcome = _Success(self._function())
@@ -65,13 +68,27 @@ class _Job(Generic[_T]):
         with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
             self._loop.call_soon_threadsafe(self._deliver, outcome)
 
+    async def outlast(self) -> None:
+        """Wait until the function has ended, whatever cancellation comes meanwhile.
+
+        A shield around :attr:`result` would do the same, but costs every operation a turn of the event loop.
+        """
+        if self._is_over:
+            return
+        if self._over is None:
+            self._over = self._loop.create_future()
+        await outlast(self._over)
+
     def _deliver(self, outcome: _Success[_T] | _Failure) -> None:
-        if self._result.done():  # the task that waited was cancelled
+        self._is_over = True
+        if self._over is not None:
+            self._over.set_result(None)
+        if self.result.done():  # the task that waited was cancelled
             return
         if isinstance(outcome, _Failure):
-            self._result.set_exception(outcome.error)
+            self.result.set_exception(outcome.error)
         else:
-            self._result.set_result(outcome.answer)
+            self.result.set_result(outcome.answer)
 
 
 class _Success(Generic[_T]):
