@@ -54,7 +54,7 @@ def install() -> None:
         new_loop = _new_eager_loop
     else:
         raise RuntimeError(f"{VARIABLE} is 'eager' (Python 3.12 or later) or 'uvloop', not {MODE!r}")
-    asyncio.set_event_loop_policy(_Policy(new_loop))
+    asyncio.set_event_loop_policy(_Policy(new_loop))  # pyright: ignore[reportDeprecated]  # from Python 3.14 on
 
 
 def pytest_report_header() -> str:

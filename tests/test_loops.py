@@ -34,6 +34,10 @@ async def mode() -> str:
     return module if module == "uvloop" else "eager" if is_eager else ""
 
 
+def by_asyncio(main: Callable[[], Coroutine[Any, Any, str]]) -> str:
+    return asyncio.run(main())
+
+
 def by_a_runner(main: Callable[[], Coroutine[Any, Any, str]]) -> str:
     with asyncio.Runner() as runner:
         return runner.run(main())
@@ -57,9 +61,7 @@ async def test_tests_run_on_the_event_loop_that_was_asked_for() -> None:
     assert await mode() == MODE
 
 
-@pytest.mark.parametrize(
-    "run", [by_a_runner, by_hand, by_a_portal, anyio.run, lambda main: asyncio.run(main())]
-)
+@pytest.mark.parametrize("run", [by_asyncio, by_a_runner, by_hand, by_a_portal, anyio.run])
 def test_so_does_what_a_test_runs_itself(
     run: Callable[[Callable[[], Coroutine[Any, Any, str]]], str],
 ) -> None:
