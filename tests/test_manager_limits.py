@@ -436,3 +436,16 @@ class TestWhenAttemptsAreThereAgain:
         await refused(InvalidToken, manager.consume(USER, "login", WRONG_CODE))
         status = await manager.status(USER, "login")
         assert (status.attempts_left, status.attempts_reset_at) == (4, world.clock() + 60 * MINUTE)
+
+
+async def test_the_seconds_until_the_next_token(world: World) -> None:
+    manager = await world.manager(TokenPolicy.link("mail", cooldown="60s", issue_limits=[Limit(2, "1h")]))
+    assert (await manager.status(USER, "mail")).can_issue_in == 0
+    await manager.issue(USER, "mail")
+    world.clock.advance(timedelta(seconds=18.5))
+    status = await manager.status(USER, "mail")
+    error = await refused(CooldownActive, manager.issue(USER, "mail"))
+    assert status.can_issue_in == error.retry_after == 41.5
+    assert status.can_issue_at == world.clock() + timedelta(seconds=41.5)
+    world.clock.advance(timedelta(seconds=41.5))
+    assert (await manager.status(USER, "mail")).can_issue_in == 0

@@ -186,7 +186,7 @@ def test_subjects_and_content_types() -> None:
 
 def test_status_is_a_dataclass() -> None:
     names = ["has_valid", "expires_at", "attempts_left", "attempts_reset_at", "can_issue_at"]
-    assert [field.name for field in fields(Status)] == [*names, "code_expires_at"]
+    assert [field.name for field in fields(Status)] == [*names, "code_expires_at", "can_issue_in"]
 
 
 def test_stats_is_a_dataclass() -> None:

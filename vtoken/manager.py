@@ -941,8 +941,8 @@ class TokenManager:
         Example::
 
             status = await manager.status(phone, "sms-login")
-            left, at = status.attempts_left, status.can_issue_at
-            page = f"{left} attempts left; you may ask for a new code at {at:%H:%M:%S}"
+            left, wait = status.attempts_left, status.can_issue_in
+            page = f"{left} attempts left; you may ask for a new code in {wait:.0f} s"
 
         Args:
             obj: the object, not its class.
@@ -978,13 +978,14 @@ class TokenManager:
             budgets = tuple(spend.budget for spend in (*attempts.spends, *issues.spends))
             states = await store.budgets(budgets) if budgets else []
         of_attempts, of_issues = states[: len(attempts.spends)], states[len(attempts.spends) :]
-        more_at = resets_at(of_attempts, attempts, now)
+        more_at, can_issue_at = resets_at(of_attempts, attempts, now), allowed_at(of_issues, issues, now)
         return Status(
             has_valid=newest is not None,
             expires_at=None if newest is None else newest.expires_at,
             attempts_left=attempts_left(of_attempts, attempts, now),
             attempts_reset_at=None if more_at is None else inputs.from_milliseconds(more_at),
-            can_issue_at=inputs.from_milliseconds(allowed_at(of_issues, issues, now)),
+            can_issue_at=inputs.from_milliseconds(can_issue_at),
+            can_issue_in=(can_issue_at - now) / 1000,
             code_expires_at=None if newest is None else newest.code_expires_at,
         )
 

@@ -54,6 +54,7 @@ class Status:
         can_issue_at: when a token may be issued; now, or in the past, if at once.
         code_expires_at: when the code of that token expires, if it is a pair; it may be in the past, while
             the link is still good. None for other tokens.
+        can_issue_in: the seconds until ``can_issue_at`` by the manager's clock, 0 if at once.
 
     .. versionadded:: 0.1
     """
@@ -64,3 +65,4 @@ class Status:
     attempts_reset_at: datetime | None
     can_issue_at: datetime
     code_expires_at: datetime | None = None
+    can_issue_in: float = 0.0
