@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata, produce_migrations
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.operations.ops import ModifyTableOps
 
 from tests import postgresql_servers as servers
 from tests.cli_tools import Terminal
@@ -98,6 +103,40 @@ async def test_the_metadata_makes_what_opening_makes(store: Store) -> None:
     backend = await opened(store)
     await backend.insert(a_token(), InsertMode.REPLACE)
     await backend.close()
+
+
+@contextmanager
+def alembic(store: Store) -> Generator[MigrationContext]:
+    def is_of_the_store(name: str | None, kind: str, _: object) -> bool:
+        return kind != "schema" or name == store.schema
+
+    engine = sa.create_engine(store.server.replace("postgresql://", "postgresql+psycopg://"))
+    try:
+        with engine.begin() as connection:
+            opts = {"include_schemas": True, "include_name": is_of_the_store}
+            yield MigrationContext.configure(connection, opts=opts)
+    finally:
+        engine.dispose()
+
+
+async def test_alembic_finds_nothing_to_migrate(store: Store) -> None:
+    await (await opened(store)).close()
+    with alembic(store) as context:
+        assert compare_metadata(context, metadata(store.url)) == []
+
+
+async def test_alembics_migration_makes_what_opening_makes(store: Store) -> None:
+    await (await opened(store)).close()
+    made = store.shape()
+    store.execute("DROP SCHEMA @ CASCADE; CREATE SCHEMA @")
+    with alembic(store) as context:
+        upgrade = produce_migrations(context, metadata(store.url)).upgrade_ops
+        assert upgrade is not None
+        for step in upgrade.ops:
+            for operation in step.ops if isinstance(step, ModifyTableOps) else [step]:
+                Operations(context).invoke(operation)
+    assert store.shape() == made
+    await (await opened(store)).close()
 
 
 def test_a_store_without_tables_has_no_metadata() -> None:

@@ -73,10 +73,11 @@ TOKENS: Final = Table(
     primary_key=("id",),
     indexes=(
         # Finds the active tokens of a line, and holds the line to one of them that was not added: its own id
-        # tells an added one from all others, and -1 is no id.
+        # tells an added one from all others, and 0 is no id. The expression is spelled as the server returns
+        # it, or else Alembic would find a difference for ever. (CASE comes back in several lines.)
         Index(
             "vtoken_tokens_active",
-            ("object_id", "content_type", "slug", "context", "(CASE WHEN was_added THEN id ELSE -1 END)"),
+            ("object_id", "content_type", "slug", "context", "(was_added::integer * id)"),
             is_unique=True,
             where="state = 0",
         ),
