@@ -1,7 +1,8 @@
 """A test that leaves a connection open fails itself, and no later test.
 
 Every transport and stream of asyncio is remembered while it is open. What a test has left open at its end is
-closed here, so that the garbage collector never finds it in another test, and the test fails.
+closed here, so that the garbage collector never finds it in another test, and the test fails. Of uvloop only
+the streams are: its transports are its own.
 
 PyMongo leaves a socket, or asyncio's transport around it, to the garbage collector where a connection is
 cancelled while it is made. So the tests with "mongodb" in their names (``-k "not mongodb"`` goes by these
