@@ -1164,7 +1164,7 @@ class TokenManager:
         exception or a cancellation. After a crash it is free again when the lease ends: a crash after the
         side effect and before the use was counted means that the side effect can happen again (at least
         once). Inside the block the application may deactivate the person's tokens, this one included, or
-        issue the next one.
+        issue the next one. Do so last: what that has ended stays ended if the block fails afterwards.
 
         Example::
 
@@ -1288,8 +1288,10 @@ class TokenManager:
         """End an object's active tokens, and return how many there were.
 
         Holds on them are revoked, except those of the ``redeem`` blocks that this call runs in: such a block
-        may end all of a person's tokens and still count its own use. By a key that a newer token has taken
-        over, the key alone ends.
+        may end all of a person's tokens and still count its own use. Let it be the last thing in the block:
+        what it has ended, the block's own token too, stays ended if the block fails afterwards.
+
+        By a key that a newer token has taken over, the key alone ends.
 
         Example::
 
