@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import itertools
 import sys
 import weakref
 from collections.abc import Sequence
@@ -321,3 +322,19 @@ def test_a_task_factory_that_knows_no_context_will_do() -> None:
     loop = asyncio.new_event_loop()
     loop.set_task_factory(factory)
     assert play(loop) == [20 * op for op in range(500)]
+
+
+async def test_callers_are_woken_up_in_parts_where_the_next_batch_is_under_way() -> None:
+    """What hundreds of them do next would hold the event loop up in one turn."""
+    store = Store()
+    batcher = Batcher(store)
+    tasks = [asyncio.create_task(batcher.submit(2 * n)) for n in range(2 * MAX_BATCH)]
+    await let_tasks_run()
+    store.may_go.set()
+    done = [0]
+    while done[-1] < len(tasks):
+        await asyncio.sleep(0)
+        done.append(sum(task.done() for task in tasks))
+    assert [await task for task in tasks] == [20 * n for n in range(len(tasks))]
+    of_first_batch = [later - before for before, later in itertools.pairwise(done) if later <= MAX_BATCH]
+    assert 0 < max(of_first_batch) <= MAX_BATCH // 2
