@@ -84,6 +84,15 @@ def test_status_tells_how_an_object_stands(vtoken: Terminal) -> None:
 
 
 @pytest.mark.usefixtures("configured")
+def test_status_does_not_say_that_there_is_no_limit_where_none_is_known(vtoken: Terminal) -> None:
+    """The policies of an application that keeps them in its code are not known here."""
+    vtoken("init")
+    assert vtoken("status", USER, "--slug", "of-the-code") == 0
+    assert re.search(r"^attempts left +not known: see the note$", vtoken.out, re.MULTILINE)
+    assert re.search(r"^note +no policy is configured here", vtoken.out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("configured")
 def test_support_unlocks_an_account(vtoken: Terminal) -> None:
     code = vtoken.json("issue", USER, "--slug", "login")["key"]
     address = ("--by", "ip=192.0.2.7")
@@ -315,6 +324,21 @@ def test_an_import_with_the_applications_own_policies(vtoken: Terminal, tmp_path
     (tmp_path / "dump.json").write_text(json.dumps([{"model": "a.token", "fields": fields}]))
     done = process("import", "dump.json", "--manager", "shop_with_codes:manager", "--json")
     assert json.loads(done.stdout)["imported"] == 1, done.stderr
+    assert "useless" not in json.loads(done.stdout)
+    fields["key"] = "a link's key, not a code" * 2
+    (tmp_path / "links.json").write_text(json.dumps([{"model": "a.token", "fields": fields}]))
+    dry = ("import", "links.json", "--manager", "shop_with_codes:manager", "--dry-run")
+    [useless] = json.loads(process(*dry, "--json").stdout)["useless"]
+    assert (useless["slug"], useless["tokens"]) == ("login", 1)
+    said = process(*dry).stdout
+    assert "1 with the slug login: the policy is one of codes" in said
+    assert "digested with the secret" in said
+    (tmp_path / "other_shop.py").write_text(
+        (tmp_path / "shop_with_codes.py").read_text().replace(SECRET, SECRET[::-1])
+    )
+    done = process("import", "dump.json", "--manager", "other_shop:manager")
+    assert done.returncode == 2
+    assert "another secret" in done.stderr
     done = process("check", USER, "123 456", "--slug", "login", "--manager", "shop_with_codes:manager")
     assert done.returncode == 0, done.stderr
 

@@ -12,9 +12,9 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from vtoken.backend import NEVER, State, StoredToken
-from vtoken.errors import InvalidInput
+from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.manager import TokenManager
-from vtoken.migrate import DumpReader, import_tokens
+from vtoken.migrate import DumpReader, check_secret, import_tokens
 from vtoken.policy import Policies, Settings, TokenPolicy
 from vtoken.subject import Subject
 from vtoken.testing import Clock
@@ -158,6 +158,50 @@ async def test_imported_links_and_codes_are_consumed() -> None:
         assert (await manager.verify(Subject("auth.user", 2), "login", "123456")).object_id == "2"
         assert (await manager.consume(Subject("auth.user", 42), "invite", f"{KEY}2")).uses == 1
         assert not await manager.exists_valid(Subject("auth.user", 42), "reset", "spent" * 4)
+
+
+def test_tokens_that_the_policies_make_useless_are_counted() -> None:
+    settings = Settings(secret=SECRET, unknown_slugs="refuse")
+    policies = [
+        TokenPolicy.link("reset"),
+        TokenPolicy.link("leave", context="required"),
+        TokenPolicy.code("login", cooldown="1m"),
+    ]
+    later: dict[str, Any] = {"expires_at": None}
+    dump = [
+        record(**later),
+        record(slug="leave", **later),
+        record(slug="leave", key=f"{KEY}2", **later),
+        record(slug="leave", is_active=False, **later),
+        record(slug="leave"),  # expired
+        record(slug="login", **later),
+        record(slug="login", key="123 456", **later),
+        record(slug=None, **later),
+    ]
+    reader = DumpReader(settings, Policies(policies, settings), now=NOW)
+    for _ in range(2):
+        assert len(list(reader.tokens(io.StringIO(json.dumps(dump))))) == 8
+        found = {(slug, why.split(",")[0]): count for (slug, why), count in reader.useless.items()}
+        assert found == {
+            ("leave", "the policy asks for a context"): 2,
+            ("login", "the policy is one of codes"): 1,
+            ("", "no policy names this slug"): 1,
+        }
+    assert len(reader.secret_ids) == 1
+
+
+async def test_another_secret_than_the_stores_is_refused() -> None:
+    own, others = Settings(secret=SECRET), Settings(secret=SECRET[::-1])
+    async with TokenManager(MemoryBackend(), own) as manager:
+        reader = DumpReader(others, Policies([], others), now=NOW)
+        await check_secret(manager.backend, reader.secret_ids)  # the store is empty
+        await manager.issue(Subject("auth.user", 1))
+        with pytest.raises(ConfigurationError, match="another secret"):
+            await check_secret(manager.backend, reader.secret_ids)
+        rotated = Settings(secret=SECRET[::-1], previous_secrets=[SECRET])
+        for settings in (own, rotated, Settings()):
+            accepted = DumpReader(settings, Policies([], settings), now=NOW)
+            await check_secret(manager.backend, accepted.secret_ids)
 
 
 def test_plain_keys_stay_plain_where_the_settings_say_so() -> None:

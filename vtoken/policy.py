@@ -804,6 +804,10 @@ class Policies:
         """The policy for a slug in its stored form, for ending and listing: never refused."""
         return self._by_slug.get(slug) or self._unnamed(slug)
 
+    def knows(self, slug: str) -> bool:
+        """Whether tokens with a slug, in its stored form, can be issued, checked and used."""
+        return slug in self._by_slug or not self._is_strict
+
     def __iter__(self) -> Iterator[ResolvedPolicy]:
         return iter(self._by_slug.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 from zoneinfo import ZoneInfo
 
 from cyclopts import Parameter
@@ -17,7 +17,7 @@ from vtoken.config import create_backend
 from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.inputs import milliseconds
 from vtoken.manager import TokenManager, utc_now
-from vtoken.migrate import Copied, DumpReader, import_tokens
+from vtoken.migrate import Copied, DumpReader, check_secret, import_tokens
 from vtoken.migrate import copy as copy_tokens
 
 INCOMPLETE = 1
@@ -106,8 +106,9 @@ async def import_(
 ) -> Result:
     """Import the tokens of the Django application from its dumpdata; the plaintext keys become digests.
 
-    The settings and policies say how, so that keys that people hold go on working. The whole file is checked
-    before anything is stored. Interrupted, it is started again and goes on where it was. What was imported
+    The settings and policies say how, so that keys that people hold go on working: give it the application's
+    own, by --manager. It says which tokens cannot be used with them. The whole file is checked before
+    anything is stored. Interrupted, it is started again and goes on where it was. What was imported
     before and has ended and been purged since is not taken again.
     """
     made = store.made()
@@ -123,11 +124,13 @@ async def import_(
         for count, _ in enumerate(reader.tokens(dump), 1):
             if count % 500 == 0:
                 bar(count)
+    about, about_rows = _about(reader)
     if dry_run:
-        return Result({"readable": count}, pairs([("readable", count)]))
+        return Result({"readable": count} | about, pairs([("readable", count), *about_rows]))
     with file.open("rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
     async with store.opened(may_make_it=True) as manager:
+        await check_secret(manager.backend, reader.secret_ids)
         with _opened(file) as dump, progress("importing", count) as bar:
             imported = await import_tokens(
                 manager.backend,
@@ -137,10 +140,29 @@ async def import_(
                 now=milliseconds(utc_now()),
                 progress=bar,
             )
-    rows = [("imported", imported.imported), ("there already", imported.skipped)]
+    rows: list[tuple[str, object]] = [("imported", imported.imported), ("there already", imported.skipped)]
     if imported.taken_before:
         rows.append(("taken before, not again", imported.taken_before))
-    return Result(imported._asdict(), pairs(rows))
+    return Result(imported._asdict() | about, pairs([*rows, *about_rows]))
+
+
+def _about(reader: DumpReader) -> tuple[dict[str, Any], list[tuple[str, object]]]:
+    """What there is to say of the tokens of a dump: as JSON values, and as rows."""
+    data: dict[str, Any] = {}
+    rows: list[tuple[str, object]] = []
+    if reader.secret_ids:
+        data["secret_id"] = reader.secret_ids[0]
+        rows.append(("digested with the secret", f"{reader.secret_ids[0]} (its id in the store)"))
+    else:
+        rows.append(("digested", "without a secret"))
+    found = sorted(reader.useless.items())
+    if found:
+        data["useless"] = [{**useless._asdict(), "tokens": count} for useless, count in found]
+    rows += [
+        ("cannot be used", f"{count} with {f'the slug {slug}' if slug else 'no slug'}: {why}")
+        for (slug, why), count in found
+    ]
+    return data, rows
 
 
 def _opened(file: Path) -> TextIO:

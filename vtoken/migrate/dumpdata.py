@@ -13,16 +13,17 @@ What has any other shape is refused, and no message repeats a value: it may be a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, tzinfo
-from typing import Any, Final, TextIO, cast
+from typing import Any, Final, NamedTuple, TextIO, cast
 
 from vtoken import inputs
 from vtoken.backend import NEVER, State, StoredKey, StoredToken
 from vtoken.errors import InvalidInput
 from vtoken.ids import IdSequence
-from vtoken.keys import Digest, Hidden, Keyring, normalise_code, normalise_link
+from vtoken.keys import Digest, Hidden, Keyring, code_shape_ok, normalise_code, normalise_link
 from vtoken.policy import Policies, ResolvedPolicy, Settings
 
 CONTENT_TYPES: Final = "contenttypes.contenttype"
@@ -42,6 +43,14 @@ _FIELDS: Final = frozenset(
 _CHUNK: Final = 1 << 16
 _MAX_RECORD: Final = 1 << 20
 """Characters of one record: extra_data is at most 16,384 bytes, and escaping may make six of one."""
+
+
+class Useless(NamedTuple):
+    """Why tokens of a dump that have not ended cannot be used with the policies that there are."""
+
+    slug: str
+    """``""`` for none."""
+    why: str
 
 
 class DumpReader:
@@ -72,6 +81,13 @@ class DumpReader:
         self._now = now
         self.models: set[str] = set()
         """The names of the models whose records were read, such as ``"accounts.verificationtoken"``."""
+        self.useless: Counter[Useless] = Counter()
+        """How many of the tokens that were read last cannot be used, and why."""
+
+    @property
+    def secret_ids(self) -> tuple[str, ...]:
+        """Which secrets there are, the one that keys are digested with first; none: they are only hashed."""
+        return self._keyring.secret_ids
 
     def tokens(self, file: TextIO) -> Iterator[StoredToken]:
         """The tokens of a dump, in its order; their ids are new ones.
@@ -83,6 +99,7 @@ class DumpReader:
             InvalidInput: the dump, or a record of it, has another shape; the message says which one.
         """
         dumped: dict[int, str] = {}
+        self.useless.clear()
         for number, record in enumerate(_Records(file), 1):
             model = record.get("model") if isinstance(record, dict) else None
             model = model if isinstance(model, str) else None
@@ -117,6 +134,8 @@ class DumpReader:
         is_active = fields.get("is_active", True)
         if not isinstance(is_active, bool):
             raise InvalidInput("is_active must be true or false")
+        if is_active and expires_at >= self._now and (why := self._problem(policy, key)) is not None:
+            self.useless[Useless(slug, why)] += 1
         token_id = IdSequence().next(created_at)
         stored_key = StoredKey(
             digest=digest.value,
@@ -146,6 +165,18 @@ class DumpReader:
             keys=(stored_key,),
             holds=(),
         )
+
+    def _problem(self, policy: ResolvedPolicy, key: Hidden) -> str | None:
+        """Why nobody can use a token of the dump."""
+        if not self._policies.knows(policy.slug):
+            return "no policy names this slug, and the settings refuse such slugs (unknown_slugs)"
+        if policy.needs_context:
+            return "the policy asks for a context, which these were issued without"
+        if policy.kind == "code":
+            code = Hidden(normalise_code(key.text(), policy.code_chars))
+            if not code_shape_ok(code.text(), policy.code_length, policy.code_chars):
+                return "the policy is one of codes, and their keys do not have the shape of one"
+        return None
 
     def _digest(self, policy: ResolvedPolicy, content_type: str, object_id: str, key: Hidden) -> Digest:
         problem = inputs.text_problem(key.reveal(), inputs.MAX_KEY_BYTES)

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from vtoken.backend import InsertMode, InsertResult, Match, StoredToken, TokenBackend
-from vtoken.errors import InvalidInput
+from vtoken.errors import ConfigurationError, InvalidInput
 from vtoken.ids import IdSequence
 from vtoken.migrate.receipts import ImportReceipt, import_receipt_name
 from vtoken.migrate.stores import Progress, at_once, quiet
@@ -77,6 +77,25 @@ async def import_tokens(
         progress(done)
     await ImportReceipt(floor=newest).write(backend, name)
     return Imported(imported=run.imported, skipped=run.skipped, taken_before=run.taken_before)
+
+
+async def check_secret(backend: TokenBackend, secret_ids: Sequence[str]) -> None:
+    """Compare the secrets of an import with the one that the store's newest token was made with.
+
+    Args:
+        backend: the store, open.
+        secret_ids: those of the import; none where it has no secret.
+
+    Raises:
+        ConfigurationError: it is another one, so that nobody could use what would be imported.
+    """
+    for newest in await backend.find(Match(), 1):
+        made_with = {key.secret_id for key in newest.keys if key.secret_id}
+        if secret_ids and made_with and made_with.isdisjoint(secret_ids):
+            raise ConfigurationError(
+                "the newest token of the store was made with another secret: give the import the secret of"
+                " the application, or nobody could use what it stores"
+            )
 
 
 class _Run:
