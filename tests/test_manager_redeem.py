@@ -167,6 +167,19 @@ class TestRedeem:
         assert await reason(manager.consume(USER, "a", issued.key)) == expected
         assert all(not stored.holds for stored in await world.stored())
 
+    async def test_what_is_deactivated_inside_stays_ended_if_the_block_fails(self, world: World) -> None:
+        manager = await world.manager()
+        issued, other = await manager.issue(USER, "a"), await manager.issue(USER, "b")
+
+        async def interrupted() -> None:
+            async with manager.redeem(USER, "a", issued.key):
+                assert await manager.deactivate(USER) == 2
+                raise ZeroDivisionError
+
+        await refused(ZeroDivisionError, interrupted())
+        for slug, token in (("a", issued), ("b", other)):
+            assert await reason(manager.consume(USER, slug, token.key)) == "inactive"
+
     @pytest.mark.parametrize("where", ["in the block", "in a task that it started", "in a called function"])
     async def test_deactivated_inside_it_ends_as_used(self, world: World, where: str) -> None:
         manager = await world.manager()

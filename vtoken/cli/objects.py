@@ -40,6 +40,7 @@ async def status(
     async with store.opened() as manager:
         found = await manager.status(of, purpose, context=caller.context, by=caller.dimensions())
         note = without_policy(manager.policies, slug)
+        is_known = note is None
         if caller.context is None and manager.policies.get(slug or "").needs_context:
             note = (
                 "the policy binds tokens to a context: without --context the tokens of all contexts count,"
@@ -60,7 +61,8 @@ async def status(
         rows.append(("expires", "never" if found.expires_at is None else when(found.expires_at, now)))
     if found.code_expires_at is not None:
         rows.append(("its code expires", when(found.code_expires_at, now)))
-    rows.append(("attempts left", "any number" if found.attempts_left is None else found.attempts_left))
+    unlimited = "any number" if is_known else "not known: see the note"
+    rows.append(("attempts left", unlimited if found.attempts_left is None else found.attempts_left))
     if found.attempts_reset_at is not None:
         rows.append(("attempts reset", when(found.attempts_reset_at, now)))
     rows.append(("new token", "now" if found.can_issue_at <= now else when(found.can_issue_at, now)))
