@@ -93,6 +93,15 @@ def test_status_does_not_say_that_there_is_no_limit_where_none_is_known(vtoken: 
 
 
 @pytest.mark.usefixtures("configured")
+def test_status_does_not_say_that_there_is_no_limit_where_none_is_known(vtoken: Terminal) -> None:
+    """The policies of an application that keeps them in its code are not known here."""
+    vtoken("init")
+    assert vtoken("status", USER, "--slug", "of-the-code") == 0
+    assert re.search(r"^attempts left +not known: see the note$", vtoken.out, re.MULTILINE)
+    assert re.search(r"^note +no policy is configured here", vtoken.out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("configured")
 def test_support_unlocks_an_account(vtoken: Terminal) -> None:
     code = vtoken.json("issue", USER, "--slug", "login")["key"]
     address = ("--by", "ip=192.0.2.7")
