@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from vtoken.cli import migrating
+
 from . import postgresql_servers
 from .cli_tools import USER, Terminal
 from .servers import free_port, fresh_database
@@ -412,6 +414,16 @@ def test_copy_compares_and_goes_on(vtoken: Terminal) -> None:
     assert vtoken("copy", "sqlite:///tokens.db", "sqlite:///no/folder.db") == 3
     assert vtoken("copy", "sqlite:///tokens.db", "nosuch://") == 2
     assert vtoken("copy", "sqlite:///tokens.db") == 2
+
+
+def test_an_interrupted_copy_says_how_to_go_on(vtoken: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    ended(vtoken, "a")
+    monkeypatch.setattr(migrating, "copy_tokens", interrupted)
+    assert vtoken("copy", "sqlite:///tokens.db", "sqlite:///other.db") == 130
+    assert vtoken.err == "vtoken: interrupted: the same command again goes on where it was\n"
 
 
 def test_import_a_dump(vtoken: Terminal, tmp_path: Path) -> None:

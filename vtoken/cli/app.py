@@ -64,6 +64,8 @@ INTERRUPTED: Final = 130
 READER_GONE: Final = 141
 _BY: Final = re.compile(r"pass by=\{'([^']*)': \.\.\.\}")
 
+_RESUMABLE: Final = (migrating.copy, migrating.import_, purge.purge)
+
 app = App(
     name="vtoken",
     version=__version__,
@@ -130,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
     Args:
         arguments: without the program's name.
     """
-    as_json = "--json" in arguments
+    as_json, command = "--json" in arguments, None
     try:
         command, bound, _ = app.parse_args(list(arguments), exit_on_error=False, print_error=False)
         bound.apply_defaults()
@@ -142,7 +144,8 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         show(answer, as_json)
     except KeyboardInterrupt:
-        show_error("Interrupted", "interrupted", as_json)
+        go_on = ": the same command again goes on where it was" if command in _RESUMABLE else ""
+        show_error("Interrupted", f"interrupted{go_on}", as_json)
         return INTERRUPTED
     except Interrupted as error:
         show_error("Interrupted", f"interrupted: {error}", as_json)
