@@ -6,8 +6,8 @@ after the other, and a later one may turn out to be full. Until that is known, w
 nobody is refused yet: the call waits until they are settled.
 
 A right key costs nothing. It is let through (:meth:`Budgets.allow`) by a write to the same documents, which
-charges nothing: a plain read would be quicker than the charges of wrong keys that came before it, and would
-let through what they have filled the budget for.
+charges nothing. A plain read could overtake the charges of wrong keys that came before it and wait for the
+document.
 """
 
 from __future__ import annotations
