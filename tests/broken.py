@@ -800,7 +800,7 @@ class SupersedesNothing(Broken):
     """Finds every code taken that was ever issued."""
 
     async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
-        if self._store.owners(tuple(key.digest for key in token.keys)) and mode is not ONCE:
+        if self._store.owners_of(tuple(key.digest for key in token.keys)) and mode is not ONCE:
             return Inserted(InsertResult.KEY_TAKEN)
         return await super().insert(token, mode, **named)
 
@@ -809,7 +809,7 @@ class SupersedesAnyones(Broken):
     """Takes a code away from another object's token that is over."""
 
     async def insert(self, token: StoredToken, mode: InsertMode, **named: Any) -> Inserted:
-        for owner in self._store.owners(tuple(key.digest for key in token.keys)):
+        for owner in self._store.owners_of(tuple(key.digest for key in token.keys)):
             if not owner.is_active and owner.keys[0].kind == "code":
                 self.save(owner._replace(keys=()))
         return await super().insert(token, mode, **named)

@@ -70,6 +70,9 @@ _RIGHT: Final = Outcome.RIGHT
 _INSERTED: Final = InsertResult.INSERTED
 _ADD: Final = InsertMode.ADD
 _IF_NONE_VALID: Final = InsertMode.IF_NONE_VALID
+# Calling these classes packs named arguments into a dict first, which doubles the cost.
+_new_presented: Final = Presented.__new__
+_new_inserted: Final = Inserted.__new__
 _Key = TypeVar("_Key")
 
 
@@ -139,7 +142,7 @@ class MemoryBackend:
         with store.lock:
             line = [] if mode is _ADD else store.active_line(token)
             digests = tuple([key.digest for key in token.keys]) + also_taken
-            owners = store.owners(digests)
+            owners = store.owners_of(digests)
             for owner in owners:
                 if not _is_superseded(owner, digests, token, mode, line):
                     holder = owner if mode is InsertMode.ONCE else None
@@ -157,7 +160,7 @@ class MemoryBackend:
                 store.save(_without_keys(owner, digests))
             stored = _replace_line(store, line, token, keep_until) if line else token
             store.save(stored)
-            return Inserted(_INSERTED, stored, spending)
+            return _new_inserted(Inserted, result=_INSERTED, token=stored, spending=spending)
 
     async def present(
         self, key: Match, change: Use | Hold | None, now: int, spends: tuple[Spend, ...] = ()
@@ -165,10 +168,11 @@ class MemoryBackend:
         store = self._opened()
         with store.lock:
             found: list[tuple[StoredToken, StoredKey]] = []
-            for token in store.owners(key.digests or ()):
-                held = matching_key(token, key)
-                if held is not None:
-                    found.append((token, held))
+            for digest in key.digests or ():
+                owner = store.owners.get(digest)
+                held = None if owner is None else matching_key(owner, key)
+                if owner is not None and held is not None:
+                    found.append((owner, held))
             use_id = "" if change is None else change.use_id
             if use_id:
                 for _, held in found:
@@ -185,9 +189,8 @@ class MemoryBackend:
                 if why is None:
                     if change is not None:
                         token = _changed_by(store, token, held, change, now)
-                    if not spends:
-                        return Presented(_RIGHT, token)
-                    return Presented(_RIGHT, token, spending=store.left(spends, now))
+                    left = store.left(spends, now) if spends else _NOTHING_SPENT
+                    return _new_presented(Presented, outcome=_RIGHT, token=token, spending=left)
                 free = free and why not in ("used", "leased")
             spending = store.spend(spends, now) if free else store.left(spends, now)
             return Presented(Outcome.REFUSED, found[0][0] if found else None, spending=spending)
@@ -244,10 +247,10 @@ class MemoryBackend:
             held: list[StoredToken] = []
             for token_id in store.ends.due(before):
                 token = store.tokens[token_id]
-                if running_holds(token, now):
+                if token.holds and running_holds(token, now):
                     held.append(token)
                     continue
-                store.remove(token)
+                store.forget_token(token)
                 purged += 1
                 if purged == limit:
                     break
@@ -301,6 +304,10 @@ class MemoryBackend:
 
 
 # What the methods do in several steps, under the lock ---------------------------------------------
+
+
+def _end(due: tuple[int, object]) -> int:
+    return due[0]
 
 
 def _id(token: StoredToken) -> str:
@@ -413,7 +420,7 @@ class _Store:
         self.ends = _Ends[str]()
         self.uses: dict[tuple[str, str], _Remembered] = {}  # by origin and use id
         self.budget_ends = _Ends[Budget]()
-        self._owners: dict[bytes, str] = {}  # digest -> id of the token that has the key
+        self.owners: dict[bytes, StoredToken] = {}  # by the digests of their keys
         # By object id. Most objects have one token: for these, its id takes the place of an _OfObject.
         self._objects: dict[str, str | _OfObject] = {}
         self.uses_of: dict[str, deque[tuple[str, str]]] = {}  # token id -> keys of `uses`, oldest first
@@ -425,18 +432,14 @@ class _Store:
         """Store a new token, or what has become of one."""
         old = self.tokens.get(token.id)
         self.tokens[token.id] = token
+        if old is not None and old.keys is not token.keys:
+            self._disown(old)
+        for key in token.keys:
+            self.owners[key.digest] = token
         if old is None:
-            for key in token.keys:
-                self._owners[key.digest] = token.id
             self.ends.add(token.id, token.ends_at)
             self._add_to_object(token)
             return
-        if old.keys is not token.keys:
-            for key in old.keys:
-                if self._owners.get(key.digest) == token.id:
-                    del self._owners[key.digest]
-            for key in token.keys:
-                self._owners[key.digest] = token.id
         if old.ends_at != token.ends_at:
             self.ends.discard(old.id, old.ends_at)
             self.ends.add(token.id, token.ends_at)
@@ -450,12 +453,14 @@ class _Store:
                 target[token.id] = None
 
     def remove(self, token: StoredToken) -> None:
-        """Forget a token and its uses."""
-        del self.tokens[token.id]
-        for key in token.keys:
-            if self._owners.get(key.digest) == token.id:
-                del self._owners[key.digest]
+        """Forget a token, its uses and when it ends."""
         self.ends.discard(token.id, token.ends_at)
+        self.forget_token(token)
+
+    def forget_token(self, token: StoredToken) -> None:
+        """Forget a token that was taken out of :attr:`ends`, and its uses."""
+        del self.tokens[token.id]
+        self._disown(token)
         of_object = self._objects[token.object_id]
         if isinstance(of_object, str):
             del self._objects[token.object_id]
@@ -464,16 +469,20 @@ class _Store:
             of_object.ended.pop(token.id, None)
             if not of_object.active and not of_object.ended:
                 del self._objects[token.object_id]
-        for use in self.uses_of.pop(token.id, ()):
-            del self.uses[use]
+        if token.uses:
+            for use in self.uses_of.pop(token.id, ()):
+                del self.uses[use]
 
-    def owners(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
+    def _disown(self, token: StoredToken) -> None:
+        for key in token.keys:
+            owner = self.owners.get(key.digest)
+            if owner is not None and owner.id == token.id:  # no other one has taken the key over
+                del self.owners[key.digest]
+
+    def owners_of(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
         """The tokens that have keys with these digests, each once, in the order of the digests."""
-        if len(digests) == 1:
-            owner = self._owners.get(digests[0])
-            return [] if owner is None else [self.tokens[owner]]
-        ids = dict.fromkeys(self._owners[digest] for digest in digests if digest in self._owners)
-        return [self.tokens[token_id] for token_id in ids]
+        found = {token.id: token for digest in digests if (token := self.owners.get(digest)) is not None}
+        return list(found.values())
 
     def active_of(self, object_id: str) -> list[StoredToken]:
         """The active tokens of all objects with this id, whatever their content type."""
@@ -513,7 +522,7 @@ class _Store:
     def _candidates(self, match: Match) -> Iterable[StoredToken]:
         """The smallest set of tokens that an index knows to contain every match."""
         if match.digests is not None:
-            return self.owners(match.digests)
+            return self.owners_of(match.digests)
         if match.id is not None:
             token = self.tokens.get(match.id)
             return () if token is None else (token,)
@@ -597,15 +606,15 @@ class _Ends(Generic[_Key]):
     """What ends when, so that the first to end are found without looking at the others.
 
     1. What is added goes into a bucket of some seconds; nothing is sorted before its time has come.
-    2. A bucket whose time has come, and whose turn it is, is emptied into a heap.
-    3. What was discarded after that stays in the heap, and is passed over when its turn comes.
+    2. A bucket whose time has come, and whose turn it is, is sorted in among what is due.
+    3. What was discarded after that stays there, and is passed over when its turn comes.
     """
 
     def __init__(self) -> None:
         self._buckets: dict[int, dict[_Key, int]] = {}
         self._numbers: list[int] = []  # of all buckets, sorted
-        self._heap: list[tuple[int, _Key]] = []
-        self._in_heap: dict[_Key, int] = {}  # what is in the heap and was not discarded
+        self._due: list[tuple[int, _Key]] = []  # sorted, the first to end at the end
+        self._is_due: dict[_Key, int] = {}  # what is in it and was not discarded
 
     def add(self, key: _Key, end: int) -> None:
         number = end // _BUCKET
@@ -625,26 +634,32 @@ class _Ends(Generic[_Key]):
                 del self._buckets[number]
                 del self._numbers[bisect_left(self._numbers, number)]
         else:
-            self._in_heap.pop(key, None)
+            self._is_due.pop(key, None)
 
     def due(self, before: int) -> Iterator[_Key]:
         """Take out what ends before a time, the first to end first, as far as it is iterated."""
-        while self._open_next(before):
-            end, key = heapq.heappop(self._heap)
-            if self._in_heap.get(key) == end:
-                del self._in_heap[key]
-                yield key
+        due, is_due = self._due, self._is_due
+        while True:
+            until = self._open_next(before)
+            if not due or due[-1][0] >= until:
+                return
+            while due and due[-1][0] < until:
+                end, key = due.pop()
+                if is_due.get(key) == end:
+                    del is_due[key]
+                    yield key
 
-    def _open_next(self, before: int) -> bool:
-        """See to it that the first of the heap is the first to end; whether it ends before a time."""
+    def _open_next(self, before: int) -> int:
+        """See to it that the last of what is due is the first to end, up to a time, which is returned."""
         while self._numbers and self._numbers[0] * _BUCKET < before:
-            if self._heap and self._heap[0][0] < self._numbers[0] * _BUCKET:
-                break
+            start = self._numbers[0] * _BUCKET
+            if self._due and self._due[-1][0] < start:
+                return start
             bucket = self._buckets.pop(self._numbers.pop(0))
-            self._in_heap.update(bucket)
-            self._heap += [(end, key) for key, end in bucket.items()]
-            heapq.heapify(self._heap)
-        return bool(self._heap) and self._heap[0][0] < before
+            self._is_due.update(bucket)
+            self._due += [(end, key) for key, end in bucket.items()]
+            self._due.sort(key=_end, reverse=True)
+        return before
 
 
 _named_stores: defaultdict[str, _Store] = defaultdict(_Store)
