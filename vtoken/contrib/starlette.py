@@ -104,6 +104,9 @@ def exception_handlers(
     503    ``unavailable``         :class:`BackendUnavailable`, with ``Retry-After``
     ====== ======================= ==================================================================
 
+    For a refused code the body has ``attempts_left``, where attempts are limited. The ``Retry-After`` of a
+    busy token is two seconds at most, because its block is mostly done by then.
+
     A cooldown belongs to an account. Where strangers ask for a token by an address, catch it and answer as
     always, or the answer tells that there is such an account.
 
