@@ -93,15 +93,6 @@ def test_status_does_not_say_that_there_is_no_limit_where_none_is_known(vtoken: 
 
 
 @pytest.mark.usefixtures("configured")
-def test_status_does_not_say_that_there_is_no_limit_where_none_is_known(vtoken: Terminal) -> None:
-    """The policies of an application that keeps them in its code are not known here."""
-    vtoken("init")
-    assert vtoken("status", USER, "--slug", "of-the-code") == 0
-    assert re.search(r"^attempts left +not known: see the note$", vtoken.out, re.MULTILINE)
-    assert re.search(r"^note +no policy is configured here", vtoken.out, re.MULTILINE)
-
-
-@pytest.mark.usefixtures("configured")
 def test_support_unlocks_an_account(vtoken: Terminal) -> None:
     code = vtoken.json("issue", USER, "--slug", "login")["key"]
     address = ("--by", "ip=192.0.2.7")
@@ -294,7 +285,6 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
         (["stats", "--manager", "shop:missing"], "has no 'missing'"),
         (["stats", "--manager", "no_such_module:x"], "no module 'no_such_module'"),
         (["stats", *options, "--url", "memory://"], "leave out --url"),
-        (["config", *options], "Unknown option"),
     ):
         refused = run(*arguments)
         assert refused.returncode == 2
@@ -505,7 +495,9 @@ def test_a_setting_names_the_applications_own_manager(
     # A URL that is given is a store of its own.
     assert vtoken("init", "--url", "sqlite:///other.db") == 0
     assert vtoken.out == "ready  sqlite:///other.db\n"
-    assert vtoken("config", "--manager", path) == 2
+    told = vtoken.json("config", "--manager", path)
+    assert (told["url"], told["manager"]) == ("sqlite:///app.db", path)
+    assert told["policies"]["reset"]["cooldown"] == "1h"
 
 
 def test_a_link_is_found_by_its_key_alone(vtoken: Terminal) -> None:

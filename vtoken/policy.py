@@ -759,18 +759,19 @@ class Policies:
     """The resolved policies of a manager, by slug.
 
     Args:
-        policies: at most one for each slug.
+        policies: at most one for each slug; they stay in ``given``.
         settings: what holds where they leave something out.
 
     Raises:
         ConfigurationError: a policy cannot work with these settings, or two have the same slug.
     """
 
-    __slots__ = ("_by_slug", "_is_strict", "_unnamed")
+    __slots__ = ("_by_slug", "_is_strict", "_unnamed", "given")
 
     def __init__(self, policies: Iterable[TokenPolicy], settings: Settings) -> None:
         self._by_slug: dict[str, ResolvedPolicy] = {}
-        for policy in inputs.several("policies", policies, TokenPolicy):
+        self.given = inputs.several("policies", policies, TokenPolicy)
+        for policy in self.given:
             resolved = ResolvedPolicy.of(policy, settings)
             if resolved.slug in self._by_slug:
                 raise ConfigurationError(f"there are two policies for the slug {policy.slug!r}")

@@ -41,8 +41,8 @@ class Output:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Configured(Output):
-    """What the environment and the configuration file say."""
+class Store(Output):
+    """Which store a command works on, and with which settings and policies."""
 
     url: Annotated[
         str | None,
@@ -53,16 +53,6 @@ class Configured(Output):
         ),
     ] = None
 
-    def configuration(self) -> Configuration:
-        """What the environment, the configuration file and ``--url`` say."""
-        return Configuration.from_env(url=self.url, default_url=DEFAULT_URL, folder=Path.cwd())
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Store(Configured):
-    """Which store a command works on, and with which settings and policies."""
-
     manager: Annotated[
         str | None,
         Parameter(
@@ -71,6 +61,10 @@ class Store(Configured):
             " --url: VTOKEN_MANAGER, else that of the configuration file, else none."
         ),
     ] = None
+
+    def configuration(self) -> Configuration:
+        """What the environment, the configuration file and ``--url`` say."""
+        return Configuration.from_env(url=self.url, default_url=DEFAULT_URL, folder=Path.cwd())
 
     def managers_path(self) -> str | None:
         """Where the application's own manager is, or None for one that is made here."""

@@ -6,19 +6,24 @@ import json
 import secrets
 from typing import Any, cast
 
-from vtoken.cli.options import Configured, Output, Store
+from vtoken.cli.options import Output, Store
 from vtoken.cli.output import Result, pairs
+from vtoken.config import Configuration
 
-_CONFIGURED = Configured()  # the default of the shared options; it is frozen
+_STORE = Store()  # the default of the shared options; it is frozen
 _OUTPUT = Output()
 
 
-async def config(*, configured: Configured = _CONFIGURED) -> Result:
-    """Print what the environment and the configuration file say, secrets redacted. Exit status 2: it cannot
-    work."""
-    found = configured.configuration()
-    Store(url=found.url).made()  # finds what only the parts together show: a code without a secret, say
-    data = found.describe()
+async def config(*, store: Store = _STORE) -> Result:
+    """Print the effective configuration, or that of the application's own manager, secrets redacted. Exit
+    status 2: it cannot work."""
+    manager = store.made()  # finds what only the parts together show, such as a code without a secret
+    if store.managers_path() is None:
+        data = store.configuration().describe()
+    else:
+        own = Configuration(store.address(manager), manager.settings, manager.policies.given)
+        data = own.describe() | {"manager": store.managers_path()}
+        del data["hooks"]  # which are the manager's own affair
     return Result(data, pairs(_flat("", data)))
 
 
