@@ -60,6 +60,7 @@ async def kill_servers(
         await asyncio.to_thread(server.start)
         figures.fired += 1
 
+    await _make_tables(server.url)
     async with _load(server.url, make, "off") as load:
         figures = Figures("kills of a server", load)
         for _ in range(kills):
@@ -123,6 +124,14 @@ def _load(url: str, make: type[PostgreSQLBackend], role_default: str) -> Load:
         {name: partial(make.from_url, url) for name in ("one", "other")},
         partial(PostgreSQLBackend.from_url, url),
     )
+
+
+async def _make_tables(url: str) -> None:
+    """Make the store by a write that waits for the log, so that no planted bug loses the tables."""
+    backend = PostgreSQLBackend.from_url(url)
+    await backend.open()
+    await backend.note("made", "by a round", replace=True)
+    await backend.close()
 
 
 def _waiting_for_standby(primary: PostgreSQL) -> int:

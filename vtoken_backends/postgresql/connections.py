@@ -256,6 +256,9 @@ class Connections:
             except BaseException:
                 driver.pgconn.finish()
                 raise
+        # The system may refuse a connection at once, without anything to wait for. Callers who try again and
+        # again would then leave the event loop no turn.
+        await asyncio.sleep(0)
         # The driver's message may quote a part of a password that was not percent-encoded.
         raise BackendUnavailable(f"PostgreSQL at {self._place}: {problem}")
 
