@@ -18,7 +18,7 @@ Python calls them; one that works in a query language writes the same rules in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from typing import Final, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -777,6 +777,23 @@ def overlapping_keys(predecessor: StoredToken, new: StoredToken, keep_until: int
         for key in predecessor.keys
         if key.origin == predecessor.id and key.expires_at >= now
     )
+
+
+def is_superseded(
+    owner: StoredToken, digests: Collection[bytes], new: StoredToken, line: Collection[StoredToken]
+) -> bool:
+    """Whether a token that has keys with digests of a new one loses them to it, under every mode but ``ONCE``
+    (see :meth:`TokenBackend.insert`). ``line``: the tokens that the insert replaces."""
+    return (
+        all(key.kind == "code" for key in owner.keys if key.digest in digests)
+        and (owner.content_type, owner.object_id, owner.slug) == (new.content_type, new.object_id, new.slug)
+        and (not is_valid(owner, new.created_at) or any(other.id == owner.id for other in line))
+    )
+
+
+def without_keys(token: StoredToken, digests: Collection[bytes]) -> StoredToken:
+    """A token after it lost the keys with these digests."""
+    return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
 
 
 def satisfies(token: StoredToken, wanted_until: int) -> bool:

@@ -44,6 +44,7 @@ from vtoken.backend import (
     ended,
     ends_other_context,
     full_spending,
+    is_superseded,
     is_valid,
     key_ended,
     key_of,
@@ -58,6 +59,7 @@ from vtoken.backend import (
     satisfies,
     with_hold,
     with_use,
+    without_keys,
 )
 from vtoken.errors import BackendClosed, ConfigurationError, InvalidInput
 
@@ -144,7 +146,7 @@ class MemoryBackend:
             digests = tuple([key.digest for key in token.keys]) + also_taken
             owners = store.owners_of(digests)
             for owner in owners:
-                if not _is_superseded(owner, digests, token, mode, line):
+                if mode is InsertMode.ONCE or not is_superseded(owner, digests, token, line):
                     holder = owner if mode is InsertMode.ONCE else None
                     return Inserted(InsertResult.KEY_TAKEN, holder)
             if token.id in store.tokens:
@@ -157,7 +159,7 @@ class MemoryBackend:
             if spending.full is not None:
                 return Inserted(InsertResult.LIMITED, None, spending)
             for owner in owners:
-                store.save(_without_keys(owner, digests))
+                store.save(without_keys(owner, digests))
             stored = _replace_line(store, line, token, keep_until) if line else token
             store.save(stored)
             return _new_inserted(Inserted, result=_INSERTED, token=stored, spending=spending)
@@ -314,27 +316,6 @@ def _id(token: StoredToken) -> str:
     return token.id
 
 
-def _is_superseded(
-    owner: StoredToken,
-    digests: Collection[bytes],
-    token: StoredToken,
-    mode: InsertMode,
-    line: Collection[StoredToken],
-) -> bool:
-    """Whether a token whose key is in the way of a new one loses it to the new one."""
-    return (
-        mode is not InsertMode.ONCE
-        and all(key.kind == "code" for key in owner.keys if key.digest in digests)
-        and (owner.content_type, owner.object_id, owner.slug)
-        == (token.content_type, token.object_id, token.slug)
-        and (not is_valid(owner, token.created_at) or owner in line)
-    )
-
-
-def _without_keys(token: StoredToken, digests: Collection[bytes]) -> StoredToken:
-    return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
-
-
 def _replace_line(
     store: _Store, line: Iterable[StoredToken], token: StoredToken, keep_until: int
 ) -> StoredToken:
@@ -347,7 +328,7 @@ def _replace_line(
         taken = overlapping_keys(newest, token, keep_until)
     digests = [key.digest for key in taken]
     for other in old:
-        other = _without_keys(other, digests) if taken else other
+        other = without_keys(other, digests) if taken else other
         store.save(replaced(other, token.created_at))
     return token._replace(keys=(*token.keys, *taken)) if taken else token
 

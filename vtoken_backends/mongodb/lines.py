@@ -26,7 +26,7 @@ from vtoken.backend import (
     Use,
     UseHeld,
     changed,
-    is_valid,
+    is_superseded,
     key_of,
     matches,
     overlapping_keys,
@@ -36,6 +36,7 @@ from vtoken.backend import (
     satisfies,
     with_hold,
     with_use,
+    without_keys,
 )
 from vtoken_backends.mongodb.documents import (
     MOST_FORMER,
@@ -480,11 +481,13 @@ def _taken(op: Insert, documents: Documents, replacing: Collection[Kept]) -> Ins
     digests = op.digests()
     if not documents.reserved.isdisjoint(digests):
         return Inserted(InsertResult.KEY_TAKEN)
+    line = [kept.token for kept in replacing]
     losers: list[Holder] = []
     for holder in documents.holders(digests):
-        if not _is_superseded(holder.kept.token, digests, op, replacing):
-            token = holder.kept.token if op.mode is InsertMode.ONCE else None
-            return Inserted(InsertResult.KEY_TAKEN, token)
+        if op.mode is InsertMode.ONCE:
+            return Inserted(InsertResult.KEY_TAKEN, holder.kept.token)
+        if not is_superseded(holder.kept.token, digests, op.token, line):
+            return Inserted(InsertResult.KEY_TAKEN)
         losers.append(holder)
     if documents.holder(id_name(op.token.id)) is not None:
         return Inserted(InsertResult.KEY_TAKEN)
@@ -496,24 +499,9 @@ def _taken(op: Insert, documents: Documents, replacing: Collection[Kept]) -> Ins
     for stored, kept in losers:
         if stored.spill and kept in stored.spill:
             return Spill(stored)
-        keys = tuple(key for key in kept.token.keys if key.digest not in digests)
-        stored.replace(kept, kept._replace(token=kept.token._replace(keys=keys)))
+        stored.replace(kept, kept._replace(token=without_keys(kept.token, digests)))
         is_elsewhere = is_elsewhere or stored.line != op.line or op.mode is InsertMode.ADD
     return AGAIN if is_elsewhere else None
-
-
-def _is_superseded(
-    owner: StoredToken, digests: Collection[bytes], op: Insert, replacing: Collection[Kept]
-) -> bool:
-    """Whether a token whose key is in the way of a new one loses it to the new one."""
-    token = op.token
-    return (
-        op.mode is not InsertMode.ONCE
-        and all(key.kind == "code" for key in owner.keys if key.digest in digests)
-        and (owner.content_type, owner.object_id, owner.slug)
-        == (token.content_type, token.object_id, token.slug)
-        and (not is_valid(owner, token.created_at) or any(owner.id == kept.token.id for kept in replacing))
-    )
 
 
 def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted | Again:

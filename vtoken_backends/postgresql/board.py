@@ -38,7 +38,7 @@ from vtoken.backend import (
     ended,
     ends_other_context,
     full_spending,
-    is_valid,
+    is_superseded,
     key_of,
     least_left,
     left_of,
@@ -49,6 +49,7 @@ from vtoken.backend import (
     satisfies,
     with_hold,
     with_use,
+    without_keys,
 )
 
 
@@ -314,8 +315,10 @@ class Insert:
         digests = (*(key.digest for key in token.keys), *self.also_taken)
         owners = board.owners(digests)
         for owner in owners:
-            if not self._is_superseded(owner, digests, line):
-                return Inserted(InsertResult.KEY_TAKEN, owner if self.mode is InsertMode.ONCE else None)
+            if self.mode is InsertMode.ONCE:
+                return Inserted(InsertResult.KEY_TAKEN, owner)
+            if not is_superseded(owner, digests, token, line):
+                return Inserted(InsertResult.KEY_TAKEN)
         if token.id in board.tokens:
             return Inserted(InsertResult.KEY_TAKEN)
         if self.mode is InsertMode.IF_NONE_VALID:
@@ -326,21 +329,12 @@ class Insert:
         if spending.full is not None:
             return Inserted(InsertResult.LIMITED, None, spending)
         for owner in owners:
-            board.save(_without_keys(owner, digests))
+            board.save(without_keys(owner, digests))
         stored = self._replace(board, [board.tokens[other.id] for other in line])
         board.save(stored)
         if self.mode is InsertMode.ADD:
             board.added.add(stored.id)
         return Inserted(InsertResult.INSERTED, stored, spending)
-
-    def _is_superseded(self, owner: StoredToken, digests: tuple[bytes, ...], line: list[StoredToken]) -> bool:
-        """Whether a token whose key is in the way loses it to the new one."""
-        return (
-            self.mode is not InsertMode.ONCE
-            and all(key.kind == "code" for key in owner.keys if key.digest in digests)
-            and purpose_of(owner) == purpose_of(self.token)
-            and (not is_valid(owner, self.token.created_at) or owner in line)
-        )
 
     def _replace(self, board: Board, line: list[StoredToken]) -> StoredToken:
         """Replace the tokens of the line, and return the new one with the keys that it takes over."""
@@ -351,14 +345,9 @@ class Insert:
             taken = overlapping_keys(newest, self.token, self.keep_until)
         digests = tuple(key.digest for key in taken)
         for other in line:
-            board.save(replaced(_without_keys(other, digests), self.token.created_at))
+            other = without_keys(other, digests) if digests else other
+            board.save(replaced(other, self.token.created_at))
         return self.token._replace(keys=(*self.token.keys, *taken))
-
-
-def _without_keys(token: StoredToken, digests: tuple[bytes, ...]) -> StoredToken:
-    if not digests:
-        return token
-    return token._replace(keys=tuple(key for key in token.keys if key.digest not in digests))
 
 
 class Present:

@@ -28,7 +28,7 @@ from vtoken.backend import (
     ended,
     ends_other_context,
     full_spending,
-    is_valid,
+    is_superseded,
     key_ended,
     key_of,
     left_of,
@@ -39,6 +39,7 @@ from vtoken.backend import (
     satisfies,
     with_hold,
     with_use,
+    without_keys,
 )
 
 from vtoken_valkey.records import StoredObject
@@ -108,9 +109,10 @@ class Draft:
             if any(key.digest == digest for key in other.keys)
         ]
         for _, other in owners:
-            if not _is_superseded(other, taken, token, mode, line):
-                holder = other if mode is InsertMode.ONCE else None
-                return Inserted(InsertResult.KEY_TAKEN, holder)
+            if mode is InsertMode.ONCE:
+                return Inserted(InsertResult.KEY_TAKEN, other)
+            if not is_superseded(other, taken, token, line):
+                return Inserted(InsertResult.KEY_TAKEN)
         valid = [other for other in line if satisfies(other, wanted_until)]
         if mode is InsertMode.IF_NONE_VALID and valid:
             return Inserted(InsertResult.HAS_VALID, max(valid, key=lambda other: other.id))
@@ -118,8 +120,7 @@ class Draft:
         if spending.full is not None:
             return Inserted(InsertResult.LIMITED, None, spending)
         for of, other in owners:
-            keys = tuple(key for key in other.keys if key.digest not in taken)
-            of.tokens[other.id] = other._replace(keys=keys)
+            of.tokens[other.id] = without_keys(other, taken)
         stored = _with_overlap(home, token, line, keep_until)
         for other in line:
             home.tokens[other.id] = replaced(home.tokens[other.id], token.created_at)
@@ -201,23 +202,6 @@ def _in_line(other: StoredToken, token: StoredToken) -> bool:
     )
 
 
-def _is_superseded(
-    owner: StoredToken,
-    taken: tuple[bytes, ...],
-    token: StoredToken,
-    mode: InsertMode,
-    line: list[StoredToken],
-) -> bool:
-    """Whether a token whose key is in the way loses it to the new one."""
-    return (
-        mode is not InsertMode.ONCE
-        and all(key.kind == "code" for key in owner.keys if key.digest in taken)
-        and (owner.content_type, owner.object_id, owner.slug)
-        == (token.content_type, token.object_id, token.slug)
-        and (not is_valid(owner, token.created_at) or owner in line)
-    )
-
-
 def _with_overlap(
     home: StoredObject, token: StoredToken, line: list[StoredToken], keep_until: int
 ) -> StoredToken:
@@ -229,7 +213,5 @@ def _with_overlap(
     over = overlapping_keys(newest, token, keep_until)
     if not over:
         return token
-    digests = {key.digest for key in over}
-    left = tuple(key for key in newest.keys if key.digest not in digests)
-    home.tokens[newest.id] = newest._replace(keys=left)
+    home.tokens[newest.id] = without_keys(newest, {key.digest for key in over})
     return token._replace(keys=(*token.keys, *over))
