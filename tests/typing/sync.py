@@ -36,6 +36,7 @@ def used(user: Subject) -> None:
         assert_type(manager.reset_limits(user), int)
         assert_type(manager.ping(), float)
         assert_type(manager.content_object(token), object | None)
+        manager.issue(user, "log-in", context=lambda object_id: {"id": object_id})
         block = manager.redeem(user, "password-reset", token.key)
         assert_type(block, AbstractContextManager[VerificationToken])
         assert_type(manager.filter_active_tokens(user), Generator[VerificationToken, None, None])
