@@ -299,7 +299,7 @@ class HoldCases(Suite):
         backend = await bench.backend()
         spends = (a_spend(a_budget("attempts"), 9),)
         for number, max_uses in enumerate((9, None)):
-            old = f"{number + 1:016x}"
+            old = f"{2**40 + number:016x}"  # no token of the cases has this id
             token = await put(backend, {}, {"origin": old}, max_uses=max_uses)
             mine = Hold(hold_id="mine", until=NOW + 10, use_id=UNICODE)
             held = await backend.present(by_key(token), mine, NOW, spends)
