@@ -413,12 +413,12 @@ class Interrupted:
         """Insert the token of number 2, and be told of it as it was then."""
         write = Writes.write
 
-        async def interrupted(writes: Writes, documents: Any) -> Any:
+        async def interrupted(writes: Writes, documents: Any, **options: Any) -> Any:
             if writes is self._backend._writes:  # pyright: ignore[reportPrivateUsage]  # whose writes are counted
                 if self._done == self._writes:
                     self.answers.append(await self._ask())
                 self._done += any(stored.edits for stored in documents.all.values())
-            return await write(writes, documents)
+            return await write(writes, documents, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(Writes, "write", interrupted)
@@ -479,17 +479,14 @@ async def test_what_meets_a_replacement_between_its_writes(
 async def test_a_replacement_that_was_cut_short_is_finished_by_the_next_call(
     mongodb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    async def kill() -> None:
-        raise Killed
+    async def fail() -> None:
+        raise BackendError("its process was killed, as far as others can tell")
 
     for writes in (1, 2):
         async with opened(mongodb_url) as backend, opened(mongodb_url) as other:
             await insert(other, token(1), ADD)
-            with pytest.raises((Killed, asyncio.CancelledError)):
-                await Interrupted(backend, writes, kill).insert(REPLACE, monkeypatch)
+            with pytest.raises(BackendError, match="killed"):
+                await Interrupted(backend, writes, fail).insert(REPLACE, monkeypatch)
             assert await active(other) == ([1] if writes == 1 else [])  # none, but never two
             assert [found.id for found in await other.find(Match(), 9)] == [token(1).id]
             inserted = await insert(other, token(3))

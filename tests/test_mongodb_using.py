@@ -487,19 +487,17 @@ async def test_a_caller_that_catches_the_error_commits_no_half(
 # Others.
 
 
-async def test_others_wait_for_the_commit_and_only_they(
-    backend: MongoDBBackend, begin: Begin, url: str
-) -> None:
+async def test_others_wait_for_the_commit_and_only_they(backend: MongoDBBackend, begin: Begin) -> None:
     await held(backend)
-    async with opened(url) as other, asyncio.TaskGroup() as group, begin() as own:
+    async with asyncio.TaskGroup() as group, begin() as own:
         await backend.within(own.handle).update(Match(id=token(1).id), HELD)
         issuing = group.create_task(insert(backend, token(2)))
         using = group.create_task(backend.update(Match(id=token(1).id), HELD))
         presenting = group.create_task(use(backend, 1))
-        async with asyncio.timeout(6):
+        async with asyncio.timeout(7):
             for start in (100, 200):
-                await asyncio.gather(*(insert(other, of(start + n)) for n in range(50)))
-                await asyncio.gather(*(use(other, start + n) for n in range(50)))
+                await asyncio.gather(*(insert(backend, of(start + n)) for n in range(50)))
+                await asyncio.gather(*(use(backend, start + n) for n in range(50)))
         assert not any(task.done() for task in (issuing, using))
     assert using.result() is None
     assert issuing.result().result is InsertResult.INSERTED

@@ -11,6 +11,7 @@ the moment it is elected; "majority" can lag behind that after a fail-over and s
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Final, Self, TypeVar, cast
 
 from vtoken.backend import (
@@ -25,7 +26,8 @@ from vtoken.redact import without_locals
 from vtoken_backends.batching import Batcher
 from vtoken_backends.mongodb import commands
 from vtoken_backends.mongodb.client import Client
-from vtoken_backends.mongodb.lines import Answer, Insert, Present
+from vtoken_backends.mongodb.failures import Blocked
+from vtoken_backends.mongodb.lines import Answer, Insert, Operation, Present
 from vtoken_backends.mongodb.reading import Find
 from vtoken_backends.mongodb.schema import Schema
 from vtoken_backends.mongodb.store import Store
@@ -131,11 +133,23 @@ class MongoDBBackend(Store):
 
     async def _insert_one(self, op: Insert) -> Inserted:
         self._client.check_place()
-        return await self._inserts.submit(op)
+        with suppress(Blocked):
+            return await self._inserts.submit(op)
+        return cast("Inserted", await self._client.apart(self._alone(op)))
 
     async def _present_one(self, op: Present) -> Presented:
         self._client.check_place()
-        return await (self._looks if op.change is None else self._uses).submit(op)
+        with suppress(Blocked):
+            return await (self._looks if op.change is None else self._uses).submit(op)
+        return cast("Presented", await self._client.apart(self._alone(op)))
+
+    async def _alone(self, op: Operation) -> Answer:
+        """Carry out an operation that waits for a transaction of an application's own, and is not to keep a
+        batch waiting."""
+        [answer] = await self._writes.flush([op], is_whole=True)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     async def _find_named(self, find: Find) -> list[StoredToken]:
         self._client.check_place()
@@ -150,7 +164,7 @@ class MongoDBBackend(Store):
             inserted = await commands.issue(self._client, ops[0])
             if inserted is not None:
                 return [inserted]
-        answers = await self._writes.flush(ops, is_whole=len(ops) == 1)
+        answers = await self._writes.flush(ops, is_whole=len(ops) == 1, is_patient=False)
         return cast("list[Inserted | BaseException]", answers)
 
     async def _use_batch(self, ops: Sequence[Present]) -> list[Presented | BaseException]:
@@ -160,7 +174,7 @@ class MongoDBBackend(Store):
                 answers: list[Answer | BaseException] = [used]
                 await self._writes.end_what_they_end(ops, answers)
                 return cast("list[Presented | BaseException]", answers)
-        answers = await self._writes.flush(ops, is_whole=len(ops) == 1)
+        answers = await self._writes.flush(ops, is_whole=len(ops) == 1, is_patient=False)
         return cast("list[Presented | BaseException]", answers)
 
     async def _look_batch(self, ops: Sequence[Present]) -> list[Presented | BaseException]:

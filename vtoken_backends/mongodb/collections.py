@@ -13,7 +13,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from vtoken.errors import BackendError
-from vtoken_backends.mongodb.failures import refusals
+from vtoken_backends.mongodb.failures import Blocked, refusals
 
 _T = TypeVar("_T")
 Document = dict[str, Any]
@@ -21,6 +21,9 @@ Document = dict[str, Any]
 NAMES: Final = [("names", 1)]
 """The unique index that every look-up goes by. It is given as a hint, so that the server refuses the command
 where somebody has dropped the index."""
+
+PATIENCE: Final[Document] = {"maxTimeMS": 2_000}
+"""How long a batch waits for a transaction of an application's own. Then what is not in its way goes on."""
 
 
 class Bulk(NamedTuple):
@@ -101,9 +104,26 @@ class Collections(ABC):
         await self.run(attempt)
         return refused
 
-    async def bulk_write(self, bulk: Bulk) -> int:
+    async def patiently(self, write: Awaitable[_T]) -> _T:
+        """Await a command that has :data:`PATIENCE`. To be called within :meth:`run`.
+
+        Raises:
+            Blocked: the server has given up, and does not go on with it.
+        """
+        try:
+            return await write
+        except errors.ExecutionTimeout as error:
+            if not error.details or error.details.get("ok"):
+                raise  # it was carried out, or nobody knows
+        raise Blocked("MongoDB: a document is changed by a transaction")
+
+    async def bulk_write(self, bulk: Bulk, *, is_patient: bool = True) -> int:
         """Insert and update tokens, in any order, and return how many documents were written. To be called
-        within :meth:`write_each`."""
+        within :meth:`write_each`.
+
+        Raises:
+            Blocked: not ``is_patient``, and a transaction is in the way of some of them.
+        """
         # By bare commands, which take the drivers a third less time than their bulk write does.
         count = 0
         problems: Document = {"writeErrors": [], "writeConcernErrors": []}
@@ -112,7 +132,10 @@ class Collections(ABC):
                 continue
             field = "documents" if name == "insert" else "updates"
             command = {name: self.collection, field: steps, "ordered": False, **self.write_options}
-            answer: Document = await self.db.command(command)
+            if is_patient:
+                answer: Document = await self.db.command(command)
+            else:
+                answer = await self.patiently(self.db.command(command | PATIENCE))
             count += answer["n"] if name == "insert" else answer["nModified"]
             before = 0 if name == "insert" else len(bulk.inserts)
             for error in answer.get("writeErrors", ()):

@@ -23,7 +23,7 @@ from vtoken.backend import (
     State,
     Use,
 )
-from vtoken_backends.mongodb.collections import NAMES, Collections, Document
+from vtoken_backends.mongodb.collections import NAMES, PATIENCE, Collections, Document
 from vtoken_backends.mongodb.documents import (
     LIGHT,
     MOST_CLAIMS,
@@ -64,8 +64,8 @@ async def issue(client: Collections, op: Insert) -> Inserted | None:
 
     async def find_and_update() -> Document:
         query, update = _usual_line(op), _issuing(op)
-        found = await client.tokens.find_one_and_update(query, update, upsert=True, **_OPTIONS)
-        return dict(found)
+        write = client.tokens.find_one_and_update(query, update, upsert=True, **_OPTIONS, **PATIENCE)
+        return dict(await client.patiently(write))
 
     try:
         found = await client.run(find_and_update)
@@ -171,7 +171,8 @@ async def use(client: Collections, op: Present) -> Presented | None:
 
     async def find_and_update() -> Document | None:
         query, update = _usable(op), _using(op, change)
-        found = await client.tokens.find_one_and_update(query, update, **_OPTIONS)
+        write = client.tokens.find_one_and_update(query, update, **_OPTIONS, **PATIENCE)
+        found = await client.patiently(write)
         return None if found is None else dict(found)
 
     found = await client.run(find_and_update)

@@ -40,6 +40,11 @@ class Conflict(BackendError):
     """Another write of the same document was quicker; nothing happened. It never leaves the backend."""
 
 
+class Blocked(BackendError):
+    """A document stays changed by a transaction that is not committed yet; nothing happened. It never leaves
+    the backend."""
+
+
 class TransientFailure(BackendUnavailable, errors.PyMongoError):
     """A transaction of the application's own has to run again: another write was quicker, or the server has
     ended it for another passing reason.

@@ -68,7 +68,7 @@ from vtoken_backends.mongodb.documents import (
     token_document,
     whole,
 )
-from vtoken_backends.mongodb.failures import Duplicate
+from vtoken_backends.mongodb.failures import Blocked, Duplicate
 from vtoken_backends.mongodb.lines import (
     UNREAD,
     Again,
@@ -103,6 +103,8 @@ class Written(NamedTuple):
     """Somebody else was quicker, or the unique index refused it."""
     unknown: set[bytes]
     refused: dict[bytes, BackendError]
+    is_blocked: bool = False
+    """What is lost is in the way of a transaction, or has not had its turn."""
 
     def is_clean(self) -> bool:
         """Whether all were written."""
@@ -123,6 +125,7 @@ class _Fate(NamedTuple):
     unknown: set[bytes]
     refused: dict[int, BackendError]
     """The steps that the server has refused, by their places."""
+    is_blocked: bool = False
 
 
 class Writes:
@@ -138,13 +141,15 @@ class Writes:
         self._check = check
 
     async def flush(
-        self, ops: Sequence[Operation], *, is_whole: bool = False
+        self, ops: Sequence[Operation], *, is_whole: bool = False, is_patient: bool = True
     ) -> list[Answer | BaseException]:
         """Decide and write a batch; an answer that is an exception is that operation's own.
 
         Args:
             ops: the batch.
             is_whole: read whole documents at once.
+            is_patient: wait for transactions of an application's own. Else the answer of an operation that
+                has to is :class:`Blocked`.
         """
         answers: dict[int, Answer | BaseException] = {}
         ops = list(ops)
@@ -154,7 +159,7 @@ class Writes:
         is_later = False
         try:
             while left:
-                left = await self._round(ops, left, answers, is_whole)
+                left = await self._round(ops, left, answers, is_whole, is_patient)
                 is_whole = is_later = True
                 if left:
                     await pause()
@@ -196,6 +201,7 @@ class Writes:
         numbers: Sequence[int],
         answers: dict[int, Answer | BaseException],
         is_whole: bool,
+        is_patient: bool,
     ) -> list[int]:
         """Decide some operations once, and return those that are to be decided again."""
         documents = await self._read([ops[number] for number in numbers], is_whole)
@@ -227,7 +233,7 @@ class Writes:
                     stored.seen = stored.edits
                 rests_on[number] = [stored.oid for stored in own or changed]
         await self._count_beside(documents.added)
-        written = await self.write(documents)
+        written = await self.write(documents, is_patient=is_patient)
         if documents.added:
             await after_a_write(self._count_beside(documents.added))
         for number, answer in given.items():
@@ -252,6 +258,9 @@ class Writes:
                 answers[number] = unknown()
             for error in [written.refused[oid] for oid in oids if oid in written.refused]:
                 answers[number] = type(error)(*error.args)
+        if written.is_blocked:
+            answers |= {number: Blocked() for number in again}
+            return []
         return sorted(again)
 
     # Reading --------------------------------------------------------------------------------------
@@ -326,7 +335,7 @@ class Writes:
 
     # Writing --------------------------------------------------------------------------------------
 
-    async def write(self, documents: Documents) -> Written:
+    async def write(self, documents: Documents, *, is_patient: bool = True) -> Written:
         """Write what was changed."""
         changed = [stored for stored in documents.all.values() if stored.edits]
         if not changed:
@@ -334,24 +343,31 @@ class Writes:
         claim = new_id()
         steps, places = _steps(changed, claim)
         oids = {stored.oid for stored in changed}
-        fate = await self._send(steps, changed, claim)
+        fate = await self._send(steps, changed, claim, is_patient=is_patient)
         errors: dict[bytes, BackendError] = {}
         for place, error in fate.refused.items():
             # Without whole documents, others may have been refused with it: they are all tried again.
             if documents.is_whole and not isinstance(error, Duplicate):
                 errors |= dict.fromkeys(places[place], error)
-        return Written(oids - fate.done - fate.unknown - errors.keys(), fate.unknown, errors)
+        lost = oids - fate.done - fate.unknown - errors.keys()
+        return Written(lost, fate.unknown, errors, fate.is_blocked)
 
-    async def _send(self, steps: Bulk, changed: Sequence[Stored], claim: bytes) -> _Fate:
+    async def _send(
+        self, steps: Bulk, changed: Sequence[Stored], claim: bytes, *, is_patient: bool
+    ) -> _Fate:
         """Send a bulk write."""
         count = 0
 
         async def send() -> None:
             nonlocal count
-            count = await self._client.bulk_write(steps)
+            count = await self._client.bulk_write(steps, is_patient=is_patient)
 
         with suppress(OutcomeUnknown):
-            refused = await self._client.write_each(send)
+            try:
+                refused = await self._client.write_each(send)
+            except Blocked:  # some may have been written before the one that was in the way
+                done, not_told = await self._claimed(changed, claim)
+                return _Fate(done, not_told, {}, is_blocked=True)
             if not refused and count == len(changed):
                 return _Fate({stored.oid for stored in changed}, set(), {})
             done, not_told = await self._claimed(changed, claim)
