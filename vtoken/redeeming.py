@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import anyio
 
@@ -200,7 +200,7 @@ async def bound(context: Hidden, object_id: str | None) -> bytes:
     return context_digest(value)
 
 
-def _is_async(function: Callable[[str], Any]) -> bool:
+def _is_async(function: object) -> TypeGuard[Callable[[str], Awaitable[Any]]]:
     call = getattr(function, "__call__", None)  # noqa: B004  # of an object whose method is async
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
