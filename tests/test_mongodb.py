@@ -311,7 +311,7 @@ async def test_reservations_of_a_full_budget_are_waited_for(
 ) -> None:
     """Whoever has reserved is in another process: nobody tells."""
     waiting = asyncio.Semaphore(0)
-    wait = budgets.Budgets._settlement  # pyright: ignore[reportPrivateUsage]
+    wait = budgets.Budgets._settlement  # pyright: ignore[reportPrivateUsage]  # what is timed
 
     async def noticed(*args: Any) -> None:
         waiting.release()
