@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import os
 import re
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +73,28 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_python(page)
+
+
+def test_the_readmes_blocks_can_be_pasted(tmp_path: Path) -> None:
+    """``python -m asyncio`` reads line by line, and a blank line ends what is indented."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    first, end = (
+        text.count("\n", 0, text.index(what)) for what in ("You can paste the blocks", "## Backends")
+    )
+    pasted = [block.code for block in blocks(readme) if block.info == "python" and first < block.line < end]
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncio"],
+        input="\n\n".join([*pasted, "print(left, 'attempts left')\n"]),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Error" not in done.stderr
+    assert "Your password is changed." in done.stdout
+    assert "4 attempts left" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
