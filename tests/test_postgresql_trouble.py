@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -194,6 +196,40 @@ async def test_a_server_that_hangs_up_is_left_alone(store: str) -> None:
         while wire._pgconn.status == ConnStatus.OK:  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0)
     assert not asyncio.get_running_loop().remove_reader(wire._socket)
+    assert await backend.find(Match(), 1) == []
+    await backend.close()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(1, id="when it is sent"),
+        pytest.param(30_000_000, id="while the rest of it is to be sent"),
+    ],
+)
+async def test_a_connection_that_breaks_below_a_statement_is_left_alone(store: str, size: int) -> None:
+    """The number of its socket is soon that of another one."""
+    loop = asyncio.get_running_loop()
+    complaints: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    backend = await opened(store, pool_size=1)
+    assert await backend.find(Match(), 1) == []
+    [wire] = backend._connections._idle
+    statement = Statement("SELECT length($1::text)", ["x" * size])
+    with socket.socket(fileno=os.dup(wire._socket)) as same:
+        if size == 1:
+            same.shutdown(socket.SHUT_RDWR)
+            running = asyncio.create_task(wire.run([statement]))
+        else:
+            running = asyncio.create_task(wire.run([statement]))
+            await asyncio.sleep(0)
+            same.shutdown(socket.SHUT_RD)
+    async with asyncio.timeout(10):
+        with pytest.raises(psycopg.OperationalError):
+            await running
+    assert not loop.remove_reader(wire._socket)
+    assert not loop.remove_writer(wire._socket)
+    assert complaints == []
     assert await backend.find(Match(), 1) == []
     await backend.close()
 

@@ -53,16 +53,26 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
         self._loop.add_reader(self._socket, self._read)
+        self._is_watched = True
 
     def leave(self) -> None:
         """Leave the connection to others."""
-        if not self._loop.is_closed():
-            self._loop.remove_reader(self._socket)
+        if not self._is_watched or self._loop.is_closed():
+            return
+        self._is_watched = False
+        for remove in (self._loop.remove_writer, self._loop.remove_reader):
+            with suppress(OSError):  # the event loop forgets a socket all the same that libpq has closed
+                remove(self._socket)
+
+    def _leave_if_lost(self) -> None:
+        """To be called before anything else can run: libpq has closed the socket of a connection that is
+        lost, and the next one that somebody opens has its number."""
+        if self._pgconn.status != ConnStatus.OK:
+            self.leave()
 
     def close(self) -> None:
         """End the connection, as ``driver.close()`` does, but without an await."""
-        if self._pgconn.status != ConnStatus.BAD:
-            self.leave()
+        self.leave()
         self._pgconn.finish()
 
     @property
@@ -96,6 +106,9 @@ class Wire:
             results = await self._carry(statements)
         except asyncio.CancelledError:
             await self._give_up()
+            raise
+        except psycopg.Error:
+            self._leave_if_lost()
             raise
         for result in results:
             if result.status == ExecStatus.FATAL_ERROR:
@@ -164,12 +177,13 @@ class Wire:
                 results.append(result)
 
     async def _can_write(self) -> None:
-        writable: asyncio.Future[None] = self._loop.create_future()
+        self._answer = writable = self._loop.create_future()
         self._loop.add_writer(self._socket, _tell, writable)
         try:
             await writable
         finally:
-            self._loop.remove_writer(self._socket)
+            if self._is_watched:
+                self._loop.remove_writer(self._socket)
 
     def _read(self) -> None:
         """Something has arrived."""
@@ -188,19 +202,21 @@ class Wire:
             if answer is not None and not self._pgconn.is_busy():
                 answer.set_result(None)
         except psycopg.Error as error:
-            self.leave()
             if answer is not None:
                 answer.set_exception(error)
+        self._leave_if_lost()
 
     async def _give_up(self) -> None:
         """Have the server end what it does for a caller that was cancelled: it may be waiting for a lock, and
         would go on once it has it. Then close the connection, because the server may be asked too late, and
         would end the next statement."""
-        with suppress(Exception):
-            async with asyncio.timeout(_UNDOING):
-                await self._driver.cancel_safe(timeout=_UNDOING)
-                await self._results()
-        self.close()
+        try:
+            with suppress(Exception):
+                async with asyncio.timeout(_UNDOING):
+                    await self._driver.cancel_safe(timeout=_UNDOING)
+                    await self._results()
+        finally:
+            self.close()
 
 
 def _tell(future: asyncio.Future[None]) -> None:
