@@ -18,7 +18,7 @@ from psycopg_pool import AsyncConnectionPool
 from tests import postgresql_servers as servers
 from tests.postgresql_random import Call, Calls, everything
 from vtoken.backend import Budget, InsertMode, InsertResult, Match, Outcome, Spend, TokenBackend, Use
-from vtoken.errors import BackendClosed, BackendUnavailable, ConfigurationError
+from vtoken.errors import BackendClosed, BackendError, BackendUnavailable, ConfigurationError
 from vtoken.testing.harness import MINUTE, NOW, a_token
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.postgresql import PostgreSQLBackend
@@ -289,6 +289,25 @@ async def test_a_pool_that_is_closed_is_an_error_that_says_so(store: str) -> Non
         await backend.open()
     with pytest.raises(BackendUnavailable, match="PoolClosed"):
         await backend.find(Match(), 1)
+    await backend.close()
+
+
+async def test_a_pool_of_another_encoding_is_refused(store: str) -> None:
+    """Its texts would be other people's texts, or none."""
+    url, _, schema = store.partition("?schema=")
+    async with AsyncConnectionPool(f"{url}?client_encoding=LATIN1", min_size=1, open=False) as pool:
+        with pytest.raises(BackendError, match="client_encoding=UTF8"):
+            await PostgreSQLBackend(pool, schema=schema).open()
+
+
+async def test_it_reads_binary_values_however_the_role_has_them_written(store: str) -> None:
+    backend = await opened(f"{store}&options=-cbytea_output%3Descape")
+    budget = Budget(object=bytes(range(80, 96)), name=bytes(range(120, 136)))
+    spend = Spend(budget=budget, limit=1, window=MINUTE, max_window=MINUTE)
+    token = a_token(context=bytes(range(256)))
+    assert (await backend.insert(token, InsertMode.REPLACE, spends=(spend,))).token == token
+    assert await backend.find(Match(id=token.id), 1) == [token]
+    assert (await backend.spend((spend,), NOW)).full == 0
     await backend.close()
 
 

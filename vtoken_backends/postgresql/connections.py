@@ -357,6 +357,11 @@ class LentConnections(Connections):
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[OwnConnection]:
         async with self._slots, self._pool.connection() as driver:
+            if driver.info.encoding != "utf-8":
+                raise BackendError(
+                    f"{self._place}: its connections have another client encoding than UTF8: say"
+                    " client_encoding=UTF8 in its connection string"
+                )
             wire = Wire(driver, prepares=False)
             try:
                 yield OwnConnection(wire)

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 _R = TypeVar("_R", StoredKey, StoredHold)
 
 _ID: Final = re.compile(r"[0-7][0-9a-f]{15}")
+_ESCAPED: Final = re.compile(rb"\\(\\|[0-7]{3})")
 _STATES: Final = {state.value: state for state in State}
 _KEY_TYPES: Final = tuple({"digest": bytes, "expires_at": int}.get(name, str) for name in StoredKey._fields)
 _HOLD_TYPES: Final = tuple({"until": int}.get(name, str) for name in StoredHold._fields)
@@ -53,7 +54,14 @@ def binary_array(values: Iterable[bytes]) -> str:
 
 
 def from_binary(text: str) -> bytes:
-    return bytes.fromhex(text[2:])
+    if text.startswith("\\x"):
+        return bytes.fromhex(text[2:])
+    # The role or the database has `bytea_output = escape`.
+    return _ESCAPED.sub(lambda found: _unescaped(found[1]), text.encode())
+
+
+def _unescaped(escaped: bytes) -> bytes:
+    return b"\\" if escaped == b"\\" else bytes([int(escaped, 8)])
 
 
 def key_row(key: StoredKey) -> Row:
