@@ -63,6 +63,8 @@ class Actor(NamedTuple):
     script: Script
     reaches_others: bool = False
     """It changes more than the store, so that it matters when the others begin and end."""
+    undone: Script | None = None
+    """What a cancelled script comes to that was carried out all the same, and then undid what it had done."""
 
 
 class Scene(NamedTuple):
@@ -93,6 +95,11 @@ class Outcome:
 def explore(scene: Scene, actors: Sequence[Actor]) -> Outcome:
     """Play every schedule, and list those whose end no order of whole calls has."""
     serial = {end for end, _ in _runs(scene, actors, in_steps=False)}
+    for number, actor in enumerate(actors):
+        if actor.undone is not None:
+            others = [*actors[:number], actor._replace(script=actor.undone), *actors[number + 1 :]]
+            ends = {end for end, _ in _runs(scene, others, in_steps=False)}
+            serial |= {end for end in ends if (f"{actor.name}/{number}", ("cancelled",)) in end.told}
     outcome = Outcome()
     for end, schedule in _runs(scene, actors, in_steps=True):
         outcome.schedules += 1
@@ -481,14 +488,26 @@ def _calling(make: Callable[[Stage], Awaitable[object]]) -> Script:
     return script
 
 
+def _issuing(**named: Any) -> Actor:
+    """Somebody who issues a token; cancelled, the manager ends what it may have inserted."""
+    name = "issue" if named.get("replace", True) else "add"
+
+    async def undone(stage: Stage) -> None:
+        await stage.manager.deactivate(await stage.manager.issue(USER, stage.slug, **named))
+
+    issue = _calling(lambda s: s.manager.issue(USER, s.slug, **named))
+    return Actor(name, issue, undone=_calling(undone))
+
+
 async def _send(stage: Stage) -> None:
     await stage.block(stage.manager.issuing(USER, stage.slug), fails=True)
 
 
 SENDER: Final = Actor("send and fail", _send)
+ISSUE: Final = _issuing()
 ACTORS: Final = (
-    Actor("issue", _calling(lambda s: s.manager.issue(USER, s.slug))),
-    Actor("add", _calling(lambda s: s.manager.issue(USER, s.slug, replace=False))),
+    ISSUE,
+    _issuing(replace=False),
     Actor("get or create", _calling(lambda s: s.manager.get_active_or_create(USER, s.slug))),
     SENDER,
     Actor("consume", _calling(lambda s: s.manager.consume(USER, s.slug, s.key()))),
@@ -499,7 +518,7 @@ ACTORS: Final = (
     Actor("redeem as me", _redeem(consume_id="me")),
     Actor("redeem and fail", _redeem(fails=True)),
     Actor("redeem and deactivate", _redeem(_calling(lambda s: s.manager.deactivate(USER)))),
-    Actor("redeem and issue", _redeem(_calling(lambda s: s.manager.issue(USER, s.slug)))),
+    Actor("redeem and issue", _redeem(ISSUE.script), undone=ISSUE.undone and _redeem(ISSUE.undone)),
     Actor("deactivate", _calling(lambda s: s.manager.deactivate(USER, s.slug))),
     Actor("deactivate the token", _calling(lambda s: s.manager.deactivate(s.tokens["first"]))),
     Actor("ask for the status", _in_steps(lambda s: s.manager.status(USER, s.slug))),
