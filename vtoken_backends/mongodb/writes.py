@@ -118,6 +118,19 @@ class Written(NamedTuple):
             raise type(error)(*error.args)
 
 
+class _Decided(NamedTuple):
+    """What some operations came to, before anything of it is written."""
+
+    answers: dict[int, Answer | BaseException]
+    rests_on: dict[int, list[bytes]]
+    """By operation: the documents that have to be written for its answer to be true."""
+    again: list[int]
+    """Operations that are to be decided again."""
+    given: dict[int, Again]
+    spilling: dict[bytes, Stored]
+    finishing: dict[bytes, Stored]
+
+
 class _Fate(NamedTuple):
     """What a bulk write has done."""
 
@@ -205,53 +218,16 @@ class Writes:
     ) -> list[int]:
         """Decide some operations once, and return those that are to be decided again."""
         documents = await self._read([ops[number] for number in numbers], is_whole)
-        rests_on: dict[int, list[bytes]] = {}  # documents that were not written yet
-        again: list[int] = []
-        spilling: dict[bytes, Stored] = {}
-        finishing: dict[bytes, Stored] = {}
-        given: dict[int, Again] = {}
-        waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
-        for number in numbers:
-            op = ops[number]
-            documents.consulted.clear()
-            answer = UNREAD if _waits(op, waiting) else _decide(op, documents)
-            if isinstance(answer, Unread | Again | Spill | Finish):
-                again.append(number)
-                waiting.update(needed_names(op, is_whole=True), (s.oid for s in documents.consulted))
-                if isinstance(answer, Spill):
-                    spilling[answer.stored.oid] = answer.stored
-                elif isinstance(answer, Finish):
-                    finishing[answer.stored.oid] = answer.stored
-                elif isinstance(answer, Again):
-                    given[number] = answer
-                continue
-            answers[number] = answer
-            changed = [stored for stored in documents.consulted if stored.edits]
-            if changed:
-                own = [stored for stored in changed if stored.edits != stored.seen]
-                for stored in own:
-                    stored.seen = stored.edits
-                rests_on[number] = [stored.oid for stored in own or changed]
+        decided = _decided(ops, numbers, documents)
         await self._count_beside(documents.added)
         written = await self.write(documents, is_patient=is_patient)
         if documents.added:
             await after_a_write(self._count_beside(documents.added))
-        for number, answer in given.items():
-            op = ops[number]
-            if not isinstance(op, Insert):
-                continue
-            if answer.giver is not None and answer.giver.oid not in written.lost:
-                ops[number] = op._replace(given=answer.given)
-            elif answer.begun is not None and answer.begun.oid not in written.lost:
-                ops[number] = op._replace(is_begun=True)
-        spilling |= {oid: stored for oid, stored in documents.all.items() if stored.edits and stored.spill}
-        for oid, stored in spilling.items():
-            if oid not in written.lost and oid not in written.unknown and oid not in written.refused:
-                with suppress(BackendError):  # whoever comes upon it next goes on with it
-                    await self.spill(stored)
-        for stored in finishing.values():
-            await self.finish(stored)
-        for number, oids in () if written.is_clean() else rests_on.items():
+        _note_what_was_begun(ops, decided.given, written)
+        await self._go_on(decided, documents, written)
+        answers |= decided.answers
+        again = list(decided.again)
+        for number, oids in () if written.is_clean() else decided.rests_on.items():
             if not written.lost.isdisjoint(oids):
                 again.append(number)
             elif not written.unknown.isdisjoint(oids):
@@ -262,6 +238,18 @@ class Writes:
             answers |= {number: Blocked() for number in again}
             return []
         return sorted(again)
+
+    async def _go_on(self, decided: _Decided, documents: Documents, written: Written) -> None:
+        """Move tombstones out of lines that have no room for them, and finish replacements."""
+        spilling = decided.spilling | {
+            oid: stored for oid, stored in documents.all.items() if stored.edits and stored.spill
+        }
+        for oid, stored in spilling.items():
+            if oid not in written.lost and oid not in written.unknown and oid not in written.refused:
+                with suppress(BackendError):  # whoever comes upon it next goes on with it
+                    await self.spill(stored)
+        for stored in decided.finishing.values():
+            await self.finish(stored)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -352,9 +340,7 @@ class Writes:
         lost = oids - fate.done - fate.unknown - errors.keys()
         return Written(lost, fate.unknown, errors, fate.is_blocked)
 
-    async def _send(
-        self, steps: Bulk, changed: Sequence[Stored], claim: bytes, *, is_patient: bool
-    ) -> _Fate:
+    async def _send(self, steps: Bulk, changed: Sequence[Stored], claim: bytes, *, is_patient: bool) -> _Fate:
         """Send a bulk write."""
         count = 0
 
@@ -587,6 +573,46 @@ def _decide(op: Operation, documents: Documents) -> Answer | Unread | Step:
             return present(op, documents)
         case Update():
             return update(op, documents)
+
+
+def _decided(ops: Sequence[Operation], numbers: Sequence[int], documents: Documents) -> _Decided:
+    """Decide operations in turn, each on what those before it leave."""
+    decided = _Decided(answers={}, rests_on={}, again=[], given={}, spilling={}, finishing={})
+    waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
+    for number in numbers:
+        op = ops[number]
+        documents.consulted.clear()
+        answer = UNREAD if _waits(op, waiting) else _decide(op, documents)
+        if isinstance(answer, Unread | Again | Spill | Finish):
+            decided.again.append(number)
+            waiting.update(needed_names(op, is_whole=True), (s.oid for s in documents.consulted))
+            if isinstance(answer, Spill):
+                decided.spilling[answer.stored.oid] = answer.stored
+            elif isinstance(answer, Finish):
+                decided.finishing[answer.stored.oid] = answer.stored
+            elif isinstance(answer, Again):
+                decided.given[number] = answer
+            continue
+        decided.answers[number] = answer
+        changed = [stored for stored in documents.consulted if stored.edits]
+        if changed:
+            own = [stored for stored in changed if stored.edits != stored.seen]
+            for stored in own:
+                stored.seen = stored.edits
+            decided.rests_on[number] = [stored.oid for stored in own or changed]
+    return decided
+
+
+def _note_what_was_begun(ops: list[Operation], given: dict[int, Again], written: Written) -> None:
+    """An insert that is decided again does not do twice what its first write has done."""
+    for number, answer in given.items():
+        op = ops[number]
+        if not isinstance(op, Insert):
+            continue
+        if answer.giver is not None and answer.giver.oid not in written.lost:
+            ops[number] = op._replace(given=answer.given)
+        elif answer.begun is not None and answer.begun.oid not in written.lost:
+            ops[number] = op._replace(is_begun=True)
 
 
 def _waits(op: Operation, waiting: set[object]) -> bool:
