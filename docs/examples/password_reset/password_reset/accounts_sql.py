@@ -43,6 +43,8 @@ _SESSIONS = Table(
     Column("ends_at", Integer, nullable=False),
 )
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+_OPTIONS = ["shared", "synchronous", "busy_timeout", "check", "reads", "schema", "pool_size"]
+"""Vtoken's own words in the URL, which no driver knows."""
 
 
 class SqlChange:
@@ -75,8 +77,7 @@ class SqlAccounts:
         url = make_url(tokens_url)
         if url.drivername == "sqlite" and url.query.get("shared") != "true":
             raise ValueError("the accounts are in the same file, so write ?shared=true behind its name")
-        ours = ["shared", "schema"]  # vtoken's own words in the URL
-        url = url.set(drivername=_DRIVERS[url.drivername]).difference_update_query(ours)
+        url = url.set(drivername=_DRIVERS[url.drivername]).difference_update_query(_OPTIONS)
         engine = create_async_engine(url, pool_pre_ping=True)
         async with engine.begin() as connection:
             await connection.run_sync(_TABLES.create_all)

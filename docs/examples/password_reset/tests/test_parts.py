@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mailbox
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -21,6 +23,7 @@ import pytest
 from aiosmtpd.controller import Controller
 
 from password_reset import passwords
+from password_reset.accounts import open_accounts
 from password_reset.config import Config
 from password_reset.mail import deliverer
 from password_reset.tokens import normalised
@@ -103,6 +106,22 @@ def test_a_secret_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
     assert found[0].secret not in repr(found[0])
     assert Config.from_env(environ | {"VTOKEN_SECRET": "t" * 32}).secret == "t" * 32
+
+
+def test_the_options_of_the_tokens_are_not_the_drivers(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path.as_posix()}/app.db?shared=true"
+    options = "synchronous=normal&busy_timeout=10000&check=never&reads=worker"
+
+    async def is_empty() -> bool:
+        accounts = await open_accounts(f"{url}&{options}")
+        try:
+            return await accounts.is_empty()
+        finally:
+            await accounts.close()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asyncio.run(is_empty())
 
 
 def test_the_command(tmp_path: Path) -> None:
