@@ -216,6 +216,10 @@ def test_a_file_that_cannot_be_written_is_named(vtoken: Terminal, tmp_path: Path
     (tmp_path / "in.txt").write_text("auth.user:1\n")
     assert vtoken("issue-many", "in.txt", "--slug", "invite", "--out", "nowhere/k.csv") == 3
     assert vtoken.err == "vtoken: nowhere/k.csv.part: No such file or directory\n"
+    (tmp_path / "folder").mkdir()
+    assert vtoken("issue-many", "in.txt", "--slug", "invite", "--out", "folder") == 3
+    assert vtoken.err == "vtoken: folder: Is a directory\n"
+    assert vtoken.json("stats")["total"] == 0, "it is found out before anything is issued"
 
 
 _INTERRUPTIBLE = """

@@ -299,19 +299,18 @@ def _first_id(out: Path) -> str | None:
 
     Raises:
         InvalidInput: the file is something else.
+        OSError: it cannot be read; what cannot be looked at is not replaced.
     """
     if not out.exists():
         return None
-    first: list[str] = []
-    with suppress(OSError), out.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = [file.readline(_LINE) for _ in range(2)]
-    header = ",".join(_FIELDS)
+    with out.open(encoding="utf-8", errors="replace", newline="") as file:
+        first, second = file.readline(_LINE), file.readline(_LINE)
     found = ""
-    if first and first[0].startswith('{"id": "'):
-        found = first[0].split('"')[3]
-    elif first and first[0].startswith(header):
-        found = first[1].partition(",")[0]
-    elif any(first):
+    if first.startswith('{"id": "'):
+        found = first.split('"')[3]
+    elif first.startswith(",".join(_FIELDS)):
+        found = second.partition(",")[0]
+    elif first:
         raise InvalidInput(f"--out: {out} exists and is not an output of issue-many")
     return found or None
 
