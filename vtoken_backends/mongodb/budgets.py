@@ -152,6 +152,8 @@ class Budgets:
 
     async def reset(self, budgets_of: bytes, names: Sequence[bytes] | None) -> int:
         """What :meth:`TokenBackend.reset` says."""
+        if names is not None and not names:  # MongoDB before 5.0 refuses a change of no fields
+            return 0
         if not any(budgets_of):
             return await self._reset_apart(budgets_of, names)
 
