@@ -263,14 +263,28 @@ class TestMarkUsed:
         manager = await store.world.manager()
         token = await manager.issue(USER, "a")
         async with store.connected() as connection, manager.redeem(USER, "a", token.key) as held:
-            for handle in (
-                object(),
-                connection.handle,
-                None,
-            ):  # no transaction is under way on the connection
+            for handle in (object(), connection.handle):  # no transaction is under way on the connection
                 await refused(InvalidInput, manager.mark_used(held, using=handle))
-        # A handle that was refused marks nothing: the block itself has counted the use.
+            await manager.mark_used(held, using=None)
+        # Neither a handle that was refused nor None marks anything: the block itself has counted the use.
         assert await reason(manager.consume(USER, "a", token.key)) == "used"
+
+    async def test_a_handle_of_another_store_keeps_no_hold(self, tmp_path: Path) -> None:
+        """Though its transaction is still open when the block is left."""
+        async with (
+            new_world(f"sqlite:///{tmp_path}/tokens.db") as world,
+            aiosqlite.connect(tmp_path / "other.db") as other,
+        ):
+            manager = await world.manager()
+            token = await manager.issue(USER, "a")
+            await other.execute("BEGIN IMMEDIATE")
+
+            async def work() -> None:
+                async with manager.redeem(USER, "a", token.key) as held:
+                    await manager.mark_used(held, using=other)
+
+            assert "another file" in str(await refused(InvalidInput, work()))
+            await manager.consume(USER, "a", token.key)
 
     async def test_a_second_click_after_the_commit(self, store: Store) -> None:
         manager = await store.world.manager()

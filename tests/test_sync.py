@@ -412,6 +412,33 @@ class TestRedeem:
         with pytest.raises(ZeroDivisionError):
             block()
 
+    def test_closing_while_another_thread_enters_its_block(
+        self, backend: Watched, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manager = SyncTokenManager(TokenManager(backend))
+        issued = manager.deactivate_and_create(USER, "reset")
+        opened = manager._opened
+
+        def closed_just_afterwards() -> Any:
+            running = opened()
+            monkeypatch.undo()
+            manager.close()
+            return running
+
+        def enter() -> None:
+            with manager.redeem(USER, "reset", issued.key):
+                pass
+
+        def attempt() -> None:
+            with pytest.raises(BackendClosed):
+                enter()
+            done.set()
+
+        monkeypatch.setattr(manager, "_opened", closed_just_afterwards)
+        done = threading.Event()
+        threading.Thread(target=attempt, daemon=True).start()
+        assert done.wait(10)
+
     def test_closing_while_another_thread_is_in_its_block(self, manager: SyncTokenManager) -> None:
         issued = manager.deactivate_and_create(USER, "reset")
         entered, closed = threading.Event(), threading.Event()

@@ -507,8 +507,12 @@ class Redemption:
         with self.redeemer.opening.calls() as store:
             target = store.within(using)
             self._marked = using, change.at  # before the write, which may never return
-            if await target.update(match, change) is not None:
-                return
+            try:
+                if await target.update(match, change) is not None:
+                    return
+            except InvalidInput:
+                self._marked = before  # nothing was written, and the hold can be given back
+                raise
             self._marked = before
             found = await target.find(match, 1)
         if before is not None and found and found[0].used_at >= before[1]:

@@ -188,7 +188,8 @@ class SyncTokenManager:
         self.settings = manager.settings
         self.policies = manager.policies
         self.content_types = manager.content_types
-        self._lock = threading.Lock()
+        # It may be taken again by whoever has it, and finds then that another thread has closed the manager.
+        self._lock = threading.RLock()
         self._opens_itself = True
         self._opens = 0
         self._running: _Running | None = None
