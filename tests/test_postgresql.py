@@ -23,6 +23,7 @@ from vtoken.testing.harness import MINUTE, NOW, a_token
 from vtoken_backends.memory import MemoryBackend
 from vtoken_backends.postgresql import PostgreSQLBackend
 from vtoken_backends.postgresql.statements import Statement
+from vtoken_backends.postgresql.store import Connection
 
 PASSWORD = "a password that nobody may see"
 
@@ -198,6 +199,26 @@ async def test_prepared_statements_that_vanish_are_given_up(store: str) -> None:
     assert await backend.find(Match(digests=(token.keys[0].digest,)), 1) == []
     inserted = await backend.insert(token, InsertMode.REPLACE)
     assert inserted.result is InsertResult.INSERTED
+    await backend.close()
+
+
+async def test_prepared_statements_that_vanish_for_several_at_once(store: str) -> None:
+    backend = await opened(store, pool_size=3)
+
+    async def on_all(text: str) -> list[Any]:
+        has_one, all_have_one = itertools.count(1), asyncio.Event()
+
+        async def fetch(connection: Connection) -> Any:
+            if next(has_one) == 3:
+                all_have_one.set()
+            await all_have_one.wait()
+            return await connection.fetch(Statement(text))
+
+        return await asyncio.gather(*(backend._connections.run(fetch, writes=False) for _ in range(3)))
+
+    await on_all("SELECT 1")
+    await on_all("DEALLOCATE ALL")
+    assert await on_all("SELECT 1") == [[(1,)]] * 3
     await backend.close()
 
 

@@ -318,7 +318,7 @@ class Connections:
         state = error.sqlstate or ""
         if state in GAVE_WAY:
             return GaveWay()
-        if state in _NOT_PREPARED and self._may_prepare:
+        if state in _NOT_PREPARED:
             self._may_prepare = False
             self._drop_idle()
             return GaveWay()
