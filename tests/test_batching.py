@@ -139,6 +139,16 @@ async def test_an_unexpected_failure_is_a_backend_error_that_tells_no_value(by_c
     assert caught.value.__cause__ is None
 
 
+async def test_answers_that_are_missing_leave_nobody_waiting() -> None:
+    async def flush(operations: Sequence[int]) -> Sequence[int]:
+        return list(operations)[1:]
+
+    batcher: Batcher[int, int] = Batcher(flush)
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(*map(batcher.submit, range(40)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {BackendError}
+
+
 async def test_cancelled_while_waiting_it_is_left_out(by_caller: bool) -> None:
     store = Store()
     batcher = Batcher(store, by_caller=by_caller)

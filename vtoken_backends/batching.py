@@ -186,7 +186,10 @@ class Batcher(Generic[Op, Answer]):
 
     async def _answers(self, ops: Sequence[Op]) -> Sequence[Answer | BaseException]:
         try:
-            return await self._flush(ops)
+            answers = await self._flush(ops)
+            if len(answers) == len(ops):
+                return answers
+            name = "a wrong number of answers"
         except BackendError as error:
             # One for each: an exception that several tasks raise would collect all of their tracebacks.
             return [type(error)(*error.args) for _ in ops]
