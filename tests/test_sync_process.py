@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from vtoken import Subject
 from vtoken.sync import SyncTokenManager
+
+from . import servers
 
 SCRIPT = """
 import os, sys, warnings
@@ -76,6 +79,13 @@ entered.wait()
 print("ends")
 """
 
+OPENED_ON_MONGODB = """
+from vtoken_backends.mongodb import MongoDBBackend
+made = MongoDBBackend(url=sys.argv[1], driver=os.environ["DRIVER"])
+manager = SyncTokenManager(TokenManager(made))
+print(manager.issue(user, "reset").slug)
+"""
+
 FORKED_UNUSED = """
 child = os.fork()
 print("child:" if child == 0 else "parent:", manager.issue(user, str(child == 0)).slug)
@@ -86,9 +96,14 @@ if child:
 
 def run_script(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; one that hangs fails."""
-    url = f"sqlite:///{tmp_path}/tokens.db"
+    return run_on(f"sqlite:///{tmp_path}/tokens.db", code)
+
+
+def run_on(url: str, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on any store."""
     return subprocess.run(
         [sys.executable, "-u", "-c", SCRIPT + code, url],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -136,3 +151,11 @@ def test_a_forgotten_one_warns_and_lets_the_process_end(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "reset\n"), done.stderr
     assert done.stderr.count("a SyncTokenManager was not closed") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_what_has_opened_itself_is_closed_whatever_the_driver(
+    mongodb_standalone: str, mongodb_driver: str
+) -> None:
+    with servers.databases(mongodb_standalone).one() as url:
+        done = run_on(url, OPENED_ON_MONGODB, DRIVER=mongodb_driver)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "reset\n", "")

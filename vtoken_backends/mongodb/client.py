@@ -178,7 +178,10 @@ class Client(Collections):
         if iscoroutinefunction(client.close):
             await client.close()
         else:  # Motor's talks with the server, and would have the event loop wait
-            await asyncio.to_thread(client.close)
+            try:
+                await asyncio.to_thread(client.close)
+            except RuntimeError:  # the interpreter ends, and starts no thread any more
+                client.close()
         if self._apart:  # look-ups whose callers have left; their connections are closed now
             await asyncio.wait(self._apart)
 
