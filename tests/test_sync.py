@@ -417,7 +417,7 @@ class TestRedeem:
     ) -> None:
         manager = SyncTokenManager(TokenManager(backend))
         issued = manager.deactivate_and_create(USER, "reset")
-        opened = manager._opened
+        opened = manager._opened  # pyright: ignore[reportPrivateUsage]  # where the other thread comes in
 
         def closed_just_afterwards() -> Any:
             running = opened()
