@@ -296,8 +296,11 @@ async def test_a_cancelled_opening_leaves_the_backend_closed_or_open(store: str)
             await backend.close()
 
 
+@pytest.mark.parametrize("cancels", [1, 3])
 @pytest.mark.parametrize("is_lent", [False, True])
-async def test_a_cancelled_call_that_waits_for_a_lock_ends_at_the_server(store: str, is_lent: bool) -> None:
+async def test_a_cancelled_call_that_waits_for_a_lock_ends_at_the_server(
+    store: str, is_lent: bool, cancels: int
+) -> None:
     made = await opened(store)
     token = a_token()
     await made.insert(token, InsertMode.REPLACE)
@@ -310,7 +313,9 @@ async def test_a_cancelled_call_that_waits_for_a_lock_ends_at_the_server(store: 
             connection.execute(f"SELECT FROM {schema}.vtoken_tokens FOR UPDATE".encode())
             deactivating = asyncio.create_task(backend.deactivate(Match(id=token.id), NOW))
             await waits_for_a_lock(servers.shared_url(), "waits")
-            deactivating.cancel()
+            for _ in range(cancels):
+                deactivating.cancel()
+                await asyncio.sleep(0)
             await asyncio.wait([deactivating])
             assert deactivating.cancelled()
             assert sessions("waits") == []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from itertools import count
 from select import POLLIN, poll
 from typing import Any, Final
@@ -20,6 +21,7 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
+from vtoken_backends.batching import outlast
 from vtoken_backends.postgresql.statements import Statement
 from vtoken_backends.postgresql.store import Rows
 
@@ -105,7 +107,8 @@ class Wire:
         try:
             results = await self._carry(statements)
         except asyncio.CancelledError:
-            await self._give_up()
+            # Its caller may be cancelled again, and is told only when nothing can happen any more.
+            await outlast(Context().run(self._loop.create_task, self._give_up()))
             raise
         except psycopg.Error:
             self._leave_if_lost()
@@ -215,7 +218,7 @@ class Wire:
                 async with asyncio.timeout(_UNDOING):
                     await self._driver.cancel_safe(timeout=_UNDOING)
                     await self._results()
-        finally:
+        finally:  # cancelled with its event loop, perhaps
             self.close()
 
 
