@@ -492,10 +492,9 @@ class TokenBackend(Protocol):
         multi-document transactions a crash half-way may leave no active token, never two.
 
         A digest is taken if another token has a key with it, or with one of ``also_taken``. One exception:
-        under every mode but ``ONCE``, a key of the kind ``"code"`` whose token has the same content type,
-        object id and slug, and is not active, is expired at ``token.created_at``, or is replaced by this very
-        insert, is
-        superseded: the older token loses the key.
+        under every mode but ``ONCE``, a key of the kind ``"code"`` is superseded, that is the older token
+        loses it, if that token has the same content type, object id and slug, and is not active, is expired
+        at ``token.created_at``, or is replaced by this very insert.
 
         Args:
             token: the record, to be stored in all its fields. Its ``state`` need not be ACTIVE; ``REPLACE``

@@ -35,6 +35,7 @@ from vtoken.backend import (
     left_of,
 )
 from vtoken.errors import CorruptStore
+from vtoken_backends.mongodb.client import after_a_write
 from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.failures import Duplicate
 from vtoken_backends.mongodb.patience import Patience
@@ -276,7 +277,7 @@ class Budgets:
             if is_reserved:
                 reserved += _charges(together, states)
         if not taking.reserves:
-            await self.settle(reserved)
+            await after_a_write(self.settle(reserved))
         after = tuple(states[spend.budget] for spend in spends)
         if not taking.charges:
             lefts = [left_of(state, spend, now) for state, spend in zip(after, spends, strict=True)]

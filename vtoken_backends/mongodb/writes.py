@@ -249,7 +249,8 @@ class Writes:
                 with suppress(BackendError):  # whoever comes upon it next goes on with it
                     await self.spill(stored)
         for stored in decided.finishing.values():
-            await self.finish(stored)
+            with suppress(BackendError):  # likewise, and the round must not be decided twice for its sake
+                await self.finish(stored)
 
     # Reading --------------------------------------------------------------------------------------
 

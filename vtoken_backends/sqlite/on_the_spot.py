@@ -121,8 +121,8 @@ class OnTheSpot:
         started = self._clock()
         try:
             return Rows(self._connection.execute(sql, values).fetchall())
-        except sqlite3.Error:  # the reader's thread tries again, waits if need be, and says what is wrong
-            return None
+        except (sqlite3.Error, MemoryError):
+            return None  # the reader's thread tries again, waits if need be, and says what is wrong
         finally:
             self._in_use.release()
             now = self._clock()
