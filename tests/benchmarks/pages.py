@@ -10,6 +10,7 @@ from .cells import Sample
 from .figures import Figure, shown
 from .rounds import Result
 from .targets import verdicts
+from .why_not import WHY_NOT
 
 BEGIN: Final = "<!-- Written by `python -m tests.benchmarks plot FILE...`; what stands outside is kept. -->"
 END: Final = "<!-- The end of what was written. -->"
@@ -112,19 +113,23 @@ def _targets(results: Sequence[Result], figures: Sequence[Figure]) -> str:
     for verdict in verdicts(results):
         target, unit = verdict.target, verdict.target.unit
         measured = f"{verdict.ratio:.3g}{unit} ({verdict.least:.3g} to {verdict.most:.3g})"
-        rows.append((target.title, target.bound_text, measured, f"{verdict.load:g}", _said(verdict.reached)))
+        said = _said(verdict.reached, target.title)
+        rows.append((target.title, target.bound_text, measured, f"{verdict.load:g}", said))
     for figure in figures:
         if figure.bound is None:
             continue
         bound = f"{'at least' if figure.at_least else 'at most'} {figure.bound:g} {figure.unit}"
         values = next(iter(figure.values.values()))
         measured = _spread(values, figure.unit)
-        rows.append((figure.title, bound, measured, f"{figure.load:g}", _said(figure.reached)))
+        rows.append((figure.title, bound, measured, f"{figure.load:g}", _said(figure.reached, figure.title)))
     return _table(("what", "target", "measured", "load", ""), rows)
 
 
-def _said(reached: bool | None) -> str:
-    return "reached" if reached else "**not reached**"
+def _said(reached: bool | None, title: str) -> str:
+    if reached:
+        return "reached"
+    reasons = [why for beginning, why in WHY_NOT.items() if title.startswith(beginning)]
+    return "**not reached**" + "".join(f": {why}" for why in reasons[:1])
 
 
 _Column = tuple[str, Callable[[Sample], float | None]]
