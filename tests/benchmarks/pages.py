@@ -128,8 +128,8 @@ def _targets(results: Sequence[Result], figures: Sequence[Figure]) -> str:
 def _said(reached: bool | None, title: str) -> str:
     if reached:
         return "reached"
-    reasons = [why for beginning, why in WHY_NOT.items() if title.startswith(beginning)]
-    return "**not reached**" + "".join(f": {why}" for why in reasons[:1])
+    fitting = [beginning for beginning in WHY_NOT if title.startswith(beginning)]
+    return "**not reached**" + (f": {WHY_NOT[max(fitting, key=len)]}" if fitting else "")
 
 
 _Column = tuple[str, Callable[[Sample], float | None]]

@@ -237,7 +237,7 @@ async def sqlite_purge(folder: Path, stored: int, expired: int, rounds: int) -> 
             waits["vtoken, alone"].append(await consumer)
     title = f"sqlite: purge of {expired:,} expired of {stored:,}"
     return [
-        Figure(f"{title}, longest wait of a consumer beside it", "ms", waits, 50, load=load_average()),
+        Figure(f"{title}, longest wait of a consumer beside it", "ms", waits, 30, load=load_average()),
         Figure(title, "s", {"vtoken": taken}, load=load_average()),
     ]
 
