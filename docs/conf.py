@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the reference is that of this tree
 
@@ -19,6 +21,7 @@ project = "vtoken"
 author = project_copyright = "The vtoken authors"
 version = release = __version__
 html_title = f"vtoken {__version__}"
+pygments_dark_style = "github-dark"  # the theme's own underlines modules and classes, as if they were links
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
@@ -109,6 +112,8 @@ def _site_links(_: Any, docname: str, source: list[str]) -> None:
 def _plain_first_line(_: Any, what: str, *arguments: Any) -> None:
     """Keep napoleon from taking "When it was made: ..." for a type and a description."""
     lines: list[str] = arguments[-1]
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()  # a named tuple's field that has no words of its own
     if what in {"attribute", "data", "property"} and lines:
         lines[:0] = ["..", ""]  # an empty comment: blank lines it skips
 
@@ -141,10 +146,18 @@ def _elsewhere(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     return None
 
 
+def _whole_words(_: Any, doctree: nodes.document) -> None:
+    """Mark code of short words, which the stylesheet keeps whole: browsers break ``--url`` at its hyphens."""
+    for node in doctree.findall(nodes.literal):
+        if all(len(word) <= 18 for word in node.astext().split()):
+            node["classes"].append("whole")
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register what is ours."""
     app.connect("source-read", _site_links)
     app.connect("autodoc-process-signature", _readable_signature)
     app.connect("autodoc-process-docstring", _plain_first_line, priority=100)
+    app.connect("doctree-read", _whole_words)
     app.connect("missing-reference", _elsewhere)
     return {"parallel_read_safe": True}

@@ -282,7 +282,7 @@ class TokenManager:
                 is stored when that commits.
 
         Returns:
-            The token with its ``key``, and of a pair with its ``code``: the only time that they are there.
+            The token with its ``key``, and of a pair with its ``code``; they are there at no other time.
 
         Raises:
             CooldownActive: one of the policy's limits for issuing is full.
