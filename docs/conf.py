@@ -149,7 +149,7 @@ def _elsewhere(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 def _whole_words(_: Any, doctree: nodes.document) -> None:
     """Mark code of short words, which the stylesheet keeps whole: browsers break ``--url`` at its hyphens."""
     for node in doctree.findall(nodes.literal):
-        if all(len(word) <= 18 for word in node.astext().split()):
+        if all(len(word) <= 20 for word in node.astext().split()):
             node["classes"].append("whole")
 
 
