@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import mailbox
 import os
 import signal
@@ -27,6 +26,7 @@ from password_reset.accounts import open_accounts
 from password_reset.config import Config
 from password_reset.mail import deliverer
 from password_reset.tokens import normalised
+from tests.site import in_a_thread
 
 
 def message() -> EmailMessage:
@@ -121,7 +121,7 @@ def test_the_options_of_the_tokens_are_not_the_drivers(tmp_path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert asyncio.run(is_empty())
+        assert in_a_thread(is_empty())
 
 
 def test_the_command(tmp_path: Path) -> None:
