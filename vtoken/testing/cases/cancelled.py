@@ -155,8 +155,9 @@ class CancelledCases(Suite):
                 assert active == [new[-1].id]
             elif active != [old.id]:
                 assert active == []
-                [latest, before] = [token async for token in other.history(USER)][:2]
-                assert (latest.id > before.id, before) == (True, old)
+                latest = [token async for token in other.history(USER)][:2]
+                assert latest[1:] == [old]
+                assert latest[0].id > old.id
             old = await manager.issue(USER, "reset")
 
         await cancel_everywhere(issue, check)
