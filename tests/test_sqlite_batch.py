@@ -29,7 +29,7 @@ from vtoken.backend import (
 from vtoken.errors import BackendError, BackendUnavailable, CorruptStore
 from vtoken_backends.sqlite import SQLiteBackend, operations
 from vtoken_backends.sqlite.batch import Batch, SingleOperation
-from vtoken_backends.sqlite.steps import Rows
+from vtoken_backends.sqlite.steps import Rows, Steps
 
 from .sqlite_tools import NOW, ask, digest, insert, key, opened, plain, present, subject, token, use
 
@@ -384,6 +384,23 @@ async def test_when_all_have_left_nobody_waits_for_the_lock(path: Path) -> None:
                 await ask(backend, "PRAGMA user_version")  # the thread is free again
             database.execute("ROLLBACK")
         assert (await backend.find(present(1), 1))[0].uses == 0
+
+
+def test_what_is_withdrawn_while_it_is_tried_is_not_tried_again() -> None:
+    tries: list[bool] = []
+
+    def locked() -> Steps[str]:
+        tries.append(batch.withdraw(operation))
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+        raise error
+        yield  # makes it a generator
+
+    operation = SingleOperation(locked)
+    batch = Batch([operation], busy_timeout=600_000)
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        assert batch.carry_out(database).answers == [None]
+    assert tries == [False]
 
 
 def test_what_has_begun_cannot_be_withdrawn() -> None:

@@ -109,16 +109,19 @@ class Batch:
         self._answers: dict[Operation, Any] = {}
         self._waiting = set(operations)
         """Those that have not been begun: nothing of them has happened."""
+        self._unwanted = set[Operation]()
+        """Those that were to be left out while they were tried."""
         self._changed = threading.Condition(threading.Lock())
 
     def withdraw(self, operation: Operation) -> bool:
         """Leave an operation out, if it has not been begun. May be called in any thread.
 
         Returns:
-            False where it is too late.
+            False where it is too late. If it meets a lock now, it is not tried again.
         """
         with self._changed:
             if operation not in self._waiting:
+                self._unwanted.add(operation)
                 return False
             self._waiting.remove(operation)
             self._changed.notify()
@@ -151,7 +154,7 @@ class Batch:
 
     def _wait(self, operations: Sequence[Operation], pause: float) -> None:
         with self._changed:
-            self._waiting.update(operations)
+            self._waiting.update(set(operations) - self._unwanted)
             self._changed.wait(pause)
 
     def _pauses(self) -> Iterator[float]:
