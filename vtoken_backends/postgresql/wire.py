@@ -52,6 +52,7 @@ class Wire:
         self._names: dict[str, bytes] | None = {} if prepares else None
         self._numbers = count(1)
         self._answer: asyncio.Future[None] | None = None
+        self._syncs = 0  # that were sent in pipeline mode, and have not come back
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
         self._loop.add_reader(self._socket, self._read)
@@ -129,16 +130,20 @@ class Wire:
         for text in new:
             self._prepare(text)
         if new:
-            self._pgconn.pipeline_sync()  # so that a transaction that is to begin has not begun yet
+            self._sync()  # so that a transaction that is to begin has not begun yet
         for statement in statements:
             self._send(statement)
-        self._pgconn.pipeline_sync()
+        self._sync()
         prepared = await self._results() if new else []
         results = await self._results()
         self._pgconn.exit_pipeline_mode()
         if any(result.status != ExecStatus.COMMAND_OK for result in prepared):
             self._forget(new)
         return [*prepared, *results]
+
+    def _sync(self) -> None:
+        self._pgconn.pipeline_sync()
+        self._syncs += 1
 
     def _prepare(self, text: str) -> None:
         if self._names is not None and text not in self._names:
@@ -175,6 +180,7 @@ class Wire:
                 if pgconn.status != ConnStatus.OK or pgconn.pipeline_status == PipelineStatus.OFF:
                     return results
             elif result.status == ExecStatus.PIPELINE_SYNC:
+                self._syncs -= 1
                 return results
             else:
                 results.append(result)
@@ -212,12 +218,19 @@ class Wire:
     async def _give_up(self) -> None:
         """Have the server end what it does for a caller that was cancelled: it may be waiting for a lock, and
         would go on once it has it. Then close the connection, because the server may be asked too late, and
-        would end the next statement."""
+        would end the next statement.
+
+        What comes after a synchronisation is carried out although what came before it was cancelled. So it is
+        waited for, and cancelled in its turn.
+        """
         try:
             with suppress(Exception):
                 async with asyncio.timeout(_UNDOING):
                     await self._driver.cancel_safe(timeout=_UNDOING)
                     await self._results()
+                    while self._syncs:
+                        await self._driver.cancel_safe(timeout=_UNDOING)
+                        await self._results()
         finally:  # cancelled with its event loop, perhaps
             self.close()
 
