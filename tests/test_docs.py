@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import secrets
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s#]+)[^)]*\)")
 _LITERAL_SECRET = re.compile(r"""secrets?(?:["']\])?\s*=\s*\[?\s*f?["'](?!\$)""", re.IGNORECASE)
+_PROMPT = b"\x1b[?2004h"
+"""What the REPL of Python 3.13 sends when it is ready for a paste."""
+_CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[=>])")
 _WIDEST = 84
 """Columns of code that a page of the site shows without a scroll bar."""
 
@@ -75,26 +79,52 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run_python(page)
 
 
+def paste(parts: list[str], cwd: Path) -> list[str]:
+    """Paste each of the parts into ``python -m asyncio``; return the lines that it shows.
+
+    Up to Python 3.12 it reads line by line, and a blank line ends what is indented. Since 3.13 it does so
+    only without a terminal, and 3.13.0 then takes no indented block at all: so this pastes into a terminal.
+    """
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON_HISTORY": str(cwd / "history")}
+    command = [sys.executable, "-m", "asyncio"]
+    if sys.version_info < (3, 13):
+        done = subprocess.run(
+            command, input="\n\n".join(parts), cwd=cwd, env=env, capture_output=True, text=True, check=True
+        )
+        return [line.lstrip(">. ") for line in (done.stderr + "\n" + done.stdout).splitlines()]
+    env |= {"TERM": "xterm", "COLUMNS": "200", "LINES": "100", "NO_COLOR": "1"}
+    env.pop("PYTHON_BASIC_REPL", None)
+    terminal, end = os.openpty()
+    with subprocess.Popen(
+        command, stdin=end, stdout=end, stderr=end, cwd=cwd, env=env, start_new_session=True
+    ) as repl:
+        os.close(end)
+        shown = b""
+        try:
+            for part in [*parts, None]:
+                prompts = shown.count(_PROMPT) + 1
+                while shown.count(_PROMPT) < prompts:
+                    assert select.select([terminal], [], [], 30)[0], shown.decode()
+                    shown += os.read(terminal, 65536)
+                if part is not None:
+                    os.write(terminal, b"\x1b[200~" + part.encode() + b"\x1b[201~\r")
+        finally:
+            repl.kill()
+            os.close(terminal)
+    return [line.strip() for line in _CONTROL.sub("", shown.decode()).splitlines()]
+
+
 def test_the_readmes_blocks_can_be_pasted(tmp_path: Path) -> None:
-    """``python -m asyncio`` reads line by line, and a blank line ends what is indented."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     first, end = (
         text.count("\n", 0, text.index(what)) for what in ("You can paste the blocks", "## Backends")
     )
     pasted = [block.code for block in blocks(readme) if block.info == "python" and first < block.line < end]
-    done = subprocess.run(
-        [sys.executable, "-m", "asyncio"],
-        input="\n\n".join([*pasted, "print(left, 'attempts left')\n"]),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Error" not in done.stderr
-    assert "Your password is changed." in done.stdout
-    assert "4 attempts left" in done.stdout
+    shown = paste([*pasted, "print(left, 'attempts left')\n"], tmp_path)
+    assert not [line for line in shown if "Error" in line], shown
+    assert "Your password is changed." in shown
+    assert "4 attempts left" in shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
