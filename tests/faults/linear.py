@@ -39,6 +39,10 @@ class Specification(Protocol[State]):
         """The state before the first move."""
         ...
 
+    def only_looks(self, operation: Operation) -> bool:
+        """Say whether an operation, by what it is and by its result, changes nothing in any state."""
+        ...
+
     def moves(self, state: State, operation: Operation, done: int) -> Iterable[tuple[State, int, bool]]:
         """The moves that an operation may make next.
 
@@ -94,8 +98,7 @@ def _steps(
             # How far a finished operation was matters no more.
             moved = (*progress[:n], 0 if is_finished else done, *progress[n + 1 :])
             step = _Place(waiting - {n} if is_finished else waiting, moved, after)
-            if not is_finished or after != state or progress[n]:
-                steps.append(step)
-            elif operation.end != NEVER_RETURNED:
-                return [step]  # its result says that it changes nothing, so no other order can do better
+            if is_finished and specification.only_looks(operation):
+                return [step]  # no other order can do better
+            steps.append(step)
     return steps

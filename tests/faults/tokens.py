@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from tests.faults.linear import NEVER_RETURNED, Operation, is_linearizable
+from tests.faults.linear import Operation, is_linearizable
 
 
 class Tokens(NamedTuple):
@@ -51,7 +51,8 @@ def is_sound(history: Sequence[Operation], cap: int | None, *, in_two_steps: boo
     Args:
         history: all of it.
         cap: how many wrong keys are compared; None for no cap.
-        in_two_steps: the store may show that the old token has ended before the new one is active.
+        in_two_steps: the store may show that the old token has ended before the new one is active, and may
+            count wrong keys after it let a right one through and before it is used.
     """
     compared = [operation for operation in history if operation.result != ("capped",)]
     if not is_linearizable(compared, OneToken(history, in_two_steps=in_two_steps)):
@@ -59,7 +60,7 @@ def is_sound(history: Sequence[Operation], cap: int | None, *, in_two_steps: boo
     if cap is None:
         return len(compared) == len(history)
     attempts = [operation for operation in history if operation.do in ("wrong", "verify", "consume")]
-    return is_linearizable(attempts, AttemptBudget(history, cap))
+    return is_linearizable(attempts, AttemptBudget(history, cap, in_two_steps=in_two_steps))
 
 
 class OneToken:
@@ -76,6 +77,11 @@ class OneToken:
 
     def initial(self) -> Tokens:
         return Tokens()
+
+    def only_looks(self, operation: Operation) -> bool:
+        if operation.do == "consume":
+            return operation.result not in (("ok",), None)
+        return operation.do in ("verify", "wrong")
 
     def moves(self, state: Tokens, operation: Operation, done: int) -> Iterator[tuple[Tokens, int, bool]]:
         for after, progress, result in self._outcomes(state, operation, done):
@@ -129,41 +135,51 @@ class OneToken:
             yield state._replace(active=token)
 
 
-_AGAIN: Final = 2
-"""How far an operation is that is answered again."""
+_LET_THROUGH: Final = 1
+"""How far a right key is that may be compared, and whose use is not made yet."""
 
 
 class AttemptBudget:
-    """How many attempts were counted. A right key's is given back, the first success resets all.
+    """How many wrong keys were counted. A right key costs nothing, and its use forgets them all.
 
     Args:
         history: where uses that were asked for twice are looked up.
         cap: how many wrong keys are compared.
+        in_two_steps: the store may let a right key through first and use it later (decision 0012), so that
+            wrong keys are counted in between.
     """
 
-    def __init__(self, history: Iterable[Operation], cap: int) -> None:
+    def __init__(self, history: Iterable[Operation], cap: int, *, in_two_steps: bool) -> None:
         self._uses = Counter(operation.name for operation in history if operation.do == "consume")
-        self._cap = cap
+        self._cap, self._in_two_steps = cap, in_two_steps
 
     def initial(self) -> int:
         return 0
 
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.result is not None and not self._may_use(operation) and not _is_counted(operation)
+
     def moves(self, state: int, operation: Operation, done: int) -> Iterator[tuple[int, int, bool]]:
-        result = operation.result[0] if operation.result else None
-        if not done and result in ("ok", None) and self._uses[operation.name] > 1:
-            # It was answered again, which is neither limited nor charged. In two moves, because a move that
-            # changes nothing and ends the operation is taken as the only one.
-            yield state, _AGAIN, False
-        if done == _AGAIN:
-            yield state, 0, True
-        elif not done and state >= self._cap:
-            if result in ("capped", None):
+        result = operation.result
+        if done == _LET_THROUGH:
+            yield 0, 0, True
+            return
+        if self._may_use(operation) and self._uses[operation.name] > 1:
+            yield state, 0, True  # answered again, which is neither limited nor counted
+        if state >= self._cap:
+            if result in (("capped",), None):
                 yield state, 0, True
-        elif not done and result != "capped":
-            yield state + 1, 1, result in ("unknown", "inactive")
-        elif done:
-            may_reset = operation.do == "consume" and result in ("ok", None)
-            if may_reset:
-                yield 0, 0, True
-            if not may_reset or self._uses[operation.name] > 1 or operation.end == NEVER_RETURNED:
-                yield max(0, state - 1), 0, True
+            return
+        if result is None or _is_counted(operation):
+            yield state + 1, 0, True
+        if self._may_use(operation):
+            yield (state, _LET_THROUGH, False) if self._in_two_steps else (0, 0, True)
+        elif result is not None and not _is_counted(operation) and result != ("capped",):
+            yield state, 0, True
+
+    def _may_use(self, operation: Operation) -> bool:
+        return operation.do == "consume" and operation.result in (("ok",), None)
+
+
+def _is_counted(operation: Operation) -> bool:
+    return operation.result in (("unknown",), ("inactive",))

@@ -75,11 +75,14 @@ class Reads:
     async def _named(self, names: Sequence[object]) -> Documents:
         """What has these names: mostly current tokens, so that tombstones are read only for those left."""
         documents = Documents(is_whole=False)
-        for stored in await self._writes.named(names, is_whole=False):
+        current = await self._writes.named(names, is_whole=False)
+        for stored in current:
             documents.add(stored)
         left = [name for name in names if documents.holder(name) is None]
-        for stored in await self._writes.named(left, is_whole=True) if left else ():
-            documents.add(stored)
+        if left:
+            found = self._writes.named(left, is_whole=True) if current else self._writes.not_named(left)
+            for stored in await found:
+                documents.add(stored)
         return documents
 
     async def page(self, match: Match, limit: int, after: str | None) -> list[StoredToken]:

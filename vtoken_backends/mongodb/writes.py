@@ -64,6 +64,7 @@ from vtoken_backends.mongodb.documents import (
     names_of,
     new_id,
     object_of,
+    reserved_names,
     stored_of,
     token_document,
     whole,
@@ -273,14 +274,37 @@ class Writes:
 
         async def find() -> list[Stored]:
             fields = None if is_whole else LIGHT
-            query: Document = {"names": {"$in": names}}
-            found = await self._client.find_all(query, PAGE, fields, hint=dict(NAMES))
-            if is_whole:
-                found += await self._client.find_all({"spilling": {"$in": names}}, PAGE)
-            latest = {one["_id"]: one for one in found}  # one that was found twice may have changed meanwhile
-            return [stored_of(one, is_whole=is_whole) for one in latest.values()]
+            found = await self._find({"names": {"$in": list(names)}}, fields, hint=dict(NAMES))
+            return [*(found | await self._elsewhere(_left(names, found)) if is_whole else found).values()]
 
         return await self._client.run(find, writes=False)
+
+    async def not_named(self, names: Sequence[object]) -> list[Stored]:
+        """The whole documents with names of which a read has just found no document."""
+
+        async def find() -> list[Stored]:
+            return list((await self._elsewhere(names)).values())
+
+        return await self._client.run(find, writes=False)
+
+    async def _elsewhere(self, names: Sequence[object]) -> dict[bytes, Stored]:
+        """What names are of that were not found. To be called within ``run``.
+
+        They may be those of tombstones that were on their way when they were looked for. If they are not on
+        their way any more, they have arrived.
+        """
+        if not names:
+            return {}
+        moving = await self._find({"spilling": {"$in": list(names)}})
+        left = _left(names, moving)
+        return moving | await self._find({"names": {"$in": left}}, hint=dict(NAMES)) if left else moving
+
+    async def _find(
+        self, query: Document, fields: Document | None = None, **more: Any
+    ) -> dict[bytes, Stored]:
+        found = await self._client.find_all(query, PAGE, fields, **more)
+        stored = [stored_of(one, is_whole=fields is None) for one in found]
+        return {one.oid: one for one in stored}
 
     async def _read_origins(self, ops: Sequence[Operation], documents: Documents) -> None:
         """Read the tokens that keys were issued with, which remember the uses of them."""
@@ -564,6 +588,14 @@ _ENDABLE: Final[Document] = {
 
 def unknown() -> OutcomeUnknown:
     return OutcomeUnknown("MongoDB: the write may or may not have happened")
+
+
+def _left(names: Sequence[object], found: dict[bytes, Stored]) -> list[object]:
+    """The names that are of none of some whole documents."""
+    known: set[object] = set()
+    for stored in found.values():
+        known.update((stored.line,), reserved_names(stored), names_of([k.token for k in stored.tokens()]))
+    return [name for name in names if name not in known]
 
 
 def _decide(op: Operation, documents: Documents) -> Answer | Unread | Step:
