@@ -210,43 +210,73 @@ async def sqlite_growth(folder: Path, stored: int, rounds: int) -> list[Figure]:
         return await growth("sqlite", small.copy, contender, stored, rounds)
 
 
+class Beside(NamedTuple):
+    """What a consumer got done while something else went on."""
+
+    longest_wait: float
+    """Milliseconds."""
+    rate: float
+    """Uses a second."""
+
+
 async def sqlite_purge(folder: Path, stored: int, expired: int, rounds: int) -> list[Figure]:
-    """How long a consumer waits at most while the expired tokens are purged, and without a purge."""
+    """How long a consumer waits at most while the expired tokens are purged, how much it gets done, and both
+    without a purge."""
     file = SQLiteFile(folder / "purged.db")
     await file.make(stored - expired)
-    waits: dict[str, list[float]] = {"vtoken, purging": [], "vtoken, alone": []}
+    purging: list[Beside] = []
+    alone: list[Beside] = []
     taken: list[float] = []
     numbers = itertools.count()
     async with TokenManager.from_url(f"sqlite:///{file.path}") as manager:
         for number in range(rounds):
             file.add(stored + number * expired, expired, now_ms() - 60_000)
             gc.collect()
-            stop = asyncio.Event()
-            consumer = asyncio.create_task(_longest_wait(manager, numbers, stop))
-            begun = perf_counter()
-            purged = await manager.purge()
-            taken.append(perf_counter() - begun)
-            stop.set()
-            waits["vtoken, purging"].append(await consumer)
+            async with _consuming(manager, numbers, purging):
+                begun = perf_counter()
+                purged = await manager.purge()
+                taken.append(perf_counter() - begun)
             if purged < expired:
                 raise RuntimeError(f"{purged} tokens were purged")
-            stop = asyncio.Event()
-            consumer = asyncio.create_task(_longest_wait(manager, numbers, stop))
-            await asyncio.sleep(min(taken[-1], 5))
-            stop.set()
-            waits["vtoken, alone"].append(await consumer)
+            async with _consuming(manager, numbers, alone):
+                await asyncio.sleep(min(taken[-1], 5))
     title = f"sqlite: purge of {expired:,} expired of {stored:,}"
+    waits = {
+        "vtoken, purging": [one.longest_wait for one in purging],
+        "vtoken, alone": [one.longest_wait for one in alone],
+    }
+    rates = {"purging": [one.rate for one in purging], "alone": [one.rate for one in alone]}
+    load = load_average()
     return [
-        Figure(f"{title}, longest wait of a consumer beside it", "ms", waits, 30, load=load_average()),
-        Figure(title, "s", {"vtoken": taken}, load=load_average()),
+        Figure(f"{title}, longest wait of a consumer beside it", "ms", waits, 30, load=load),
+        ratio(
+            f"{title}, rate of a consumer beside it to that of one alone",
+            rates,
+            0.3,
+            at_least=True,
+            load=load,
+        ),
+        Figure(title, "s", {"vtoken": taken}, load=load),
     ]
 
 
-async def _longest_wait(manager: TokenManager, numbers: Iterator[int], stop: asyncio.Event) -> float:
-    longest = 0.0
-    while not stop.is_set():
-        number = next(numbers)
-        begun = perf_counter()
-        await manager.consume(Subject(CONTENT_TYPE, object_of(number)), SLUG, key_of(number))
-        longest = max(longest, perf_counter() - begun)
-    return longest * 1e3
+@contextlib.asynccontextmanager
+async def _consuming(
+    manager: TokenManager, numbers: Iterator[int], found: list[Beside]
+) -> AsyncGenerator[None]:
+    """One use after the other, while a block runs."""
+    stop = asyncio.Event()
+
+    async def consume() -> Beside:
+        waits: list[float] = []
+        while not stop.is_set():
+            number = next(numbers)
+            begun = perf_counter()
+            await manager.consume(Subject(CONTENT_TYPE, object_of(number)), SLUG, key_of(number))
+            waits.append(perf_counter() - begun)
+        return Beside(max(waits) * 1e3, len(waits) / sum(waits))
+
+    consumer = asyncio.create_task(consume())
+    yield
+    stop.set()
+    found.append(await consumer)
