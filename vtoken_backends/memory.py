@@ -11,7 +11,9 @@ import heapq
 import threading
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
+from itertools import islice
+from operator import itemgetter
 from typing import Final, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -161,7 +163,7 @@ class MemoryBackend:
             for owner in owners:
                 store.save(without_keys(owner, digests))
             stored = _replace_line(store, line, token, keep_until) if line else token
-            store.save(stored)
+            store.add(stored)
             return _new_inserted(Inserted, result=_INSERTED, token=stored, spending=spending)
 
     async def present(
@@ -238,7 +240,8 @@ class MemoryBackend:
         with store.lock:
             found = store.matching(Match(content_type=content_type, object_id=object_id))
             for token in found:
-                store.remove(token)
+                store.ends.discard(token.id, token.ends_at)
+            store.forget_tokens(found)
             store.forget(budgets_of, None)
         return len(found)
 
@@ -247,24 +250,19 @@ class MemoryBackend:
         with store.lock:
             purged = 0
             held: list[StoredToken] = []
-            for token_id in store.ends.due(before):
-                token = store.tokens[token_id]
-                if token.holds and running_holds(token, now):
-                    held.append(token)
-                    continue
-                store.forget_token(token)
-                purged += 1
-                if purged == limit:
-                    break
+            while due := store.ends.take(before, limit - purged):
+                free: list[StoredToken] = []
+                for token_id in due:
+                    token = store.tokens[token_id]
+                    (held if token.holds and running_holds(token, now) else free).append(token)
+                store.forget_tokens(free)
+                purged += len(free)
             for token in held:
                 store.ends.add(token.id, token.ends_at)
-            budgets = 0
-            for budget in store.budget_ends.due(budgets_before + 1):
-                store.forget(budget.object, (budget.name,))
-                budgets += 1
-                if budgets == limit:
-                    break
-        return Purged(tokens=purged, budgets=budgets)
+            budgets = store.budget_ends.take(budgets_before + 1, limit)
+            for budget in budgets:
+                store.forget_budget(budget)
+        return Purged(tokens=purged, budgets=len(budgets))
 
     async def count(self, now: int) -> list[SlugCount]:
         store = self._opened()
@@ -306,10 +304,6 @@ class MemoryBackend:
 
 
 # What the methods do in several steps, under the lock ---------------------------------------------
-
-
-def _end(due: tuple[int, object]) -> int:
-    return due[0]
 
 
 def _id(token: StoredToken) -> str:
@@ -409,18 +403,26 @@ class _Store:
 
     # Tokens
 
-    def save(self, token: StoredToken) -> None:
-        """Store a new token, or what has become of one."""
-        old = self.tokens.get(token.id)
+    def add(self, token: StoredToken) -> None:
+        """Store a new token."""
         self.tokens[token.id] = token
-        if old is not None and old.keys is not token.keys:
-            self._disown(old)
         for key in token.keys:
             self.owners[key.digest] = token
-        if old is None:
-            self.ends.add(token.id, token.ends_at)
+        self.ends.add(token.id, token.ends_at)
+        if token.object_id in self._objects:
             self._add_to_object(token)
-            return
+        else:
+            self._objects[token.object_id] = token.id
+
+    def save(self, token: StoredToken) -> None:
+        """Store what has become of a token."""
+        old = self.tokens[token.id]
+        self.tokens[token.id] = token
+        if old.keys is not token.keys:
+            for key in old.keys:
+                del self.owners[key.digest]
+        for key in token.keys:
+            self.owners[key.digest] = token
         if old.ends_at != token.ends_at:
             self.ends.discard(old.id, old.ends_at)
             self.ends.add(token.id, token.ends_at)
@@ -433,32 +435,21 @@ class _Store:
                 source.pop(token.id, None)
                 target[token.id] = None
 
-    def remove(self, token: StoredToken) -> None:
-        """Forget a token, its uses and when it ends."""
-        self.ends.discard(token.id, token.ends_at)
-        self.forget_token(token)
-
-    def forget_token(self, token: StoredToken) -> None:
-        """Forget a token that was taken out of :attr:`ends`, and its uses."""
-        del self.tokens[token.id]
-        self._disown(token)
-        of_object = self._objects[token.object_id]
-        if isinstance(of_object, str):
-            del self._objects[token.object_id]
-        else:
-            of_object.active.pop(token.id, None)
-            of_object.ended.pop(token.id, None)
-            if not of_object.active and not of_object.ended:
-                del self._objects[token.object_id]
-        if token.uses:
-            for use in self.uses_of.pop(token.id, ()):
-                del self.uses[use]
-
-    def _disown(self, token: StoredToken) -> None:
-        for key in token.keys:
-            owner = self.owners.get(key.digest)
-            if owner is not None and owner.id == token.id:  # no other one has taken the key over
+    def forget_tokens(self, tokens: Iterable[StoredToken]) -> None:
+        """Forget tokens that were taken out of :attr:`ends`, and their uses."""
+        for token in tokens:
+            del self.tokens[token.id]
+            for key in token.keys:
                 del self.owners[key.digest]
+            of_object = self._objects.pop(token.object_id)
+            if not isinstance(of_object, str):
+                of_object.active.pop(token.id, None)
+                of_object.ended.pop(token.id, None)
+                if of_object.active or of_object.ended:
+                    self._objects[token.object_id] = of_object
+            if token.uses:
+                for use in self.uses_of.pop(token.id, ()):
+                    del self.uses[use]
 
     def owners_of(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
         """The tokens that have keys with these digests, each once, in the order of the digests."""
@@ -517,10 +508,8 @@ class _Store:
         return [self.tokens[token_id] for token_id in (*of_object.active, *of_object.ended)]
 
     def _add_to_object(self, token: StoredToken) -> None:
-        of_object = self._objects.get(token.object_id)
-        if of_object is None:
-            self._objects[token.object_id] = token.id
-            return
+        """Add a token to an object that has one."""
+        of_object = self._objects[token.object_id]
         if isinstance(of_object, str):
             first, of_object = self.tokens[of_object], _OfObject()
             (of_object.active if first.is_active else of_object.ended)[first.id] = None
@@ -545,16 +534,20 @@ class _Store:
     def forget(self, budgets_of: bytes, names: Iterable[bytes] | None) -> int:
         """Forget some or all budgets of an object; how many there were."""
         of_object = self.budgets_of.get(budgets_of, {})
-        chosen = list(of_object if names is None else dict.fromkeys(names))
-        count = 0
+        wanted = of_object if names is None else dict.fromkeys(names)
+        chosen = [name for name in wanted if name in of_object]
         for name in chosen:
-            state = of_object.pop(name, None)
-            if state is not None:
-                self.budget_ends.discard(Budget(object=budgets_of, name=name), state.until)
-                count += 1
+            budget = Budget(object=budgets_of, name=name)
+            self.budget_ends.discard(budget, of_object[name].until)
+            self.forget_budget(budget)
+        return len(chosen)
+
+    def forget_budget(self, budget: Budget) -> None:
+        """Forget a budget that was taken out of :attr:`budget_ends`."""
+        of_object = self.budgets_of[budget.object]
+        del of_object[budget.name]
         if not of_object:
-            self.budgets_of.pop(budgets_of, None)
-        return count
+            del self.budgets_of[budget.object]
 
     def full(self, spends: tuple[Spend, ...], now: int) -> Spending | None:
         """The refusal if one of the spends is not allowed."""
@@ -586,16 +579,13 @@ class _Store:
 class _Ends(Generic[_Key]):
     """What ends when, so that the first to end are found without looking at the others.
 
-    1. What is added goes into a bucket of some seconds; nothing is sorted before its time has come.
-    2. A bucket whose time has come, and whose turn it is, is sorted in among what is due.
-    3. What was discarded after that stays there, and is passed over when its turn comes.
+    What is added goes into a bucket of some seconds. A bucket is sorted only when a part of it is taken out.
     """
 
     def __init__(self) -> None:
         self._buckets: dict[int, dict[_Key, int]] = {}
         self._numbers: list[int] = []  # of all buckets, sorted
-        self._due: list[tuple[int, _Key]] = []  # sorted, the first to end at the end
-        self._is_due: dict[_Key, int] = {}  # what is in it and was not discarded
+        self._sorted: int | None = None  # the bucket whose entries are in the order of their ends
 
     def add(self, key: _Key, end: int) -> None:
         number = end // _BUCKET
@@ -603,44 +593,43 @@ class _Ends(Generic[_Key]):
         if bucket is None:
             bucket = self._buckets[number] = {}
             insort(self._numbers, number)
+        elif number == self._sorted:
+            self._sorted = None
         bucket[key] = end
 
     def discard(self, key: _Key, end: int) -> None:
         """Leave out what was added with this end."""
         number = end // _BUCKET
-        bucket = self._buckets.get(number)
-        if bucket is not None and key in bucket:
-            del bucket[key]
-            if not bucket:
-                del self._buckets[number]
-                del self._numbers[bisect_left(self._numbers, number)]
-        else:
-            self._is_due.pop(key, None)
+        bucket = self._buckets[number]
+        del bucket[key]
+        if not bucket:
+            self._remove(number)
 
-    def due(self, before: int) -> Iterator[_Key]:
-        """Take out what ends before a time, the first to end first, as far as it is iterated."""
-        due, is_due = self._due, self._is_due
-        while True:
-            until = self._open_next(before)
-            if not due or due[-1][0] >= until:
-                return
-            while due and due[-1][0] < until:
-                end, key = due.pop()
-                if is_due.get(key) == end:
-                    del is_due[key]
-                    yield key
+    def take(self, before: int, limit: int) -> list[_Key]:
+        """Take out what ends before a time, the first to end, at most so many."""
+        taken: list[_Key] = []
+        while self._numbers and self._numbers[0] * _BUCKET < before and len(taken) < limit:
+            number = self._numbers[0]
+            bucket, room = self._buckets[number], limit - len(taken)
+            if (number + 1) * _BUCKET <= before and len(bucket) <= room:
+                taken += bucket
+                self._remove(number)
+                continue
+            if number != self._sorted:
+                bucket = self._buckets[number] = dict(sorted(bucket.items(), key=itemgetter(1)))
+                self._sorted = number
+            due = [key for key, end in islice(bucket.items(), room) if end < before]
+            taken += due
+            for key in due:
+                del bucket[key]
+            if bucket:  # the rest is not due, or there is no room for it
+                break
+            self._remove(number)
+        return taken
 
-    def _open_next(self, before: int) -> int:
-        """See to it that the last of what is due is the first to end, up to a time, which is returned."""
-        while self._numbers and self._numbers[0] * _BUCKET < before:
-            start = self._numbers[0] * _BUCKET
-            if self._due and self._due[-1][0] < start:
-                return start
-            bucket = self._buckets.pop(self._numbers.pop(0))
-            self._is_due.update(bucket)
-            self._due += [(end, key) for key, end in bucket.items()]
-            self._due.sort(key=_end, reverse=True)
-        return before
+    def _remove(self, number: int) -> None:
+        del self._buckets[number]
+        del self._numbers[bisect_left(self._numbers, number)]
 
 
 _named_stores: defaultdict[str, _Store] = defaultdict(_Store)
