@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -231,11 +232,31 @@ async def test_no_server_is_told_soon(mongodb_driver: str) -> None:
     await backend.close()
 
 
-async def test_a_cancelled_search_for_a_server_ends(mongodb_driver: str) -> None:
+class Searching(logging.Handler):
+    """Hears from a driver that it waits for a server, which it may say in a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Waiting for suitable server" in record.getMessage():
+            self._loop.call_soon_threadsafe(self.has_begun.set)
+
+
+async def test_a_cancelled_search_for_a_server_ends(
+    mongodb_driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
     url = f"mongodb://127.0.0.1:{servers.free_port()}/?serverSelectionTimeoutMS=60000"
     backend = MongoDBBackend.from_url(url, driver=mongodb_driver)
-    opening = [asyncio.ensure_future(backend.open()) for _ in range(3)]
-    await asyncio.sleep(0.05)  # so that the first one is on its way; none can have ended
+    log, searching = logging.getLogger("pymongo.serverSelection"), Searching()
+    log.addHandler(searching)
+    with caplog.at_level(logging.DEBUG, log.name):
+        opening = [asyncio.ensure_future(backend.open()) for _ in range(3)]
+        async with asyncio.timeout(30):
+            await searching.has_begun.wait()
+    log.removeHandler(searching)
     for task in opening:
         task.cancel()
     done, _ = await asyncio.wait(opening, timeout=30)

@@ -118,15 +118,23 @@ async def test_a_cancelled_wait_for_a_lock_ends_at_once_and_nothing_has_happened
 BLOCKED = """
 import asyncio, sys
 sys.path[:0] = {path!r}
-from vtoken.backend import InsertMode
 from vtoken_backends.sqlite import SQLiteBackend
+from vtoken_backends.sqlite.batch import Batch
 from tests.sqlite_tools import insert, token
 
 async def main():
+    loop, has_met_the_lock, wait = asyncio.get_running_loop(), asyncio.Event(), Batch._wait
+
+    def tell_and_wait(*arguments):
+        loop.call_soon_threadsafe(has_met_the_lock.set)
+        wait(*arguments)
+
+    Batch._wait = tell_and_wait
     backend = SQLiteBackend(sys.argv[1], busy_timeout=600_000)
     await backend.open()
     inserting = asyncio.ensure_future(insert(backend, token(1)))
-    await asyncio.sleep(0.1)
+    await has_met_the_lock.wait()
+    Batch._wait = wait
     assert not inserting.done()
     print("end", flush=True)
     if sys.argv[2] == "exit":
