@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import os
 import re
 import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -81,15 +83,18 @@ def part(module: Path) -> str:
     return module.relative_to(CORE).parts[0].removesuffix(".py")
 
 
-def imports(module: Path) -> Iterator[str]:
+@cache
+def imports(module: Path) -> list[str]:
     """The dotted names that a module imports, anywhere in it but where only type checkers look."""
+    names: list[str] = []
     for node in running(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module.name}:{node.lineno}: relative import"
             assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
+    return names
 
 
 def running(node: ast.AST) -> Iterator[ast.AST]:
@@ -156,7 +161,7 @@ def test_a_backend_knows_the_protocol_and_its_own_driver(module: Path) -> None:
     known = FROM_THE_CORE | OF_DIAGNOSTICS if module.stem == "diagnostics" else FROM_THE_CORE
     assert of_the_core(module) <= known
     if own == "__init__":
-        assert list(imports(module)) == []
+        assert imports(module) == []
         return
     assert third_party(module) <= DRIVERS[own]
     others = {name.split(".")[1] for name in imports(module) if name.startswith("vtoken_backends.")}
@@ -238,6 +243,7 @@ def test_every_public_name_has_a_docstring(name: str, thing: Any) -> None:
     assert not missing
 
 
+@cache
 def documented_constants() -> set[str]:
     """Names that a module of the core assigns at its top level with a string right below."""
     found: set[str] = set()
@@ -251,13 +257,16 @@ def documented_constants() -> set[str]:
 
 def repository_files() -> list[Path]:
     """The files of the repository: all but what .gitignore names."""
-    ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
-    return [
-        path
-        for path in sorted(ROOT.rglob("*"))
-        if path.is_file()
-        and not any(fnmatch(name, pattern) for name in path.relative_to(ROOT).parts for pattern in ignored)
-    ]
+    patterns = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
+
+    def kept(names: list[str]) -> list[str]:
+        return [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
+
+    found: list[Path] = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = kept(folders)  # the others are not walked through
+        found += (path for name in kept(files) if (path := Path(folder, name)).is_file())
+    return sorted(found)
 
 
 IGNORE = re.compile(
