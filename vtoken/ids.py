@@ -8,9 +8,11 @@ from typing import Final
 
 _RANDOM_BITS: Final = 21
 """Below 42 bits of milliseconds, which last until the year 2109."""
+_DRAWN: Final = (1 << _RANDOM_BITS - 1) - 1
+"""The random bits of a fresh id. The highest stays 0: room for the ids that follow in its millisecond."""
 _LATEST: Final = (1 << 42) - 1
 _HIGHEST: Final = (1 << 63) - 1
-_STEP_BITS: Final = 12
+_STEP: Final = (1 << 12) - 1
 """Two ids of one millisecond differ by 1 to 2**12, so that other processes' ids fit in between."""
 
 
@@ -38,10 +40,12 @@ class IdSequence:
         # Ids are public: what matters is that two processes draw different numbers, and Python gives each
         # process that is forked a generator of its own.
         drawn = random.getrandbits(32)
-        fresh = min(max(now, 0), _LATEST) << _RANDOM_BITS | drawn & (1 << _RANDOM_BITS - 1) - 1
+        # The usual time needs neither of these two calls, which cost as much as all the rest of the line.
+        moment = now if 0 <= now <= _LATEST else min(max(now, 0), _LATEST)
+        fresh = moment << _RANDOM_BITS | drawn & _DRAWN
         with self._lock:
             if fresh <= self._last:
-                fresh = self._last + 1 + (drawn & (1 << _STEP_BITS) - 1)
+                fresh = self._last + 1 + (drawn & _STEP)
             if fresh > _HIGHEST:  # only after 2109, where unique ids matter more than their order
                 fresh = _HIGHEST - (drawn & (1 << _RANDOM_BITS) - 1)
             self._last = fresh

@@ -59,10 +59,10 @@ from vtoken.limits import Limiter, Spends, full_limit, seconds
 from vtoken.opening import to_the_end
 from vtoken.policy import ResolvedPolicy
 
+# A member of an enum costs several times as much as a global name, and these are asked for in every issue.
 _INSERTED: Final = InsertResult.INSERTED
-# Calling these classes packs the named arguments into a dict first, which doubles the cost.
-_new_stored_key: Final = StoredKey.__new__
-_new_stored_token: Final = StoredToken.__new__
+_ADD: Final = InsertMode.ADD
+_ACTIVE: Final = State.ACTIVE
 _PAUSES: Final = (0.0, 0.005, 0.02, 0.1)
 """Seconds: how long ``get_active_or_create`` waits for the token of a concurrent caller who was quicker to
 charge the limits, on a store that cannot charge and insert in one step."""
@@ -133,6 +133,14 @@ class Issued(NamedTuple):
         return f"<Issued {self.stored.id}>"
 
 
+# Calling these classes, rather than what makes their instances, doubles the cost.
+_new_stored_key: Final = StoredKey.__new__
+_new_stored_token: Final = StoredToken.__new__
+_new_key: Final = NewKey.__new__
+_new_token: Final = NewToken.__new__
+_new_issued: Final = Issued.__new__
+
+
 class Issuer:
     """Makes tokens and has the store insert them.
 
@@ -169,7 +177,7 @@ class Issuer:
         now = self._now()
         for _ in range(self._iterations):
             # What may raise for its arguments, the generator's own exception too, does so before the charge.
-            new = self.new_token(request, now, is_beside=mode is InsertMode.ADD)
+            new = self.new_token(request, now, is_beside=mode is _ADD)
             try:
                 inserted = await store.insert(
                     new.stored,
@@ -185,7 +193,13 @@ class Issuer:
                 raise
             if inserted.result is _INSERTED:
                 assert inserted.token is not None  # noqa: S101  # the protocol says so
-                return Issued(inserted.token, new.key, new.code, charges=inserted.spending.charges)
+                return _new_issued(
+                    Issued,
+                    stored=inserted.token,
+                    key=new.key,
+                    code=new.code,
+                    charges=inserted.spending.charges,
+                )
             if inserted.result is InsertResult.LIMITED:
                 raise _limited(request, inserted, now)
             if inserted.token is not None:  # HAS_VALID, or ONCE has found an earlier run's
@@ -213,7 +227,7 @@ class Issuer:
             slug=token.slug,
         )
         for other in await store.find(same_code, len(own + new.also_taken)):
-            if mode is InsertMode.ADD or other.context != token.context:
+            if mode is _ADD or other.context != token.context:
                 await store.deactivate(Match(id=other.id), token.created_at)
 
     async def begin_batch(self, store: TokenBackend, batch: str, slug: str, policy: ResolvedPolicy) -> None:
@@ -340,7 +354,7 @@ class Issuer:
             created_at=now,
             expires_at=expires_at,
             ends_at=expires_at,
-            state=State.ACTIVE,
+            state=_ACTIVE,
             extra_data=request.extra_data,
             max_uses=request.policy.max_uses,
             uses=0,
@@ -349,7 +363,7 @@ class Issuer:
             holds=(),
         )
         code = new_keys[1].text if len(new_keys) > 1 else None
-        return NewToken(stored, new_keys[0].text, code, also_taken)
+        return _new_token(NewToken, stored=stored, key=new_keys[0].text, code=code, also_taken=also_taken)
 
     def _new_keys(self, request: IssueRequest) -> list[NewKey]:
         policy = request.policy
@@ -383,7 +397,7 @@ class Issuer:
         drawn = drawn_key(request.generator(**request.generator_kwargs), limit)
         text = Hidden(framed(policy, drawn.text())) if policy.prefix else drawn
         if request.generator is random_key:  # whose keys are too many to be drawn twice
-            return NewKey(text, "link", keyring.links(text.text()))
+            return _new_key(NewKey, text=text, kind="link", candidates=keyring.links(text.text()))
         normal = Hidden(normalise_link(text.text()))  # which a presented key becomes, too
         if not normal.text():
             raise ConfigurationError("the key generator's key consists of white space")

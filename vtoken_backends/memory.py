@@ -453,8 +453,8 @@ class _Store:
 
     def owners_of(self, digests: tuple[bytes, ...]) -> list[StoredToken]:
         """The tokens that have keys with these digests, each once, in the order of the digests."""
-        found = {token.id: token for digest in digests if (token := self.owners.get(digest)) is not None}
-        return list(found.values())
+        found = [token for digest in digests if (token := self.owners.get(digest)) is not None]
+        return found if len(found) < 2 else list({token.id: token for token in found}.values())
 
     def active_of(self, object_id: str) -> list[StoredToken]:
         """The active tokens of all objects with this id, whatever their content type."""
