@@ -305,8 +305,12 @@ class Stored:
 
     def tokens(self) -> list[Kept]:
         """All tokens in it, as far as they were read."""
+        return [*self.settled(), *self.spill]
+
+    def settled(self) -> list[Kept]:
+        """Those that do not move to another document."""
         current = [self.kept] if self.kept is not None else []
-        return [*current, *(self.former or ()), *self.pushed, *self.spill]
+        return [*current, *(self.former or ()), *self.pushed]
 
     def differences(self) -> tuple[tuple[str, object], ...]:
         """The fields of the current token that are not as they were read, and ``receipts``."""

@@ -1,21 +1,23 @@
 """Look-ups and lists: what is found by names, by object, and among all.
 
-A list is newest first. The names of ids sort so that the unique index has the newest token first: a page of
-all tokens is the documents that this index names next. Each has at least one token of the page in it.
+A list is newest first. The names of ids sort so that their index has the newest token first: a page of all
+tokens is the documents that this index names next. Each has at least one token of the page in it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, Final, NamedTuple
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from vtoken.backend import PRETENDED, Match, SlugCount, State, StoredToken, matches
 from vtoken.errors import BackendError, CorruptStore
 from vtoken_backends.mongodb.client import LONG
-from vtoken_backends.mongodb.collections import NAMES, Collections, Document
+from vtoken_backends.mongodb.collections import Collections, Document
 from vtoken_backends.mongodb.documents import (
+    Kept,
     Stored,
     condition,
     id_name,
@@ -36,6 +38,28 @@ class Find(NamedTuple):
 
     def __repr__(self) -> str:
         return "<Find>"
+
+
+class _Place(NamedTuple):
+    """Where documents name tokens, and which."""
+
+    field: str
+    tokens: Callable[[Stored], list[Kept]]
+
+
+class _Part(NamedTuple):
+    """Documents, each found by its newest token of a page."""
+
+    documents: list[Stored]
+    last: str | None
+    """How far they are without a gap; None: to the end."""
+
+
+_NAMED: Final = _Place("names", Stored.settled)
+_MOVING: Final = _Place("spilling", attrgetter("spill"))
+_token: Final[Callable[[Kept], StoredToken]] = attrgetter("token")
+_NEWEST: Final = f"{(1 << 63) - 1:016x}"
+"""The id that comes before all others in a list."""
 
 
 class Reads:
@@ -132,34 +156,47 @@ class Reads:
     ) -> tuple[list[StoredToken], str | None]:
         """The tokens that come next, newest first and without a gap; the id of the last one, None at the end.
 
-        Each document is found by its newest token of the page. So the oldest of these is how far the page is
-        without a gap.
+        What is read second and third are tombstones that were on their way to another document when their
+        own was to be read first, and those that have arrived meanwhile.
         """
         # Documents of another content type or slug hold no match, and need not be read.
         others = {name: value for name, value in condition(match).items() if name != "object"}
-        first: Any = id_name(after) if after is not None else id_name(f"{(1 << 63) - 1:x}")
-        low = {"$gt" if after is not None else "$gte": first}
+        named = await self._part(_NAMED, after, None, others, limit)
+        moving = await self._part(_MOVING, after, named.last, others, limit)
+        others["_id"] = {"$nin": [stored.oid for stored in named.documents]}
+        arrived = await self._part(_NAMED, after, named.last, others, limit)
+        parts = (named, moving, arrived)
+        last = max((part.last for part in parts if part.last is not None), default=None)
+        tokens = {
+            kept.token.id: kept.token
+            for part in parts
+            for stored in part.documents
+            for kept in stored.tokens()
+        }
+        found = list(_after(tokens.values(), after))
+        return [token for token in found if last is None or token.id >= last], last
+
+    async def _part(
+        self, place: _Place, after: str | None, last: str | None, others: Document, limit: int
+    ) -> _Part:
+        """Documents by the index of their tokens, from after one to the last one."""
+        ids: Document = {"$gte": id_name(_NEWEST)} if after is None else {"$gt": id_name(after)}
+        if last is not None:
+            ids["$lte"] = id_name(last)
 
         async def find() -> list[Stored]:
-            query = {"names": low, **others}
-            found = await self._client.find_all(query, limit, hint=dict(NAMES))
+            query = {place.field: {"$elemMatch": ids}, **others}
+            found = await self._client.find_all(query, limit, hint={place.field: 1})
             return [stored_of(one, is_whole=True) for one in found]
 
         documents = await self._client.run(find, writes=False)
-        newest: list[str] = []
-        tokens: dict[str, StoredToken] = {}
-        for stored in documents:
-            of_document = list(_after((kept.token for kept in stored.tokens()), after))
-            tokens.update((token.id, token) for token in of_document)
-            named = [token.id for token in of_document]
-            if named:
-                newest.append(max(named))
-        if newest != sorted(newest, reverse=True):
+        found_by = [
+            max(token.id for token in _after(map(_token, place.tokens(stored)), after))
+            for stored in documents
+        ]
+        if found_by != sorted(found_by, reverse=True):
             raise BackendError("MongoDB: the server did not list tokens by their index")
-        if len(documents) < limit:
-            return list(tokens.values()), None
-        last = newest[-1]
-        return [token for token in tokens.values() if token.id >= last], last
+        return _Part(documents, found_by[-1] if len(documents) == limit else None)
 
     async def count(self, now: int) -> list[SlugCount]:
         """What :meth:`TokenBackend.count` says."""

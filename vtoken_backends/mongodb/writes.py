@@ -18,10 +18,7 @@ count, its own write comes to nothing and is decided again; otherwise ``ADD`` ha
 under the digests of its keys; what stands beside the line ends; the new token becomes the line's own. Whoever
 comes upon such a line goes on where the replacement has stopped, before deciding anything about the line.
 
-Tombstones that a line has no room for move in three writes, after each of which they are found: the line
-names them under ``spilling`` instead of ``names``, and from then on they are not changed there; a document of
-their own is inserted, under the ``_id`` that the line has given it; the line drops them. Whoever comes upon
-such a line goes on where the move has stopped.
+Tombstones that a line has no room for move into a document of their own (see ``moves``).
 """
 
 from __future__ import annotations
@@ -85,10 +82,12 @@ from vtoken_backends.mongodb.lines import (
     Update,
     insert,
     is_last_use,
+    may_be_stored,
     needed_names,
     present,
     update,
 )
+from vtoken_backends.mongodb.moves import finish_move
 from vtoken_backends.mongodb.patience import Patience
 
 PAGE: Final = 1_000
@@ -167,6 +166,7 @@ class Writes:
         """
         answers: dict[int, Answer | BaseException] = {}
         ops = list(ops)
+        is_whole = is_whole or any(isinstance(op, Insert) and may_be_stored(op) for op in ops)
         left = list(range(len(ops)))
         pause = Patience()
         failure: BackendError | None = None
@@ -382,6 +382,8 @@ class Writes:
             if not refused and count == len(changed):
                 return _Fate({stored.oid for stored in changed}, set(), {})
             done, not_told = await self._claimed(changed, claim)
+            if not refused and count == len(done):
+                not_told = set()  # they were deleted before we came, by an erasure or a purge
             return _Fate(done, not_told, refused)
         # The connection broke, say, or the primary stepped down. What the first try has changed stays so,
         # and a second one changes the rest: drivers do the same for the commands that they can repeat.
@@ -432,31 +434,8 @@ class Writes:
             await pause()
 
     async def spill(self, stored: Stored) -> None:
-        """Go on with moving tombstones into a document of their own; every step may be repeated."""
-        oid = stored.spill_id
-        if oid is None:
-            return
-        moved = Stored(shared=stored.shared, former=list(stored.spill), oid=oid)
-
-        async def insert_moved() -> None:
-            document = whole(moved, new_id())
-            # A key that somebody has taken meanwhile stays with the token that has it now.
-            query: Document = {"$or": [{"_id": oid}, {"names": {"$in": document["names"]}}]}
-            taken = await self._client.find_all(query, PAGE, {"names": 1})
-            if any(one["_id"] == oid for one in taken):
-                return  # somebody else has inserted it
-            others = [name for one in taken for name in one["names"]]
-            document["names"] = [name for name in document["names"] if name not in others]
-            await self._client.tokens.insert_one(document)
-
-        async def drop() -> None:
-            fields = {"spill": "", "spilling": "", "spill_id": ""}
-            update: Document = {"$unset": fields, **_claiming(new_id())}
-            await self._client.tokens.update_one({"_id": stored.oid, "spill_id": oid}, update)
-
-        with suppress(Duplicate):  # likewise, just now
-            await self._client.run(insert_moved)
-        await self._client.run(drop)
+        """Go on with moving tombstones into a document of their own."""
+        await finish_move(self._client, stored)
 
     async def finish(self, stored: Stored) -> None:
         """Finish a replacement that another call has begun. It may be doing so itself at this moment."""

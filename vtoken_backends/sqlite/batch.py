@@ -206,7 +206,7 @@ class Batch:
             self._answers.update(dict.fromkeys(operations, error))
             return
         with self._changed:
-            self._waiting.update(operations)
+            self._waiting.update(set(operations) - self._unwanted)
         for operation in operations:
             self._work_through([operation])
 
