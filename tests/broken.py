@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from contextlib import suppress
 from typing import Any, Self
@@ -1240,6 +1241,8 @@ class RacySpendInProcesses(SQLiteBackend):
             for place, (spend, state) in enumerate(zip(spends, states, strict=True)):
                 if state is not None and state.spent >= spend.limit and state.until > now:
                     return Spending(left=0, full=place, until=state.until)
+                if state is not None and state.spent == spend.limit - 1:
+                    await _let_another_process_look(self, self._path, spend.budget, state)
             return await super().spend(tuple(s._replace(limit=10**9) for s in spends), now)
 
 
@@ -1256,11 +1259,23 @@ class RacyRefundInProcesses(SQLiteBackend):
                 (state,) = await self.budgets((budget,))
                 if state is None or state.until != until:
                     continue
+                await _let_another_process_look(self, self._path, budget, state)
                 await self.reset(budget.object, (budget.name,))
                 window = until - NOW_OF_THE_CASES
                 spend = Spend(budget=budget, limit=10**9, window=window, max_window=window)
                 for _ in range(state.spent - 1):
                     await super().spend((spend,), NOW_OF_THE_CASES)
+
+
+async def _let_another_process_look(backend: TokenBackend, path: str, budget: Budget, seen: object) -> None:
+    """Wait until another process has looked at the budget or changed it: whether they meet is not left to
+    chance."""
+    folder, looked = os.path.dirname(path), f"{budget.name.hex()}."
+    with open(os.path.join(folder, f"{looked}{os.getpid()}"), "w"):  # noqa: ASYNC230  # an empty file
+        pass
+    while sum(name.startswith(looked) for name in os.listdir(folder)) < 2:
+        if await backend.budgets((budget,)) != [seen]:
+            return
 
 
 def _own_lock() -> asyncio.Lock:
