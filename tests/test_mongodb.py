@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +25,6 @@ from vtoken.backend import (
     UseHeld,
 )
 from vtoken_backends.mongodb import MongoDBBackend, budgets
-from vtoken_backends.mongodb.collections import Collections
 
 from . import servers
 from .mongodb_tools import (
@@ -38,7 +35,6 @@ from .mongodb_tools import (
     NOW,
     REPLACE,
     Commands,
-    Documents,
     active,
     documents,
     hold,
@@ -197,84 +193,6 @@ async def test_whoever_comes_next_goes_on_with_a_move_of_tombstones(mongodb_url:
             await insert(backend, token(100 * written + 50, object_id=str(written)))
             assert len(await backend.find(of_object, 100)) == 13
         assert await backend.purge(LATER, LATER, 100, 0) == Purged(tokens=24, budgets=0)
-
-
-class Move:
-    """A move of tombstones by another process, in the middle of this one's reads.
-
-    Args:
-        documents: of the store.
-        object_id: of the line; its tombstones have been moved already, which is taken back first.
-        pauses: how many reads come before the first of the three writes, and how many between them.
-    """
-
-    def __init__(self, documents: Documents, object_id: str, pauses: tuple[int, ...]) -> None:
-        line = documents.find_one({"line": {"$exists": True}, "object_id": object_id})
-        moved = documents.find_one({"line": {"$exists": False}, "object_id": object_id})
-        assert line is not None
-        assert moved is not None
-        same = {"_id": line["_id"]}
-        documents.delete_one({"_id": moved["_id"]})
-        back = {"former": [*moved["former"], *line.get("former", ())]}
-        documents.update_one(same, {"$set": back, "$push": {"names": {"$each": moved["names"]}}})
-        fields = {"spill": moved["former"], "spilling": moved["names"], "spill_id": moved["_id"]}
-        rest = {"former": line.get("former", []), "names": line["names"]}
-        grow = {"$inc": {"revision": 1}}
-        writes: list[Callable[[], object]] = [
-            lambda: documents.update_one(same, {"$set": fields | rest, **grow}),
-            lambda: documents.insert_one(moved),
-            lambda: documents.update_one(same, {"$unset": dict.fromkeys(fields, ""), **grow}),
-        ]
-        self._due = list(zip(itertools.accumulate(pauses), writes, strict=True))
-        self._reads = 0
-
-    def go_on(self) -> None:
-        """Make the writes that come before the next read."""
-        while self._due and self._due[0][0] <= self._reads:
-            self._due.pop(0)[1]()
-        self._reads += 1
-
-
-@pytest.mark.parametrize("name", ["find", "find by id", "look", "use", "charged use", "update"])
-async def test_a_tombstone_is_found_while_it_moves(
-    mongodb_url: str, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    find_all = Collections.find_all
-    moves: list[Move] = []
-
-    async def find_all_later(self: Collections, *args: Any, **more: Any) -> list[dict[str, Any]]:
-        for move in moves:
-            move.go_on()
-        return await find_all(self, *args, **more)
-
-    async def state_of(backend: MongoDBBackend, number: int) -> object:
-        """Why a token is refused; of a found one, its state."""
-        spends = (SPEND._replace(budget=Budget(b"o" * 16, number.to_bytes(16, "big"))),)
-        match name:
-            case "find" | "find by id":
-                match = key(number) if name == "find" else Match(id=id_of(number))
-                return [found.state for found in await backend.find(match, 1)]
-            case "update":
-                updated = await backend.update(Match(id=id_of(number)), SetExtraData("1"))
-                return None if updated is None else [updated.state]
-            case "look":
-                presented = await backend.present(key(number), None, LATER)
-            case _:
-                presented = await backend.present(
-                    key(number), Use(LATER), LATER, spends if name == "charged use" else ()
-                )
-        return None if presented.token is None else [presented.token.state]
-
-    monkeypatch.setattr(Collections, "find_all", find_all_later)
-    async with opened(mongodb_url) as backend:
-        with documents(mongodb_url) as stored:
-            for number, pauses in enumerate(itertools.product(range(5), range(3), range(3))):
-                first = 100 * number
-                for other in range(first, first + 10):
-                    await insert(backend, token(other, object_id=str(number)))
-                moves.append(Move(stored, str(number), pauses))
-                assert await state_of(backend, first) == [State.REPLACED], pauses
-                moves.clear()
 
 
 async def test_the_cost_of_a_use_does_not_grow(mongodb_url: str) -> None:
