@@ -3,6 +3,7 @@ doing."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -44,6 +45,7 @@ from .mongodb_tools import (
     id_of,
     insert,
     key,
+    of,
     opened,
     token,
     use,
@@ -181,11 +183,16 @@ STORED_ALREADY: Final = {
 }
 
 
+@pytest.mark.parametrize("neighbours", [0, 3], ids=["alone", "in a batch"])
 @pytest.mark.parametrize("name", STORED_ALREADY)
-async def test_what_moves_is_taken(mongodb_url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+async def test_what_moves_is_taken(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch, name: str, neighbours: int
+) -> None:
     record, mode = STORED_ALREADY[name]
     async with stopped(mongodb_url, monkeypatch) as backend:
-        assert (await backend.insert(record, mode)).result is InsertResult.KEY_TAKEN
+        others = [insert(backend, of(number)) for number in range(50, 50 + neighbours)]
+        *_, inserted = await asyncio.gather(*others, backend.insert(record, mode))
+        assert inserted.result is InsertResult.KEY_TAKEN
         refused = await use(backend, 0)
         assert refused.outcome is Outcome.REFUSED
         assert refused.token is not None
@@ -306,21 +313,22 @@ async def test_a_move_neither_loses_nor_revives_anything(
     async with opened(mongodb_url) as backend, opened(mongodb_url) as other:
         for number in range(9):
             await insert(backend, token(number, key={"kind": "code"}))
-        client = backend._client
-        run, steps = client.run, 0
-
-        async def run_later(operation: Any, **options: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps == step:
-                await do(other)
-            return await run(operation, **options)
+        steps = 0
 
         async def finish_later(collections: Collections, line: Stored) -> None:
+            run = collections.run
+
+            async def run_later(operation: Any, **options: Any) -> Any:
+                nonlocal steps
+                steps += 1
+                if steps == step:
+                    await do(other)
+                return await run(operation, **options)
+
             monkeypatch.setattr(writes, "finish_move", moves.finish_move)
-            monkeypatch.setattr(client, "run", run_later)
-            await moves.finish_move(collections, line)
-            monkeypatch.setattr(client, "run", run)
+            with monkeypatch.context() as patched:
+                patched.setattr(collections, "run", run_later)
+                await moves.finish_move(collections, line)
             if steps < step:
                 await do(other)
 

@@ -14,7 +14,9 @@ One document is one line: its current exclusive token, and the tokens that this 
 - ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
 - ``beside``: how many tokens were added beside the line (see ``writes``).
 - ``pending``: the token that is about to replace those beside the line, which end first. It is no token yet.
-- ``spilling``, ``spill``, ``spill_id``: tombstones on their way into a document of their own.
+  ``given``: the keys that it gets from one of them, ``giver``.
+- ``spill``, ``spill_id``: tombstones on their way into a document of their own.
+- ``spilling``: the names of what is on its way between documents, of ``spill`` and ``given``.
 
 A token that was added beside others is a document of its own, with ``beside_line`` instead of the line among
 its names. Tombstones that a line has no room for are a document with ``former`` alone.
@@ -53,7 +55,7 @@ TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"spilling": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
-LIGHT: Final = {"names": 0, "former": 0, "spill": 0, "spilling": 0, "claims": 0, "pending": 0}
+LIGHT: Final = dict.fromkeys(("names", "former", "spill", "spilling", "claims", "pending", "given"), 0)
 """The projection that leaves out tombstones: they are rarely asked for, and may be many."""
 MOST_FORMER: Final = 8
 """Tombstones in a line, until those that nobody holds are spilled."""
@@ -285,6 +287,10 @@ class Stored:
     """What is about to replace the tokens beside this line."""
     keep_until: int = 0
     """Of the overlap that it asks for."""
+    giver: str | None = None
+    """The id of its predecessor, if that stands beside the line."""
+    given: tuple[StoredKey, ...] | None = None
+    """The keys that it gets from that one."""
     spill: list[Kept] = field(default_factory=list)
     spill_id: bytes | None = None
     oid: bytes = field(default_factory=new_id)
@@ -368,6 +374,8 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
             pending=kept_of(found["pending"], shared) if is_whole and "pending" in found else None,
             keep_until=int(found.get("keep_until", 0)),
+            giver=found.get("giver"),
+            given=_given(found) if is_whole and "giver" in found else None,
             spill=[kept_of(one, shared) for one in found.get("spill", ())] if is_whole else [],
             spill_id=found.get("spill_id"),
             oid=bytes(found["_id"]),
@@ -379,6 +387,10 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = type(error).__name__
     raise CorruptStore(f"a stored document is damaged ({problem})")
+
+
+def _given(found: Document) -> tuple[StoredKey, ...]:
+    return tuple([_KEY.read({**_KEY.defaults, **key}) for key in _documents(found, "given")])
 
 
 def shared_of(token: StoredToken) -> Document:
@@ -410,10 +422,14 @@ def whole(stored: Stored, claim: bytes) -> Document:
         document["former"] = [token_document(kept) for kept in stored.former]
     if stored.pending is not None:
         document |= {"pending": token_document(stored.pending), "keep_until": Int64(stored.keep_until)}
+    if stored.giver is not None:
+        document |= {"giver": stored.giver, "given": [_KEY.document(key) for key in stored.given or ()]}
     if stored.spill:
         document["spill"] = [token_document(kept) for kept in stored.spill]
-        document["spilling"] = names_of(kept.token for kept in stored.spill)
         document["spill_id"] = stored.spill_id
+    moving = [*names_of(kept.token for kept in stored.spill), *(key.digest for key in stored.given or ())]
+    if moving:
+        document["spilling"] = moving
     return document
 
 

@@ -64,8 +64,6 @@ class Insert(NamedTuple):
     line: bytes
     names: tuple[object, ...]
     """Of the token."""
-    given: tuple[StoredKey, ...] | None = None
-    """What a predecessor beside the line has given to the new token; None where there was no such one."""
     is_begun: bool = False
     """It was pending, and somebody else may have gone on with it."""
     is_anothers: bool = False
@@ -146,10 +144,6 @@ class Finish(NamedTuple):
 class Again(NamedTuple):
     """Write what was changed in other documents, and decide again."""
 
-    giver: Stored | None = None
-    """The document of a predecessor that stands beside the line."""
-    given: tuple[StoredKey, ...] = ()
-    """The keys that it gives."""
     begun: Stored | None = None
     """The line in which the token is pending by this write."""
 
@@ -190,7 +184,9 @@ class Documents:
     """These lines."""
     all: dict[bytes, Stored] = field(default_factory=dict)
     reserved: set[object] = field(default_factory=set)
-    """Digests of tokens that are pending."""
+    """Digests that tokens get which are pending."""
+    handed_over: dict[object, Stored] = field(default_factory=dict)
+    """Digests on their way from a token beside a line to the one that is pending in the line."""
     consulted: list[Stored] = field(default_factory=list)
     """What the latest operation has looked at or made."""
 
@@ -204,6 +200,9 @@ class Documents:
         if stored.line is not None:
             self.lines[stored.line] = stored
         self.reserved.update(reserved_names(stored))
+        for key in stored.given or ():
+            self.handed_over[key.digest] = stored
+            self.reserved.add(key.digest)
         self.index(stored, names_of([kept.token for kept in stored.tokens()]))
 
     def line(self, line: bytes) -> Stored | None:
@@ -241,6 +240,14 @@ class Documents:
                 return Holder(stored, kept)
         return None
 
+    def handing_over(self, names: Iterable[object]) -> Stored | None:
+        """The line in which a token is pending that gets a key which nobody has at the moment."""
+        for name in names:
+            stored = self.handed_over.get(name)
+            if stored is not None and self.holder(name) is None:
+                return stored
+        return None
+
     def holders(self, digests: Iterable[bytes]) -> list[Holder]:
         """The tokens that have keys with these digests, each once."""
         found: dict[str, Holder] = {}
@@ -259,9 +266,12 @@ class _Fitting(NamedTuple):
     key: StoredKey
 
 
-def present(op: Present, documents: Documents) -> Presented | Unread | Spill:
+def present(op: Present, documents: Documents) -> Presented | Unread | Spill | Finish:
     """Decide :meth:`TokenBackend.present`, and make the change where the key is right."""
     digests = op.key.digests or ()
+    line = documents.handing_over(digests)
+    if line is not None:
+        return Finish(line)
     found = _fitting(op, documents)
     if not documents.is_whole and op.use_id and any(f.key.origin != f.holder.kept.token.id for f in found):
         return UNREAD  # the uses of the token that the key came with have to be read, too
@@ -338,10 +348,13 @@ def _used(kept: Kept, origin: str, change: Use | UseHeld) -> Kept:
 # Update -------------------------------------------------------------------------------------------
 
 
-def update(op: Update, documents: Documents) -> StoredToken | Unread | Spill | None:
+def update(op: Update, documents: Documents) -> StoredToken | Unread | Spill | Finish | None:
     """Decide :meth:`TokenBackend.update`, and make the change."""
     match, change = op
     names = [id_name(match.id)] if match.id is not None else match.digests or ()
+    line = documents.handing_over(names)
+    if line is not None:
+        return Finish(line)
     for name in names:
         holder = documents.holder(name)
         if holder is None and not documents.is_whole:
@@ -396,8 +409,7 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
         if valid:
             return Inserted(InsertResult.HAS_VALID, max(valid, key=_id))
     if line is not None and op.mode is not InsertMode.ADD and _beside(op, documents):
-        line.pending, line.keep_until = Kept(op.token), op.keep_until
-        line.edits += 1
+        _begin(op, line, documents)
         return Again(begun=line)
     return _inserted(op, line, documents)
 
@@ -406,6 +418,24 @@ def may_be_stored(op: Insert) -> bool:
     """Whether its token may be stored already: one that is copied has the id of the original, and one that is
     issued once a key that follows from its batch. The unique index does not know of tombstones that move."""
     return op.mode in (InsertMode.ADD, InsertMode.ONCE)
+
+
+def _begin(op: Insert, line: Stored, documents: Documents) -> None:
+    """Let the token be pending in its line, and the keys with it that a token beside the line is to give."""
+    line.pending, line.keep_until = Kept(op.token), op.keep_until
+    giver = _giver(line, documents.beside.get(op.line, ()))
+    if giver is not None:
+        line.giver = giver.kept.token.id
+        line.given = overlapping_keys(giver.kept.token, op.token, op.keep_until)
+    line.edits += 1
+
+
+def _giver(line: Stored, beside: Iterable[Stored]) -> Holder | None:
+    """The predecessor, if it stands beside the line: the newest exclusive token that is active."""
+    own = line.kept.token.id if line.kept is not None and line.kept.token.is_active else ""
+    exclusive = [holder for holder in _active_of(beside) if not holder.kept.token.is_beside]
+    newest = max(exclusive, key=lambda holder: holder.kept.token.id, default=None)
+    return newest if newest is not None and newest.kept.token.id > own else None
 
 
 def _begun(
@@ -418,10 +448,10 @@ def _begun(
     none.
     """
     if line is not None and pending is not None and pending.token.id == op.token.id:
-        again = _end_beside(op, line.kept, documents)
+        again = _end_beside(op, line, documents)
         inserted = _inserted(op, line, documents) if again is None else again
         if isinstance(inserted, Inserted):
-            line.pending = None
+            line.pending = line.giver = line.given = None
         return inserted
     done = documents.holder(id_name(op.token.id)) if op.is_begun else None
     if done is not None:  # and somebody may have used or replaced it since
@@ -435,32 +465,36 @@ def _begun(
 
 def _beside(op: Insert, documents: Documents) -> list[Holder]:
     """The active tokens beside the line."""
-    return [
-        Holder(stored, stored.kept)
-        for stored in documents.beside.get(op.line, ())
-        if stored.kept is not None and stored.kept.token.is_active
-    ]
+    return _active_of(documents.beside.get(op.line, ()))
 
 
-def _end_beside(op: Insert, own: Kept | None, documents: Documents) -> Again | None:
-    """Replace the active tokens beside the line. None: there are none."""
+def _active_of(beside: Iterable[Stored]) -> list[Holder]:
+    return [Holder(one, one.kept) for one in beside if one.kept is not None and one.kept.token.is_active]
+
+
+def _end_beside(op: Insert, line: Stored, documents: Documents) -> Again | None:
+    """Replace the active tokens beside the line. None: there are none.
+
+    The line names the keys that one of them gives before that one drops them. If it has changed since the
+    line was written, the line is written first.
+    """
     holders = _beside(op, documents)
     if not holders:
         return None
-    again = Again()
-    exclusive = [holder for holder in holders if not holder.kept.token.is_beside]
-    predecessor = max(exclusive, key=lambda holder: holder.kept.token.id, default=None)
-    if own is not None and own.token.is_active and predecessor is not None:
-        predecessor = predecessor if predecessor.kept.token.id > own.token.id else None
+    giver = next((holder.kept.token for holder in holders if holder.kept.token.id == line.giver), None)
+    if giver is not None:
+        given = overlapping_keys(giver, op.token, op.keep_until)
+        if given != line.given:
+            line.given = given
+            line.edits += 1
+            return AGAIN
     for holder in holders:
         token = holder.kept.token
-        if holder is predecessor:
-            given = overlapping_keys(token, op.token, op.keep_until)
-            token = _without(token, given)
-            again = Again(holder.stored, given)
+        if token is giver:
+            token = _without(token, line.given or ())
         token = replaced(token, op.token.created_at)
         holder.stored.replace(holder.kept, holder.kept._replace(token=token))
-    return again
+    return AGAIN
 
 
 def _without(token: StoredToken, keys: Collection[StoredKey]) -> StoredToken:
@@ -532,22 +566,23 @@ def _inserted(op: Insert, line: Stored | None, documents: Documents) -> Inserted
     if op.mode is InsertMode.ADD and not token.is_active and own is not None:
         _push(line, Kept(token))  # a tombstone that is copied
     else:
-        token = _replace_own(op, line)
+        token = _replace_own(op, line, documents)
     documents.index(line, names_of([token]))
     _spill(line, token.created_at)
     return Inserted(InsertResult.INSERTED, token)
 
 
-def _replace_own(op: Insert, line: Stored) -> StoredToken:
+def _replace_own(op: Insert, line: Stored, documents: Documents) -> StoredToken:
     """Let the new token be the line's own one, and return it as it is stored."""
     own = line.kept
     token = op.token
-    if op.given:
-        token = token._replace(keys=(*token.keys, *op.given))
+    if line.given:  # what somebody has got or kept meanwhile is not given
+        free = [key for key in line.given if documents.holder(key.digest) is None]
+        token = token._replace(keys=(*token.keys, *free))
     if own is not None:
         old = own.token
         if old.is_active and op.mode is not InsertMode.ADD:
-            given = overlapping_keys(old, token, op.keep_until) if op.given is None else ()
+            given = overlapping_keys(old, token, op.keep_until) if line.giver is None else ()
             old = replaced(_without(old, given), token.created_at)
             if given:
                 token = token._replace(keys=(*token.keys, *given))

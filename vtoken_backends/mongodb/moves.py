@@ -54,7 +54,7 @@ async def finish_move(client: Collections, line: Stored) -> None:
         await client.tokens.update_one({"_id": oid, "revision": 0}, grow)
 
     async def drop() -> None:
-        await client.tokens.update_one(query, _dropping())
+        await client.tokens.update_one(query, _dropping(line))
 
     async def take_back() -> None:
         await client.tokens.delete_one({"_id": oid, "revision": 0})
@@ -108,8 +108,10 @@ def _without(kept: Kept, taken: set[object]) -> Kept:
     return kept._replace(token=without_keys(kept.token, lost)) if lost else kept
 
 
-def _dropping() -> list[Document]:
+def _dropping(line: Stored) -> list[Document]:
     """The update of a line whose tombstones have a document of their own. What is due is what is left."""
+    names: Document = {"$literal": names_of([kept.token for kept in line.spill])}
+    others = {"$setDifference": ["$spilling", names]}
     ends = {"$min": ["$token.ends_at", "$pending.ends_at", {"$min": "$former.ends_at"}]}
     claims = {"$concatArrays": [{"$ifNull": ["$claims", []]}, [new_id()]]}
     return [
@@ -118,7 +120,8 @@ def _dropping() -> list[Document]:
                 "due": {"$ifNull": [ends, "$due"]},
                 "revision": {"$add": ["$revision", 1]},
                 "claims": {"$slice": [claims, -MOST_CLAIMS]},
+                "spilling": {"$cond": [{"$eq": [others, []]}, "$$REMOVE", others]},
             }
         },
-        {"$unset": ["spill", "spilling", "spill_id"]},
+        {"$unset": ["spill", "spill_id"]},
     ]

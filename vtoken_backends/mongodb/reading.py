@@ -107,7 +107,11 @@ class Reads:
             found = self._writes.named(left, is_whole=True) if current else self._writes.not_named(left)
             for stored in await found:
                 documents.add(stored)
-        return documents
+        line = documents.handing_over(names)
+        if line is None:
+            return documents
+        await self._writes.finish(line)
+        return await self._named(names)
 
     async def page(self, match: Match, limit: int, after: str | None) -> list[StoredToken]:
         """A page of a list."""

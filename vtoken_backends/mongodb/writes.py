@@ -17,6 +17,8 @@ count, its own write comes to nothing and is decided again; otherwise ``ADD`` ha
 ``REPLACE`` needs several writes where tokens stand beside the line: the new token is *pending* in the line,
 under the digests of its keys; what stands beside the line ends; the new token becomes the line's own. Whoever
 comes upon such a line goes on where the replacement has stopped, before deciding anything about the line.
+Keys that one of the others hands over are named in the line under ``spilling`` all the while, so that whoever
+presents one finds the line.
 
 Tombstones that a line has no room for move into a document of their own (see ``moves``).
 """
@@ -126,7 +128,8 @@ class _Decided(NamedTuple):
     """By operation: the documents that have to be written for its answer to be true."""
     again: list[int]
     """Operations that are to be decided again."""
-    given: dict[int, Again]
+    stopped: dict[int, Again]
+    """Those of them that have written something else first."""
     spilling: dict[bytes, Stored]
     finishing: dict[bytes, Stored]
 
@@ -203,6 +206,9 @@ class Writes:
     async def look(self, op: Present) -> Presented:
         """What a key would be answered now; nothing is written."""
         answer = present(op, await self._read([op], is_whole=True))
+        while isinstance(answer, Finish):
+            await self.finish(answer.stored)
+            answer = present(op, await self._read([op], is_whole=True))
         answers: list[Answer | BaseException] = [answer if isinstance(answer, Presented) else _RIGHT]
         await self._confirm_replays(answers)
         if isinstance(answers[0], Presented):
@@ -224,7 +230,7 @@ class Writes:
         written = await self.write(documents, is_patient=is_patient)
         if documents.added:
             await after_a_write(self._count_beside(documents.added))
-        _note_what_was_begun(ops, decided.given, written)
+        _note_what_was_begun(ops, decided.stopped, written)
         await self._go_on(decided, documents, written)
         answers |= decided.answers
         again = list(decided.again)
@@ -267,6 +273,7 @@ class Writes:
         if is_whole:
             await self._read_origins(ops, documents)
             await self._read_beside(ops, documents)
+            await self._read_handed_over(documents)
         return documents
 
     async def named(self, names: Sequence[object], *, is_whole: bool) -> list[Stored]:
@@ -336,6 +343,12 @@ class Writes:
             stored = documents.add_new(stored)
             if stored.beside_line is not None:
                 documents.beside.setdefault(stored.beside_line, []).append(stored)
+
+    async def _read_handed_over(self, documents: Documents) -> None:
+        """Read who has the keys that are to be handed over."""
+        left = [name for name in documents.handed_over if documents.holder(name) is None]
+        for stored in await self.named(left, is_whole=True) if left else ():
+            documents.add_new(stored)
 
     async def whole(self, query: Document, limit: int = PAGE, **more: Any) -> list[Stored]:
         """The documents of a query, whole."""
@@ -458,8 +471,14 @@ class Writes:
                 return count
             last = found[-1].oid
 
-    async def change(self, found: Sequence[Stored], changing: Changing) -> int:
-        """Change every token in some documents, and return how many counted."""
+    async def change(self, found: Sequence[Stored], changing: Changing, names: Sequence[object] = ()) -> int:
+        """Change every token in some documents, and return how many counted.
+
+        Args:
+            found: the documents.
+            changing: what becomes of a token.
+            names: what they were found by. A key may have got into another document meanwhile.
+        """
         total = 0
         pause = Patience()
         while found:
@@ -484,7 +503,10 @@ class Writes:
             if not again:
                 break
             await pause()
-            found = await self.whole({"_id": {"$in": list(again)}})
+            if names:
+                found = await self.named(names, is_whole=True)
+            else:
+                found = await self.whole({"_id": {"$in": list(again)}})
         return total
 
     async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...]) -> int:
@@ -503,7 +525,7 @@ class Writes:
 
         if match.id is not None or match.digests is not None:
             names = [id_name(match.id)] if match.id is not None else list(match.digests or ())
-            return await self.change(await self.named(names, is_whole=True), end)
+            return await self.change(await self.named(names, is_whole=True), end, names)
         return await self.change_all({"$and": [condition(match), _ENDABLE]}, end)
 
     async def _confirm_replays(self, answers: list[Answer | BaseException]) -> None:
@@ -589,7 +611,7 @@ def _decide(op: Operation, documents: Documents) -> Answer | Unread | Step:
 
 def _decided(ops: Sequence[Operation], numbers: Sequence[int], documents: Documents) -> _Decided:
     """Decide operations in turn, each on what those before it leave."""
-    decided = _Decided(answers={}, rests_on={}, again=[], given={}, spilling={}, finishing={})
+    decided = _Decided(answers={}, rests_on={}, again=[], stopped={}, spilling={}, finishing={})
     waiting: set[object] = set()  # what an operation is about that is decided again, before later ones
     for number in numbers:
         op = ops[number]
@@ -603,7 +625,7 @@ def _decided(ops: Sequence[Operation], numbers: Sequence[int], documents: Docume
             elif isinstance(answer, Finish):
                 decided.finishing[answer.stored.oid] = answer.stored
             elif isinstance(answer, Again):
-                decided.given[number] = answer
+                decided.stopped[number] = answer
             continue
         decided.answers[number] = answer
         changed = [stored for stored in documents.consulted if stored.edits]
@@ -615,15 +637,11 @@ def _decided(ops: Sequence[Operation], numbers: Sequence[int], documents: Docume
     return decided
 
 
-def _note_what_was_begun(ops: list[Operation], given: dict[int, Again], written: Written) -> None:
+def _note_what_was_begun(ops: list[Operation], again: dict[int, Again], written: Written) -> None:
     """An insert that is decided again does not do twice what its first write has done."""
-    for number, answer in given.items():
+    for number, answer in again.items():
         op = ops[number]
-        if not isinstance(op, Insert):
-            continue
-        if answer.giver is not None and answer.giver.oid not in written.lost:
-            ops[number] = op._replace(given=answer.given)
-        elif answer.begun is not None and answer.begun.oid not in written.lost:
+        if isinstance(op, Insert) and answer.begun is not None and answer.begun.oid not in written.lost:
             ops[number] = op._replace(is_begun=True)
 
 
