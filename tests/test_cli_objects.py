@@ -249,7 +249,6 @@ secret = os.environ["SHOP_SECRET"]
 @pytest.mark.usefixtures("configured")
 def test_the_applications_own_manager(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(APPLICATION)
-    (tmp_path / "failing.py").write_text(FAILING)
     script = Path(sys.executable).with_name("vtoken")
     options = ["--manager", "shop:manager"]
 
@@ -269,14 +268,35 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
     assert "note" not in issued.stdout
     assert (tmp_path / "app.db").exists()
     assert not (tmp_path / "tokens.db").exists()
-    assert run("init", *options).stdout == "ready  sqlite:///app.db (shop:manager)\n"
-    assert json.loads(run("init", "--json", *options).stdout)["url"] == "sqlite:///app.db"
-    assert "ok      configuration   sqlite:///app.db (shop:manager)\n" in run("doctor", *options).stdout
-    assert "CREATE TABLE" in run("init", "--sql", *options).stdout
+    listed = run("list", *options)
+    assert "reset" in listed.stdout
+    assert listed.stderr == ""
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of an application, importable in this process."""
+    for name, source in (("shop", APPLICATION), ("failing", FAILING)):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("configured", "shop")
+def test_commands_on_the_applications_own_manager(vtoken: Terminal) -> None:
+    options = ["--manager", "shop:manager"]
+    assert vtoken("init", *options) == 0
+    assert vtoken.out == "ready  sqlite:///app.db (shop:manager)\n"
+    assert vtoken.json("init", *options)["url"] == "sqlite:///app.db"
+    assert vtoken("doctor", *options) == 0
+    assert "ok      configuration   sqlite:///app.db (shop:manager)\n" in vtoken.out
+    assert vtoken("init", "--sql", *options) == 0
+    assert "CREATE TABLE" in vtoken.out
+    assert vtoken("issue", USER, "--slug", "reset", *options) == 0
     for name in ("blocking", "opened", "made"):
-        listed = run("list", "--manager", f"shop:{name}")
-        assert "reset" in listed.stdout
-        assert listed.stderr == ""
+        assert vtoken("list", "--manager", f"shop:{name}") == 0
+        assert "reset" in vtoken.out
+        assert vtoken.err == ""
     for arguments, message in (
         (["stats", "--manager", "shop:no_manager"], "returns one, not int"),
         (["stats", "--manager", "shop:heard.clear"], "returns one, not NoneType"),
@@ -286,11 +306,10 @@ def test_the_applications_own_manager(tmp_path: Path) -> None:
         (["stats", "--manager", "no_such_module:x"], "no module 'no_such_module'"),
         (["stats", *options, "--url", "memory://"], "leave out --url"),
     ):
-        refused = run(*arguments)
-        assert refused.returncode == 2
-        assert message in refused.stderr
-    assert run("doctor", *options).returncode == 0
-    assert run("purge", "--every", "1h", "--dry-run", *options).returncode == 2
+        assert vtoken(*arguments) == 2
+        assert message in vtoken.err
+    assert vtoken("doctor", *options) == 0
+    assert vtoken("purge", "--every", "1h", "--dry-run", *options) == 2
 
 
 def test_codes_without_a_limit_are_said_by_doctor_alone(tmp_path: Path) -> None:

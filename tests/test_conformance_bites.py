@@ -27,9 +27,11 @@ EXACT = "test_every_write_minds_exact_strings"
 
 
 def run(case: str, directory: Path, kind: type[MemoryBackend] = MemoryBackend) -> None:
-    """Run one case on a backend of this kind."""
+    """Run one case on a backend of this kind, in as many rounds as the everyday tests of the servers."""
 
     class Suite(memory.TestMemory):
+        rounds = 4
+
         def backend(self, store: str) -> TokenBackend:
             return kind.from_url(store)
 

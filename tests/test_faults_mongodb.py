@@ -82,10 +82,12 @@ async def test_what_was_acknowledged_outlives_a_killed_primary(replica_set: serv
     (await mongodb_rounds.kill_primaries(replica_set, 1)).report()
 
 
+@pytest.mark.long
 async def test_what_is_not_replicated_is_not_acknowledged(replica_set: servers.ReplicaSet) -> None:
     (await mongodb_rounds.lose_writes(replica_set, 1)).report()
 
 
+@pytest.mark.long
 async def test_without_waiting_for_a_majority_a_fail_over_undoes_writes(
     replica_set: servers.ReplicaSet,
 ) -> None:

@@ -30,6 +30,7 @@ class _MongoDB:
 
     driver: ClassVar[str]
     server: ClassVar[str]
+    rounds = 4  # as many as it takes to find every planted bug (tests/test_conformance_bites.py)
 
     @pytest.fixture(autouse=True)
     def _server(self, request: pytest.FixtureRequest) -> Generator[None]:
@@ -73,3 +74,13 @@ class TestMotorOnStandalone(
     the other class; the rest of the suite would only cost time here."""
 
     driver, server = "motor", "mongodb_standalone"
+
+
+@pytest.mark.long
+class TestPyMongoOnReplicaSetAtLength(TestPyMongoOnReplicaSet):
+    rounds = DurableBackendConformance.rounds
+
+
+@pytest.mark.long
+class TestMotorOnStandaloneAtLength(TestMotorOnStandalone):
+    rounds = DurableBackendConformance.rounds

@@ -13,6 +13,8 @@ from vtoken_backends.postgresql.diagnostics import PostgreSQLDiagnostics
 
 
 class TestPostgreSQL(DurableBackendConformance):
+    rounds = 4  # as many as it takes to find every planted bug (tests/test_conformance_bites.py)
+
     @pytest.fixture(autouse=True)
     def stores(self) -> Iterator[None]:
         self._stores: list[str] = []
@@ -30,3 +32,8 @@ class TestPostgreSQL(DurableBackendConformance):
 
     def raw(self, store: str) -> bytes:
         return PostgreSQLDiagnostics(store).raw(store)
+
+
+@pytest.mark.long
+class TestPostgreSQLAtLength(TestPostgreSQL):
+    rounds = DurableBackendConformance.rounds
