@@ -107,7 +107,7 @@ def a_store(kind: str, request: pytest.FixtureRequest, directory: Path) -> Gener
     else:
         from . import postgresql_servers
 
-        with postgresql_servers.fresh_store(postgresql_servers.shared_url()) as url:
+        with postgresql_servers.emptied_store(postgresql_servers.shared_url()) as url:
             yield url
 
 

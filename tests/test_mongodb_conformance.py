@@ -30,7 +30,9 @@ class _MongoDB:
 
     driver: ClassVar[str]
     server: ClassVar[str]
-    rounds = 4  # as many as it takes to find every planted bug (tests/test_conformance_bites.py)
+    rounds: ClassVar[int] = (
+        4  # as many as it takes to find every planted bug (tests/test_conformance_bites.py)
+    )
 
     @pytest.fixture(autouse=True)
     def _server(self, request: pytest.FixtureRequest) -> Generator[None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,11 @@ class TestPostgreSQL(DurableBackendConformance):
 
     @pytest.fixture(autouse=True)
     def stores(self) -> Iterator[None]:
-        self._stores: list[str] = []
-        yield
-        for store in self._stores:
-            PostgreSQLDiagnostics(store).drop(store)
+        with ExitStack() as self._used:
+            yield
 
     def new_store(self, directory: Path) -> str:
-        store = servers.with_schema(servers.shared_url(), servers.new_schema())
-        self._stores.append(store)
-        return store
+        return self._used.enter_context(servers.emptied_store(servers.shared_url()))
 
     def backend(self, store: str) -> TokenBackend:
         return PostgreSQLBackend.from_url(store)
