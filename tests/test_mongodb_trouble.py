@@ -17,6 +17,8 @@ from vtoken.errors import (
     CorruptStore,
     OutcomeUnknown,
 )
+from vtoken_backends.mongodb.documents import TOKEN_INDEXES
+from vtoken_backends.mongodb.schema import SMALL_PAGES
 
 from . import servers
 from .mongodb_tools import (
@@ -26,6 +28,7 @@ from .mongodb_tools import (
     Documents,
     active,
     documents,
+    failing,
     insert,
     key,
     locals_of,
@@ -63,6 +66,44 @@ async def test_a_missing_or_other_unique_index_is_refused(mongodb_url: str, spoi
         stored.drop()
     async with opened(mongodb_url):  # made anew
         pass
+
+
+def pages_of(stored: Documents) -> dict[str, Any]:
+    """How the indexes of the backend are stored."""
+    indexes = stored.index_information().items()
+    return {name: index.get("storageEngine") for name, index in indexes if name != "_id_"}
+
+
+async def test_indexes_have_small_pages(mongodb_url: str) -> None:
+    async with opened(mongodb_url):
+        pass
+    with documents(mongodb_url) as stored:
+        assert all(pages == SMALL_PAGES["storageEngine"] for pages in pages_of(stored).values())
+
+
+async def test_indexes_that_were_restored_with_other_pages_stay(mongodb_url: str) -> None:
+    async with opened(mongodb_url):
+        pass
+    with documents(mongodb_url) as stored:
+        stored.drop_index("names_1")
+        stored.create_index("names", unique=True)
+        stored.drop_index("due_1__id_1")
+        async with opened(mongodb_url) as backend:
+            await insert(backend, token(1))
+        pages = pages_of(stored)
+        assert (pages.pop("names_1"), len(pages), None in pages.values()) == (None, 3, False)
+
+
+@pytest.mark.parametrize("code", [2, 72])
+async def test_a_service_without_the_option_has_the_indexes_all_the_same(
+    mongodb_new_url: str, code: int
+) -> None:
+    with failing(mongodb_new_url, 1, "createIndexes", errorCode=code):
+        async with opened(mongodb_new_url) as backend:
+            await insert(backend, token(1))
+    with documents(mongodb_new_url) as stored:
+        assert set(pages_of(stored).values()) == {None}
+        assert len(pages_of(stored)) == len(TOKEN_INDEXES)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from pymongo import IndexModel, ReturnDocument, errors
@@ -22,6 +23,9 @@ MIGRATIONS: dict[int, Migration] = {}
 half-way runs it again: each part of a step has to do no harm when it is repeated."""
 _NAMES: Final = TOKEN_INDEXES[0]
 _NO_COLLECTION: Final = 26
+SMALL_PAGES: Final[Document] = {"storageEngine": {"wiredTiger": {"configString": "leaf_page_max=4KB"}}}
+"""An option of every index. Digests are random, so that a page is read and written for one of its entries.
+Where a store is larger than the server's cache, the usual pages of 16 KiB make a use cost twice as much."""
 
 
 class Schema:
@@ -155,25 +159,32 @@ class Schema:
         await self._client.run(lambda: self._client.meta.update_one(same, next_))
 
     async def _ensure(self, collection: Any, indexes: Sequence[Document]) -> None:
-        models = [
-            IndexModel(index["key"], **{k: v for k, v in index.items() if k != "key"}) for index in indexes
-        ]
+        """Make the indexes that are missing. One that is there serves, whatever the size of its pages."""
+        made = collection.with_options(write_concern=self._client.schema_concern)
+        missing = await self._missing(collection, indexes)
         failure: BackendError | None = None
-        try:  # waits for those that another process is making
-            made = collection.with_options(write_concern=self._client.schema_concern)
-            await self._client.run(lambda: made.create_indexes(models), seconds=LONG)
-        except BackendError as error:
-            failure = error  # of no matter if they are there: perhaps this user may not make any
+        for options in (SMALL_PAGES, {}):  # not every service takes the option
+            if not missing or isinstance(failure, BackendUnavailable | OutcomeUnknown):
+                break
+            failure = None
+            models = [IndexModel(index["key"], **_options(index), **options) for index in missing]
+            try:  # waits for those that another process is making
+                await self._client.run(partial(made.create_indexes, models), seconds=LONG)
+            except BackendError as error:
+                failure = error  # of no matter if they are there: perhaps this user may not make any
+            missing = await self._missing(collection, indexes)
+        if not missing:
+            return
+        if isinstance(failure, BackendUnavailable | OutcomeUnknown):
+            raise failure
+        what = f"the index on {', '.join(missing[0]['key'])} is missing and cannot be made"
+        if failure is None or isinstance(failure, Duplicate):
+            raise CorruptStore(f"{what}: is there a duplicate, or another index of that name?")
+        raise CorruptStore(f"{what}: {failure}")
+
+    async def _missing(self, collection: Any, indexes: Sequence[Document]) -> list[Document]:
         there = await self._indexes(collection)
-        for index in indexes:
-            if index in there:
-                continue
-            if isinstance(failure, BackendUnavailable | OutcomeUnknown):
-                raise failure
-            what = f"the index on {', '.join(index['key'])} is missing and cannot be made"
-            if failure is None or isinstance(failure, Duplicate):
-                raise CorruptStore(f"{what}: is there a duplicate, or another index of that name?")
-            raise CorruptStore(f"{what}: {failure}")
+        return [index for index in indexes if index not in there]
 
     async def _indexes(self, collection: Any) -> list[Document]:
         """The indexes of a collection, without what they have of the server."""
@@ -202,6 +213,10 @@ class Schema:
             except Duplicate:
                 pass
             await pause()
+
+
+def _options(index: Document) -> Document:
+    return {name: value for name, value in index.items() if name != "key"}
 
 
 _MATTERS: Final = ("unique", "sparse", "partialFilterExpression", "collation", "expireAfterSeconds", "hidden")
