@@ -77,6 +77,12 @@ class SweepCases(Suite):
             ids = {held.id, *(tokens[n].id for n in left)}
             assert {token.id for token in await find_all(backend)} == ids
         assert (await backend.purge(NOW, NOW, 3, 0)).tokens == 0
+        # What ends between two purges has its place among what the first one left.
+        _, last = await put(backend, expires_at=NOW - 3), await put(backend, expires_at=NOW - 1)
+        assert (await backend.purge(NOW, NOW, 1, 0)).tokens == 1
+        await put(backend, expires_at=NOW - 2)
+        assert (await backend.purge(NOW, NOW, 1, 0)).tokens == 1
+        assert {token.id for token in await find_all(backend)} == {held.id, last.id}
 
     @case(9)
     async def test_a_purged_key_is_free_again(self, bench: Bench) -> None:
