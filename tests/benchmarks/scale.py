@@ -119,7 +119,9 @@ def _values(copy: Copy) -> dict[str, object]:
 Fresh = Callable[[], AbstractAsyncContextManager[VToken]]
 
 
-async def growth(store: str, small: Fresh, large: VToken, stored: int, rounds: int) -> list[Figure]:
+async def growth(
+    store: str, small: Fresh, large: VToken, stored: int, rounds: int, *, again: int = 0
+) -> list[Figure]:
     """What an operation costs on a large store in relation to a small one, both in turn.
 
     Args:
@@ -128,12 +130,14 @@ async def growth(store: str, small: Fresh, large: VToken, stored: int, rounds: i
         large: one that stays, with ``stored`` of them.
         stored: how many.
         rounds: how many.
+        again: how often it was measured on the large store before, whose tokens are used by that.
     """
     costs: dict[str, tuple[list[float], list[float]]] = {
         kind: ([], []) for kind in ("issue", "consume", "check")
     }
     unused = list(range(stored))
     random.Random(stored).shuffle(unused)  # noqa: S311  # the same order in each run
+    del unused[len(unused) - again * (rounds + 1) * _OPERATIONS :]
     for number in range(rounds + 1):  # the first one is the warm-up
         async with small() as fresh:
             of_small = random.Random(number).sample(range(SMALL), _OPERATIONS)  # noqa: S311  # likewise

@@ -25,7 +25,7 @@ WHY_NOT: Final[dict[str, str]] = {
     "mongodb check, 256 tasks": "58 us of processor time a check",
     "mongodb consume, 256 tasks, p99": "a batch is as slow as its slowest document",
     "mongodb check, 256 tasks, p99": "by a hundredth",
-    "mongodb: ": "a million tokens need 1 GB of the server's cache, which has 256 MB here",
+    "mongodb, a cache": "a million tokens need four times that cache, so that pages are read and written",
     "memory: exists_valid, cost": "misses of the processor's cache; fewer objects a token would help",
     "memory: consume, cost": "misses of the processor's cache; fewer objects a token would help",
     "memory: exists_valid is faster": "a key is hashed with a secret, a subject and a policy are looked up",
