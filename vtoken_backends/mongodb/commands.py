@@ -42,7 +42,7 @@ from vtoken_backends.mongodb.documents import (
     token_document,
 )
 from vtoken_backends.mongodb.failures import Duplicate
-from vtoken_backends.mongodb.lines import Insert, Present, may_be_stored
+from vtoken_backends.mongodb.lines import Insert, Present, may_be_elsewhere
 
 _ACTIVE: Final = State.ACTIVE.value
 _USES: Final = {"$ifNull": ["$token.uses", 0]}
@@ -58,8 +58,10 @@ _OPTIONS: Final[Document] = {
 
 async def issue(client: Collections, op: Insert) -> Inserted | None:
     """Insert a token into its line, if nobody stands beside the line, its tombstones have room and stay where
-    they are, and no key is taken over or may be stored already. None: nothing was changed."""
-    if may_be_stored(op) or op.also_taken or op.keep_until > op.token.created_at:
+    they are, and no key is taken over or may be stored elsewhere. None: nothing was changed."""
+    if op.mode is InsertMode.ADD or may_be_elsewhere(op) or op.also_taken:
+        return None
+    if op.keep_until > op.token.created_at:
         return None
 
     async def find_and_update() -> Document:

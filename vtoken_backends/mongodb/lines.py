@@ -388,7 +388,7 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
     if not documents.is_whole:
         is_crowded = line is not None and line.beside > 0 and op.mode is not InsertMode.ADD
         is_full = line is not None and (len(line.pushed) >= MOST_FORMER or line.spill_id is not None)
-        if may_be_stored(op) or op.also_taken or is_crowded or is_full:
+        if may_be_elsewhere(op) or op.also_taken or is_crowded or is_full:
             return UNREAD
         if any(documents.holder(name) is not None for name in op.names):
             return UNREAD
@@ -414,10 +414,10 @@ def insert(op: Insert, documents: Documents) -> Inserted | Unread | Step:
     return _inserted(op, line, documents)
 
 
-def may_be_stored(op: Insert) -> bool:
-    """Whether its token may be stored already: one that is copied has the id of the original, and one that is
-    issued once a key that follows from its batch. The unique index does not know of tombstones that move."""
-    return op.mode in (InsertMode.ADD, InsertMode.ONCE)
+def may_be_elsewhere(op: Insert) -> bool:
+    """Whether its key may be stored in another line already: one that follows from a batch is the same in
+    every context. The unique index does not know of a key whose token moves at the moment."""
+    return op.mode is InsertMode.ONCE
 
 
 def _begin(op: Insert, line: Stored, documents: Documents) -> None:

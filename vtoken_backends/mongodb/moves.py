@@ -13,9 +13,9 @@ several writes, after each of which the tombstones are found:
 
 Whoever comes upon such a line goes on where the move has stopped; every step may be repeated. A line is not
 added to, and not deleted by a purge, before the move is finished. While the names are not in the index,
-nothing keeps another document from taking one of them. Who inserts a token that may be stored already (under
-its id, or under a key that was derived) therefore looks for its names first (see ``lines.insert``). A code
-that was drawn again meanwhile is the newer token's.
+nothing keeps another line from taking one of them. Who inserts a key that may be in another line therefore
+looks for it first (see ``lines.may_be_elsewhere``). A code that was drawn again meanwhile is the newer
+token's.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ from vtoken_backends.mongodb.lines import (
     Update,
     insert,
     is_last_use,
-    may_be_stored,
+    may_be_elsewhere,
     needed_names,
     present,
     update,
@@ -169,7 +169,7 @@ class Writes:
         """
         answers: dict[int, Answer | BaseException] = {}
         ops = list(ops)
-        is_whole = is_whole or any(isinstance(op, Insert) and may_be_stored(op) for op in ops)
+        is_whole = is_whole or any(isinstance(op, Insert) and may_be_elsewhere(op) for op in ops)
         left = list(range(len(ops)))
         pause = Patience()
         failure: BackendError | None = None
