@@ -3,7 +3,7 @@
 One document is one line: its current exclusive token, and the tokens that this one replaced::
 
     {_id, names: [line, digests..., ids...], line, object, content_type, object_id, slug,
-     context, token: {...}, former: [{...}, ...], revision, claims, due, beside}
+     context, token: {...}, former: [{...}, ...], revision, claims, due, beside, adding}
 
 - ``names``: what the document is found by, in one unique index: the line (16 bytes), the digests of all
   keys (32 bytes) and the ids of all tokens (numbers, the newest first: see :func:`id_name`).
@@ -11,8 +11,10 @@ One document is one line: its current exclusive token, and the tokens that this 
 - ``token``, ``former``: records by field name, without what all tokens of the line share. ``receipts`` is
   what is remembered of a token's uses (see :class:`Kept`).
 - ``revision``: grows by one with every write. ``claims``: the flushes of the latest ones, the newest last.
-- ``due``: no later than the earliest ``ends_at`` in the document; purge goes by it.
+- ``due``: when purge looks at the document: no later than the earliest ``ends_at`` in it, or where it has no
+  tokens, than the latest one beside it.
 - ``beside``: how many tokens were added beside the line (see ``writes``).
+- ``adding``: the documents that are about to be inserted beside the line, by ``_id``, and when they end.
 - ``pending``: the token that is about to replace those beside the line, which end first. It is no token yet.
   ``given``: the keys that it gets from one of them, ``giver``.
 - ``spill``, ``spill_id``: tombstones on their way into a document of their own.
@@ -279,6 +281,8 @@ class Stored:
     """The line that it is; None for what stands beside one, and for tombstones of their own."""
     beside_line: bytes | None = None
     beside: int = 0
+    adding: dict[bytes, int] = field(default_factory=dict)
+    """What is about to be inserted beside this line, and when that ends."""
     kept: Kept | None = None
     former: list[Kept] | None = field(default_factory=list)
     """None: not read. What is appended then stands in ``pushed``."""
@@ -294,6 +298,8 @@ class Stored:
     spill: list[Kept] = field(default_factory=list)
     spill_id: bytes | None = None
     oid: bytes = field(default_factory=new_id)
+    due: int = 0
+    """As it was read, or as it has to be of a document without tokens."""
     revision: int | None = None
     """None: it is not stored yet."""
     claims: list[bytes] = field(default_factory=list)
@@ -370,6 +376,8 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             line=found.get("line"),
             beside_line=found.get("beside_line"),
             beside=int(found.get("beside", 0)),
+            adding={bytes(one["_id"]): int(one["ends_at"]) for one in found.get("adding", ())},
+            due=int(found.get("due", 0)),
             kept=kept,
             former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
             pending=kept_of(found["pending"], shared) if is_whole and "pending" in found else None,
@@ -416,6 +424,8 @@ def whole(stored: Stored, claim: bytes) -> Document:
         document["beside_line"] = stored.beside_line
     if stored.beside:
         document["beside"] = stored.beside
+    if stored.adding:
+        document["adding"] = [{"_id": oid, "ends_at": Int64(end)} for oid, end in stored.adding.items()]
     if stored.kept is not None:
         document["token"] = token_document(stored.kept)
     if stored.former:
@@ -438,12 +448,9 @@ def reserved_names(stored: Stored) -> list[object]:
     return [key.digest for key in stored.pending.token.keys] if stored.pending is not None else []
 
 
-NEVER_DUE: Final = (1 << 63) - 1
-
-
 def due_of(stored: Stored) -> int:
-    """The earliest end of its tokens."""
-    return min((kept.token.ends_at for kept in stored.tokens()), default=NEVER_DUE)
+    """The earliest end of its tokens; of a document without tokens it stays what it is."""
+    return min((kept.token.ends_at for kept in stored.tokens()), default=stored.due)
 
 
 def condition(match: Match) -> Document:

@@ -12,7 +12,8 @@ was lost: the bulk write is sent once more then, and changes nothing that it had
 
 ``ADD`` counts in the line that something stands beside it, before its document is inserted and once more
 afterwards. So a ``REPLACE`` that did not see the document came first: if it read the line before the second
-count, its own write comes to nothing and is decided again; otherwise ``ADD`` has not returned yet.
+count, its own write comes to nothing and is decided again; otherwise ``ADD`` has not returned yet. In between
+the line names the document under ``adding``, and so is not purged before the document could be.
 
 ``REPLACE`` needs several writes where tokens stand beside the line: the new token is *pending* in the line,
 under the digests of its keys; what stands beside the line ends; the new token becomes the line's own. Whoever
@@ -55,10 +56,10 @@ from vtoken_backends.mongodb.documents import (
     LIGHT,
     MOST_CLAIMS,
     MOST_FORMER,
-    NEVER_DUE,
     Kept,
     Stored,
     condition,
+    due_of,
     id_name,
     names_of,
     new_id,
@@ -229,7 +230,9 @@ class Writes:
         await self._count_beside(documents.added)
         written = await self.write(documents, is_patient=is_patient)
         if documents.added:
-            await after_a_write(self._count_beside(documents.added))
+            # What may be on its way still stays announced.
+            arrived = [stored for stored in documents.added if stored.oid not in written.unknown]
+            await after_a_write(self._count_beside(documents.added, arrived))
         _note_what_was_begun(ops, decided.stopped, written)
         await self._go_on(decided, documents, written)
         answers |= decided.answers
@@ -432,11 +435,12 @@ class Writes:
                 done.add(stored.oid)
         return done, not_told
 
-    async def _count_beside(self, added: Sequence[Stored]) -> None:
-        """Count in lines that something is added beside them."""
+    async def _count_beside(self, added: Sequence[Stored], arrived: Sequence[Stored] = ()) -> None:
+        """Count in lines that something is added beside them, and what of it has arrived."""
+        arrived_oids = {stored.oid for stored in arrived}
 
         async def count() -> None:
-            steps = [_counting(stored) for stored in added]
+            steps = [_counting(stored, has_arrived=stored.oid in arrived_oids) for stored in added]
             await self._client.tokens.bulk_write(steps, ordered=False)
 
         pause = Patience()
@@ -661,18 +665,22 @@ def _changed(stored: Stored, changing: Changing) -> int:
     return count
 
 
-def _counting(stored: Stored) -> UpdateOne:
+def _counting(stored: Stored, *, has_arrived: bool) -> UpdateOne:
     """The step that counts one document beside its line."""
-    line, shared = stored.beside_line, stored.shared
+    line, shared, due = stored.beside_line, stored.shared, Int64(due_of(stored))
     made: Document = {
         "_id": new_id(),
         "names": [line],
         "line": line,
         "object": object_of(shared["content_type"], shared["object_id"]),
         **shared,
-        "due": Int64(NEVER_DUE),
+        "due": due,
     }
     update = _claiming(new_id()) | {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
+    if has_arrived:
+        update["$pull"] = {"adding": {"_id": stored.oid}}
+    else:
+        update["$push"]["adding"] = {"_id": stored.oid, "ends_at": due}
     return UpdateOne({"names": line}, update, upsert=True, hint=NAMES)
 
 
