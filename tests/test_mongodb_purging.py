@@ -12,9 +12,11 @@ from pymongo import AsyncMongoClient
 from pymongo.monitoring import CommandListener
 
 from vtoken.backend import (
+    Budget,
     InsertResult,
     Match,
     Purged,
+    Spend,
     StoredToken,
 )
 from vtoken.errors import BackendUnavailable
@@ -266,3 +268,21 @@ async def test_a_purge_between_the_writes_of_an_addition(
         assert await purged(backend, 10, END + 1) == 2
         with documents(mongodb_url) as stored:
             assert stored.count_documents({}) == 0
+
+
+# Budgets.
+
+
+async def test_a_budget_whose_window_was_undone_ends_when_it_did_before(mongodb_url: str) -> None:
+    spend = Spend(Budget(b"o" * 16, b"n" * 16), 3, 1000, 100_000)
+    async with opened(mongodb_url) as backend:
+        await backend.spend((spend,), NOW)
+        await insert(backend, token(1, object_id="7"))
+        taken = token(2, key={"digest": digest_of(1)}, created_at=NOW + 50_000)
+        assert (await backend.insert(taken, REPLACE, spends=(spend,))).result is KEY_TAKEN
+        [state] = await backend.budgets((spend.budget,))
+        assert state is not None
+        assert state.until == NOW + 1000
+        assert await backend.purge(0, NOW, 10, NOW + 999) == Purged(tokens=0, budgets=0)
+        assert await backend.purge(0, NOW, 10, NOW + 1000) == Purged(tokens=0, budgets=1)
+        assert await backend.budgets((spend.budget,)) == [None]

@@ -352,7 +352,10 @@ def _undoing(budget: Budget, reserved: int) -> list[Document]:
     is_only = {"$eq": [f"${path}.spent", 1]}
     # What was there before is None where there was nothing.
     before = {"$ifNull": [f"${path}.before", "$$REMOVE"]}
-    return [{"$set": {path: {"$cond": [is_only, before, {"$mergeObjects": [f"${path}", less]}]}}}]
+    return [
+        {"$set": {path: {"$cond": [is_only, before, {"$mergeObjects": [f"${path}", less]}]}}},
+        {"$set": {"due": {"$min": ["$due", f"${path}.until"]}}},  # what was there before ends earlier
+    ]
 
 
 def _charges(spends: Sequence[Spend], states: Mapping[Budget, BudgetState | None]) -> list[Charge]:
