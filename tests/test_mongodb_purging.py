@@ -17,6 +17,7 @@ from vtoken.backend import (
     Match,
     Purged,
     Spend,
+    State,
     StoredToken,
 )
 from vtoken.errors import BackendUnavailable
@@ -27,6 +28,7 @@ from vtoken_backends.mongodb.writes import Writes
 from .mongodb_tools import (
     ADD,
     END,
+    IF_NONE_VALID,
     LATER,
     NOW,
     REPLACE,
@@ -286,3 +288,30 @@ async def test_a_budget_whose_window_was_undone_ends_when_it_did_before(mongodb_
         assert await backend.purge(0, NOW, 10, NOW + 999) == Purged(tokens=0, budgets=0)
         assert await backend.purge(0, NOW, 10, NOW + 1000) == Purged(tokens=0, budgets=1)
         assert await backend.budgets((spend.budget,)) == [None]
+
+
+# Many beside a line.
+
+
+async def test_the_newest_of_many_beside_a_line_is_the_valid_one(mongodb_url: str) -> None:
+    async with opened(mongodb_url) as backend:
+        await asyncio.gather(*(insert(backend, token(number), ADD) for number in range(1, 1102)))
+        answer = await backend.insert(token(5000), IF_NONE_VALID, wanted_until=NOW + 5000)
+        assert answer.result is HAS_VALID
+        assert answer.token is not None
+        assert int(answer.token.id, 16) == 1101
+        assert (await insert(backend, token(5001))).result is INSERTED
+        assert await active(backend) == [5001]
+        others = [t.state for t in await backend.find(Match(), 2000) if t.id != token(5001).id]
+        assert others == [State.REPLACED] * 1101
+
+
+async def test_a_valid_one_beside_many_that_have_expired_is_found(mongodb_url: str) -> None:
+    short: dict[str, Any] = {"expires_at": NOW + 2000, "ends_at": NOW + 2000}
+    async with opened(mongodb_url) as backend:
+        await asyncio.gather(*(insert(backend, token(n, **short), ADD) for n in range(1, 1102)))
+        await insert(backend, token(2000), ADD)
+        answer = await backend.insert(token(5000), IF_NONE_VALID, wanted_until=NOW + 5000)
+        assert answer.result is HAS_VALID
+        assert answer.token is not None
+        assert int(answer.token.id, 16) == 2000

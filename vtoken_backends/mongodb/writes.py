@@ -95,6 +95,7 @@ from vtoken_backends.mongodb.patience import Patience
 
 PAGE: Final = 1_000
 """Documents in one answer of the server, where nobody asked for fewer."""
+_ALL: Final = 1 << 30
 Changing = Callable[[Kept], "tuple[Kept, bool] | None"]
 """What becomes of a token, and whether it counts; None to leave it as it is."""
 
@@ -342,7 +343,7 @@ class Writes:
             return
         objects = [object_of(s.shared["content_type"], s.shared["object_id"]) for s in crowded.values()]
         active: Document = {"beside_line": {"$in": list(crowded)}, "token.state": 0}
-        for stored in await self.whole({"object": {"$in": objects}, **active}):
+        for stored in await self.whole({"object": {"$in": objects}, **active}, _ALL):
             stored = documents.add_new(stored)
             if stored.beside_line is not None:
                 documents.beside.setdefault(stored.beside_line, []).append(stored)
