@@ -16,6 +16,7 @@ from vtoken.backend import (
     InsertResult,
     Match,
     Purged,
+    SlugCount,
     Spend,
     State,
     StoredToken,
@@ -40,6 +41,7 @@ from .mongodb_tools import (
     of,
     opened,
     token,
+    use,
 )
 
 INSERTED, KEY_TAKEN, HAS_VALID = InsertResult.INSERTED, InsertResult.KEY_TAKEN, InsertResult.HAS_VALID
@@ -270,6 +272,30 @@ async def test_a_purge_between_the_writes_of_an_addition(
         assert await purged(backend, 10, END + 1) == 2
         with documents(mongodb_url) as stored:
             assert stored.count_documents({}) == 0
+
+
+# Counts.
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+async def test_a_tombstone_on_its_way_is_counted_once(mongodb_url: str, written: int) -> None:
+    async with opened(mongodb_url) as backend:
+        for number in range(30):  # nine of them move, and nine more
+            await insert(backend, token(number, max_uses=1))
+            if number < 29:
+                await use(backend, number)
+        await insert(backend, of(100))
+        with documents(mongodb_url) as stored:
+            line = stored.find_one({"line": {"$exists": True}, "object_id": "42"})
+            moved = stored.find_one({"line": {"$exists": False}})
+            assert line is not None
+            assert moved is not None
+            step = {"spill": moved["former"], "spilling": moved["names"], "spill_id": moved["_id"]}
+            if written < 3:
+                stored.update_one({"_id": line["_id"]}, {"$set": step})
+            if written < 2:
+                stored.delete_one({"_id": moved["_id"]})
+        assert await backend.count(LATER) == [SlugCount("reset", total=31, active=2, expired=0, used=29)]
 
 
 # Budgets.

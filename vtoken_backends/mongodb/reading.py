@@ -227,7 +227,11 @@ def _newest(tokens: Iterable[StoredToken], match: Match, limit: int) -> list[Sto
 
 
 def _counting(now: int) -> list[Document]:
-    """The aggregation of counts by slug."""
+    """The aggregation of counts by slug.
+
+    Tombstones on their way may stand in two documents at once. So those that move, and those that have a
+    document of their own, are counted by their ids: each once.
+    """
 
     def number(*conditions: object) -> Document:
         return {"$sum": {"$cond": [{"$and": list(conditions)}, 1, 0]}}
@@ -241,9 +245,22 @@ def _counting(now: int) -> list[Document]:
     }
     current = {"$cond": [{"$ne": [{"$type": "$token"}, "missing"]}, ["$token"], []]}
     others = [{"$ifNull": [f"${name}", []]} for name in ("former", "spill")]
+    fields = {
+        "slug": 1,
+        "tokens": {"$concatArrays": [current, *others]},
+        "moving": {"$ifNull": ["$spill.id", []]},
+        "has_moved": {"$eq": [{"$type": {"$ifNull": ["$line", "$beside_line"]}}, "missing"]},
+    }
+    may_be_twice = {"$or": ["$has_moved", {"$in": ["$tokens.id", "$moving"]}]}
+    groups = {"slug": "$slug", "id": {"$cond": [may_be_twice, "$tokens.id", None]}}
+
+    def once(name: str) -> Document:
+        return {"$sum": {"$cond": [{"$eq": ["$_id.id", None]}, f"${name}", {"$min": [f"${name}", 1]}]}}
+
     return [
         {"$match": {"content_type": {"$ne": PRETENDED}}},
-        {"$project": {"slug": 1, "tokens": {"$concatArrays": [current, *others]}}},
+        {"$project": fields},
         {"$unwind": "$tokens"},
-        {"$group": {"_id": "$slug", **counts}},
+        {"$group": {"_id": groups, **counts}},
+        {"$group": {"_id": "$_id.slug", **{name: once(name) for name in counts}}},
     ]
