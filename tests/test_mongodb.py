@@ -178,7 +178,7 @@ async def test_whoever_comes_next_goes_on_with_a_move_of_tombstones(mongodb_url:
                 assert line is not None
                 assert moved is not None
                 names = list(moved["names"])
-                step: dict[str, Any] = {"spill": moved["former"], "spilling": names, "spill_id": moved["_id"]}
+                step: dict[str, Any] = {"spill": moved["former"], "moved": names, "spill_id": moved["_id"]}
                 if written == 1:
                     stored.delete_one({"_id": moved["_id"]})
                 stored.update_one({"_id": line["_id"]}, {"$set": step})

@@ -74,7 +74,7 @@ class Move:
         documents.delete_one({"_id": moved["_id"]})
         back = {"former": [*moved["former"], *line.get("former", ())]}
         documents.update_one(same, {"$set": back, "$push": {"names": {"$each": moved["names"]}}})
-        fields = {"spill": moved["former"], "spilling": moved["names"], "spill_id": moved["_id"]}
+        fields = {"spill": moved["former"], "moved": moved["names"], "spill_id": moved["_id"]}
         rest = {"former": line.get("former", []), "names": line["names"]}
         grow = {"$inc": {"revision": 1}}
         writes: list[Callable[[], object]] = [
@@ -153,7 +153,7 @@ async def stopped(url: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> A
             for number in range(1, 10):
                 await insert(backend, token(number, **fields))
         with documents(url) as stored:
-            assert stored.count_documents({"spilling": {"$exists": True}}) == 1
+            assert stored.count_documents({"moved": {"$exists": True}}) == 1
         yield backend
 
 
@@ -213,10 +213,10 @@ async def test_lists_have_what_moves(
                 line = stored.find_one({"line": {"$exists": True}})
                 assert line is not None
                 [oldest] = [one for one in line["spill"] if one["id"] == id_of(0)]
-                names = [name for name in line["spilling"] if name in (digest_of(0), -1)]
+                names = [name for name in line["moved"] if name in (digest_of(0), -1)]
                 stays["$push"]["former"]["$each"] = [oldest]
                 stays["$push"]["names"]["$each"] = names
-                stays["$pull"] = {"spill": {"id": id_of(0)}, "spilling": {"$in": names}}
+                stays["$pull"] = {"spill": {"id": id_of(0)}, "moved": {"$in": names}}
                 stored.update_one({"_id": line["_id"]}, stays)
         await insert(backend, token(20, object_id="43"))
         assert await numbers(backend, Match(), page) == [20, *range(9, -1, -1)]
@@ -338,7 +338,7 @@ async def test_a_move_neither_loses_nor_revives_anything(
         assert await numbers(backend) == left
         assert await numbers(other, Match(content_type="auth.user", object_id="42")) == left
         with documents(mongodb_url) as stored:
-            assert stored.count_documents({"spilling": {"$exists": True}}) == 0
+            assert stored.count_documents({"spill_id": {"$exists": True}}) == 0
         await backend.erase("auth.user", "42", b"o" * 16)
         with documents(mongodb_url) as stored:
             assert stored.count_documents({}) == 0

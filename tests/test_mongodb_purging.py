@@ -290,7 +290,7 @@ async def test_a_tombstone_on_its_way_is_counted_once(mongodb_url: str, written:
             moved = stored.find_one({"line": {"$exists": False}})
             assert line is not None
             assert moved is not None
-            step = {"spill": moved["former"], "spilling": moved["names"], "spill_id": moved["_id"]}
+            step = {"spill": moved["former"], "moved": moved["names"], "spill_id": moved["_id"]}
             if written < 3:
                 stored.update_one({"_id": line["_id"]}, {"$set": step})
             if written < 2:

@@ -18,7 +18,8 @@ One document is one line: its current exclusive token, and the tokens that this 
 - ``pending``: the token that is about to replace those beside the line, which end first. It is no token yet.
   ``given``: the keys that it gets from one of them, ``giver``.
 - ``spill``, ``spill_id``: tombstones on their way into a document of their own.
-- ``spilling``: the names of what is on its way between documents, of ``spill`` and ``given``.
+- ``moved``: names on their way between documents, and those that have arrived. Who looks here after ``names``
+  misses nothing that moves meanwhile.
 
 A token that was added beside others is a document of its own, with ``beside_line`` instead of the line among
 its names. Tombstones that a line has no room for are a document with ``former`` alone.
@@ -54,10 +55,10 @@ TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"names": 1}, "unique": True},
     {"key": {"object": 1, "beside_line": 1}},
     {"key": {"due": 1, "_id": 1}},
-    {"key": {"spilling": 1}, "sparse": True},
+    {"key": {"moved": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
-LIGHT: Final = dict.fromkeys(("names", "former", "spill", "spilling", "claims", "pending", "given"), 0)
+LIGHT: Final = dict.fromkeys(("names", "former", "spill", "moved", "claims", "pending", "given"), 0)
 """The projection that leaves out tombstones: they are rarely asked for, and may be many."""
 MOST_FORMER: Final = 8
 """Tombstones in a line, until those that nobody holds are spilled."""
@@ -324,6 +325,10 @@ class Stored:
         current = [self.kept] if self.kept is not None else []
         return [*current, *(self.former or ()), *self.pushed]
 
+    def is_apart(self) -> bool:
+        """Whether it is tombstones alone, that a line had no room for."""
+        return self.line is None and self.beside_line is None
+
     def differences(self) -> tuple[tuple[str, object], ...]:
         """The fields of the current token that are not as they were read, and ``receipts``."""
         kept, before = self.kept, self.before
@@ -437,10 +442,19 @@ def whole(stored: Stored, claim: bytes) -> Document:
     if stored.spill:
         document["spill"] = [token_document(kept) for kept in stored.spill]
         document["spill_id"] = stored.spill_id
-    moving = [*names_of(kept.token for kept in stored.spill), *(key.digest for key in stored.given or ())]
-    if moving:
-        document["spilling"] = moving
+    moved = _moved_names(stored)
+    if moved:
+        document["moved"] = moved
     return document
+
+
+def _moved_names(stored: Stored) -> list[object]:
+    """The names that come from, or go to, another document: tombstones, and keys that were handed over."""
+    tombstones = [*stored.spill, *(stored.former or () if stored.is_apart() else ())]
+    current = stored.kept.token if stored.kept is not None else None
+    keys = [*(stored.given or ()), *(current.keys if current is not None else ())]
+    handed_over = [key.digest for key in keys if current is None or key.origin != current.id]
+    return [*names_of([kept.token for kept in tombstones]), *handed_over]
 
 
 def reserved_names(stored: Stored) -> list[object]:

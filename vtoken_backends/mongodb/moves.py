@@ -3,9 +3,9 @@
 One write cannot change two documents, and a name cannot be in two: ``names`` has a unique index. So a move is
 several writes, after each of which the tombstones are found:
 
-1. The line names them under ``spilling`` instead of ``names``, and from then on they are not changed there.
+1. The line names them under ``moved`` instead of ``names``, and from then on they are not changed there.
    It gives the document to come its ``_id``. (This is the write of an ``insert``: see ``lines``.)
-2. The document is inserted.
+2. The document is inserted. It names them under both for good.
 3. If the line is still there and still has the tombstones, the document is marked as wanted: its revision
    grows. Otherwise somebody has finished the move, and removed tombstones since: the document is deleted
    again, if nobody has marked it.
@@ -111,7 +111,7 @@ def _without(kept: Kept, taken: set[object]) -> Kept:
 def _dropping(line: Stored) -> list[Document]:
     """The update of a line whose tombstones have a document of their own. What is due is what is left."""
     names: Document = {"$literal": names_of([kept.token for kept in line.spill])}
-    others = {"$setDifference": ["$spilling", names]}
+    others = {"$setDifference": ["$moved", names]}
     ends = {"$min": ["$token.ends_at", "$pending.ends_at", {"$min": "$former.ends_at"}]}
     claims = {"$concatArrays": [{"$ifNull": ["$claims", []]}, [new_id()]]}
     return [
@@ -120,7 +120,7 @@ def _dropping(line: Stored) -> list[Document]:
                 "due": {"$ifNull": [ends, "$due"]},
                 "revision": {"$add": ["$revision", 1]},
                 "claims": {"$slice": [claims, -MOST_CLAIMS]},
-                "spilling": {"$cond": [{"$eq": [others, []]}, "$$REMOVE", others]},
+                "moved": {"$cond": [{"$eq": [others, []]}, "$$REMOVE", others]},
             }
         },
         {"$unset": ["spill", "spill_id"]},

@@ -55,8 +55,12 @@ class _Part(NamedTuple):
     """How far they are without a gap; None: to the end."""
 
 
+def _moved(stored: Stored) -> list[Kept]:
+    return stored.settled() if stored.is_apart() else stored.spill
+
+
 _NAMED: Final = _Place("names", Stored.settled)
-_MOVING: Final = _Place("spilling", attrgetter("spill"))
+_MOVED: Final = _Place("moved", _moved)
 _token: Final[Callable[[Kept], StoredToken]] = attrgetter("token")
 _NEWEST: Final = f"{(1 << 63) - 1:016x}"
 """The id that comes before all others in a list."""
@@ -139,7 +143,7 @@ class Reads:
             query["token.expires_at"] = {"$gte": match.valid_at}
 
         async def find() -> list[Stored]:
-            fields = {"former": 0, "names": 0, "spill": 0, "spilling": 0}
+            fields = {"former": 0, "names": 0, "spill": 0, "moved": 0}
             found = await self._client.find_all(query, limit, fields, sort={"token.id": -1})
             return [stored_of(one, is_whole=False) for one in found]
 
@@ -160,23 +164,15 @@ class Reads:
     ) -> tuple[list[StoredToken], str | None]:
         """The tokens that come next, newest first and without a gap; the id of the last one, None at the end.
 
-        What is read second and third are tombstones that were on their way to another document when their
-        own was to be read first, and those that have arrived meanwhile.
+        What is read second are tombstones that were on their way when their document was to be read first.
         """
         # Documents of another content type or slug hold no match, and need not be read.
         others = {name: value for name, value in condition(match).items() if name != "object"}
         named = await self._part(_NAMED, after, None, others, limit)
-        moving = await self._part(_MOVING, after, named.last, others, limit)
-        others["_id"] = {"$nin": [stored.oid for stored in named.documents]}
-        arrived = await self._part(_NAMED, after, named.last, others, limit)
-        parts = (named, moving, arrived)
-        last = max((part.last for part in parts if part.last is not None), default=None)
-        tokens = {
-            kept.token.id: kept.token
-            for part in parts
-            for stored in part.documents
-            for kept in stored.tokens()
-        }
+        moved = await self._part(_MOVED, after, named.last, others, limit)
+        last = max((part.last for part in (named, moved) if part.last is not None), default=None)
+        documents = [*named.documents, *moved.documents]
+        tokens = {kept.token.id: kept.token for stored in documents for kept in stored.tokens()}
         found = list(_after(tokens.values(), after))
         return [token for token in found if last is None or token.id >= last], last
 

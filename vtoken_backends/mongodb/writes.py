@@ -18,7 +18,7 @@ the line names the document under ``adding``, and so is not purged before the do
 ``REPLACE`` needs several writes where tokens stand beside the line: the new token is *pending* in the line,
 under the digests of its keys; what stands beside the line ends; the new token becomes the line's own. Whoever
 comes upon such a line goes on where the replacement has stopped, before deciding anything about the line.
-Keys that one of the others hands over are named in the line under ``spilling`` all the while, so that whoever
+Keys that one of the others hands over are named in the line under ``moved`` all the while, so that whoever
 presents one finds the line.
 
 Tombstones that a line has no room for move into a document of their own (see ``moves``).
@@ -286,7 +286,8 @@ class Writes:
         async def find() -> list[Stored]:
             fields = None if is_whole else LIGHT
             found = await self._find({"names": {"$in": list(names)}}, fields, hint=dict(NAMES))
-            return [*(found | await self._elsewhere(_left(names, found)) if is_whole else found).values()]
+            left = _left(names, found) if is_whole else []
+            return [*(found | await self._moved(left) if left else found).values()]
 
         return await self._client.run(find, writes=False)
 
@@ -294,21 +295,13 @@ class Writes:
         """The whole documents with names of which a read has just found no document."""
 
         async def find() -> list[Stored]:
-            return list((await self._elsewhere(names)).values())
+            return list((await self._moved(names)).values())
 
         return await self._client.run(find, writes=False)
 
-    async def _elsewhere(self, names: Sequence[object]) -> dict[bytes, Stored]:
-        """What names are of that were not found. To be called within ``run``.
-
-        They may be those of tombstones that were on their way when they were looked for. If they are not on
-        their way any more, they have arrived.
-        """
-        if not names:
-            return {}
-        moving = await self._find({"spilling": {"$in": list(names)}})
-        left = _left(names, moving)
-        return moving | await self._find({"names": {"$in": left}}, hint=dict(NAMES)) if left else moving
+    async def _moved(self, names: Sequence[object]) -> dict[bytes, Stored]:
+        """What was in no document's names when they were looked for. To be called within ``run``."""
+        return await self._find({"moved": {"$in": list(names)}})
 
     async def _find(
         self, query: Document, fields: Document | None = None, **more: Any
