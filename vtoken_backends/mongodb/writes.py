@@ -670,7 +670,9 @@ def _counting(stored: Stored, *, has_arrived: bool) -> UpdateOne:
         **shared,
         "due": due,
     }
-    update = _claiming(new_id()) | {"$inc": {"beside": 1, "revision": 1}, "$setOnInsert": made}
+    update = _claiming(new_id())
+    update["$inc"]["beside"] = 1
+    update["$setOnInsert"] = made
     if has_arrived:
         update["$pull"] = {"adding": {"_id": stored.oid}}
     else:
