@@ -287,7 +287,9 @@ class Writes:
             fields = None if is_whole else LIGHT
             found = await self._find({"names": {"$in": list(names)}}, fields, hint=dict(NAMES))
             left = _left(names, found) if is_whole else []
-            return [*(found | await self._moved(left) if left else found).values()]
+            if left:
+                found |= await self._moved(left)
+            return list(found.values())
 
         return await self._client.run(find, writes=False)
 
@@ -504,7 +506,7 @@ class Writes:
             if names:
                 found = await self.named(names, is_whole=True)
             else:
-                found = await self.whole({"_id": {"$in": list(again)}})
+                found = await self.whole({"_id": {"$in": list(again)}}, len(again))
         return total
 
     async def deactivate(self, match: Match, at: int, sparing: tuple[str, ...]) -> int:
