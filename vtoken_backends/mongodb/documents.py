@@ -58,7 +58,8 @@ TOKEN_INDEXES: Final[tuple[Document, ...]] = (
     {"key": {"moved": 1}, "sparse": True},
 )
 BUDGET_INDEXES: Final[tuple[Document, ...]] = ({"key": {"due": 1}},)
-LIGHT: Final = dict.fromkeys(("names", "former", "spill", "moved", "claims", "pending", "given"), 0)
+_HEAVY: Final = ("names", "former", "spill", "moved", "claims", "pending", "given")
+LIGHT: Final[Document] = dict.fromkeys(_HEAVY, 0)
 """The projection that leaves out tombstones: they are rarely asked for, and may be many."""
 MOST_FORMER: Final = 8
 """Tombstones in a line, until those that nobody holds are spilled."""
