@@ -207,7 +207,7 @@ def test_the_pages_are_written_between_their_marks(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_operations_beside_many_documents_are_measured(mongodb_replica_set: str) -> None:
-    figures = asyncio.run(mongodb_scale.measure_growth(mongodb_replica_set, 1100, 1))
+    figures = asyncio.run(mongodb_scale.measure_growth(mongodb_replica_set, 2100, 1))
     assert all(value > 0 for figure in figures for values in figure.values.values() for value in values)
 
 
