@@ -34,8 +34,8 @@ from vtoken_backends.sqlite.shared import Answer, answer_of
 from vtoken_backends.sqlite.steps import Steps
 
 _T = TypeVar("_T")
-_PURGED_AT_ONCE: Final = 25
-"""Tokens or budgets in one statement, for which all others wait. With four times as many a purge took half as
+_PURGED_AT_ONCE: Final = 20
+"""Tokens or budgets in one statement, for which all others wait. With five times as many, a purge took half as
 long, and a consumer beside it got half as much done (tests/benchmarks, purge)."""
 
 
