@@ -27,6 +27,7 @@ WHY_NOT: Final[dict[str, str]] = {
     "postgresql: check at 256 tasks": "20 us more for a larger index",
     "mongodb consume, 1 task": "one command with a wider condition; 14 turns of the loop, the driver's are 9",
     "mongodb check, 1 task": "one command each, but 14 turns of the event loop where the driver takes 9",
+    "mongodb mix, 16 tasks": "by less than a hundredth",
     "mongodb check, 256 tasks": "it would have to take half to two thirds of its processor time",
     "mongodb issue, 256 tasks, p99": "a batch is as slow as its slowest document",
     "mongodb consume, 256 tasks, p99": "a batch is as slow as its slowest document",

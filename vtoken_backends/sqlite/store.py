@@ -35,8 +35,8 @@ from vtoken_backends.sqlite.steps import Steps
 
 _T = TypeVar("_T")
 _PURGED_AT_ONCE: Final = 20
-"""Tokens or budgets in one statement, for which all others wait. With five times as many, a purge took half as
-long, and a consumer beside it got half as much done (tests/benchmarks, purge)."""
+"""Tokens or budgets in one statement, for which all others wait. With five times as many a purge takes half
+as long, and a consumer beside it gets half as much done (tests/benchmarks, purge)."""
 
 
 class Store(ABC):
