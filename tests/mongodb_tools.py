@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
@@ -24,7 +24,10 @@ from vtoken.backend import (
     TokenBackend,
     Use,
 )
+from vtoken.errors import BackendError
 from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.mongodb.lines import Documents as Read
+from vtoken_backends.mongodb.writes import Writes, Written
 
 from . import servers
 
@@ -162,3 +165,22 @@ def locals_of(error: BaseException) -> str:
     ours = [frame for frame in frames if "vtoken_backends" in frame.f_code.co_filename]
     assert ours
     return repr([frame.f_locals for frame in ours])
+
+
+class Died(BackendError):
+    """The process has died before a write."""
+
+
+def before_write(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], Awaitable[object]]) -> None:
+    """Have something done before a write, the first being 1."""
+    write, writes = Writes.write, 0
+
+    async def write_later(self: Writes, read: Read, **options: Any) -> Written:
+        nonlocal writes
+        writes += any(stored.edits for stored in read.all.values())
+        if writes == number:
+            monkeypatch.setattr(Writes, "write", write)
+            await do()
+        return await write(self, read, **options)
+
+    monkeypatch.setattr(Writes, "write", write_later)

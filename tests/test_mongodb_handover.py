@@ -3,6 +3,7 @@ What others see and do before each of them, and after a crash."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -20,7 +21,9 @@ from vtoken.backend import (
 )
 from vtoken.errors import BackendError
 from vtoken_backends.mongodb import MongoDBBackend
+from vtoken_backends.mongodb.collections import Collections
 from vtoken_backends.mongodb.lines import Documents
+from vtoken_backends.mongodb.purging import Removals
 from vtoken_backends.mongodb.writes import Writes, Written
 
 from .mongodb_tools import (
@@ -28,6 +31,8 @@ from .mongodb_tools import (
     IF_NONE_VALID,
     LATER,
     REPLACE,
+    Died,
+    before_write,
     digest_of,
     id_of,
     insert,
@@ -39,13 +44,10 @@ from .mongodb_tools import (
 
 KEEP: Final = LATER + 600_000
 SPEND: Final = Spend(Budget(b"o" * 16, b"n" * 16), 3, 60_000, 60_000)
-WRITES: Final = (1, 2, 3)
-"""Of a replacement: the token becomes pending, the others end, it becomes the line's own."""
+WRITES: Final = (1, 2, 3, 4)
+"""Of a replacement: the token becomes pending, the line names the keys, the others end, it becomes the line's
+own."""
 Doing = Callable[[MongoDBBackend], Awaitable[object]]
-
-
-class Died(BackendError):
-    """The process has died before a write."""
 
 
 @asynccontextmanager
@@ -55,21 +57,6 @@ async def two_clients(url: str) -> AsyncGenerator[tuple[MongoDBBackend, MongoDBB
         await insert(backend, token(1))
         assert (await backend.insert(token(2), ADD)).result is InsertResult.INSERTED
         yield backend, other
-
-
-def before_write(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], Awaitable[object]]) -> None:
-    """Have something done before a write, the first being 1."""
-    write, writes = Writes.write, 0
-
-    async def write_later(self: Writes, read: Documents, **options: Any) -> Written:
-        nonlocal writes
-        writes += any(stored.edits for stored in read.all.values())
-        if writes == number:
-            monkeypatch.setattr(Writes, "write", write)
-            await do()
-        return await write(self, read, **options)
-
-    monkeypatch.setattr(Writes, "write", write_later)
 
 
 async def replace(backend: MongoDBBackend) -> list[int]:
@@ -145,6 +132,68 @@ async def test_a_key_that_was_ended_stays_so(
         assert (await use(backend, 10)).outcome is Outcome.RIGHT
 
 
+async def _is_used(other: MongoDBBackend) -> None:
+    assert (await use(other, 2)).outcome is Outcome.RIGHT
+
+
+async def _is_ended(other: MongoDBBackend) -> None:
+    assert await other.deactivate(key(2), LATER) == 1
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+@pytest.mark.parametrize("number", WRITES)
+@pytest.mark.parametrize("end", [_is_used, _is_ended])
+async def test_a_key_stays_ended_when_its_token_is_purged(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch, end: Doing, number: int, crashes: bool
+) -> None:
+    async with two_clients(mongodb_url) as (backend, other):
+
+        async def end_and_purge() -> None:
+            await end(other)
+            await other.purge(LATER + 10, LATER + 10, 100, 0)
+            if crashes:
+                raise Died
+
+        before_write(monkeypatch, number, end_and_purge)
+        if crashes:
+            with pytest.raises(BackendError):
+                await replace(backend)
+            await insert(other, token(12), IF_NONE_VALID, wanted_until=LATER)
+        else:
+            await replace(backend)
+        assert (await use(other, 2)).outcome is Outcome.REFUSED
+
+
+async def test_a_purge_that_began_before_a_replacement_revives_no_key(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has looked at the line before the token is pending, and deletes the giver afterwards."""
+    delete, is_pending, deletes = Removals._delete, asyncio.Event(), asyncio.Event()
+    write = Writes.write
+
+    async def delete_later(self: Removals, *args: Any) -> tuple[int, bool]:
+        deletes.set()
+        await is_pending.wait()
+        return await delete(self, *args)
+
+    async with two_clients(mongodb_url) as (backend, other):
+
+        async def write_amid_a_purge(self: Writes, read: Documents, **options: Any) -> Written:
+            monkeypatch.setattr(Writes, "write", write)
+            await _is_used(other)
+            purge = asyncio.create_task(other.purge(LATER + 10, LATER + 10, 100, 0))
+            await deletes.wait()
+            written = await write(self, read, **options)
+            is_pending.set()
+            assert (await purge).tokens == 1
+            return written
+
+        monkeypatch.setattr(Removals, "_delete", delete_later)
+        monkeypatch.setattr(Writes, "write", write_amid_a_purge)
+        await replace(backend)
+        assert (await use(other, 2)).outcome is Outcome.REFUSED
+
+
 async def test_a_key_is_ended_by_who_has_read_its_giver(
     mongodb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,3 +220,30 @@ async def test_a_crash_loses_no_key(
         assert (await use(other, 2)).outcome is Outcome.RIGHT
         assert (await use(other, 2)).outcome is Outcome.REFUSED
         assert sum(found.uses for found in await other.find(Match(), 10)) == 1
+
+
+async def test_a_key_is_found_that_arrives_and_is_used_between_two_reads(
+    mongodb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die() -> None:
+        raise Died
+
+    find_all, reads = Collections.find_all, 0
+    async with two_clients(mongodb_url) as (backend, other):
+        before_write(monkeypatch, 4, die)
+        with pytest.raises(BackendError):
+            await replace(backend)
+
+        async def find_all_later(self: Collections, *args: Any, **more: Any) -> list[dict[str, Any]]:
+            nonlocal reads
+            reads += 1
+            if reads == 2:
+                monkeypatch.setattr(Collections, "find_all", find_all)
+                await _comes_upon_the_line(other)
+                await _is_used(other)
+                assert (await insert(other, token(13))).result is InsertResult.INSERTED
+            return await find_all(self, *args, **more)
+
+        monkeypatch.setattr(Collections, "find_all", find_all_later)
+        [found] = await backend.find(key(2), 1)
+        assert (found.id, found.state) == (id_of(10), State.USED)

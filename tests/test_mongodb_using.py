@@ -35,6 +35,8 @@ from .mongodb_tools import (
     LATER,
     REPLACE,
     Commands,
+    Died,
+    before_write,
     failing,
     hold,
     insert,
@@ -392,6 +394,20 @@ async def test_a_conflict_is_an_error_that_with_transaction_knows(
         await own.handle.abort_transaction()
 
 
+async def leave_a_key_on_its_way(outside: MongoDBBackend) -> None:
+    """The token 62 has given its key away, and the token 70, which gets it, is pending still."""
+
+    async def die() -> None:
+        raise Died
+
+    await insert(outside, token(61))
+    await outside.insert(token(62), ADD)
+    with pytest.MonkeyPatch.context() as patched:
+        before_write(patched, 4, die)
+        with pytest.raises(BackendError):
+            await insert(outside, token(70), REPLACE, keep_until=LATER + 600_000)
+
+
 Outside = Callable[[MongoDBBackend], Awaitable[object]]
 Inside = Callable[[TokenBackend], Awaitable[object]]
 UNSEEN: Final[dict[str, tuple[Outside, Inside]]] = {
@@ -413,6 +429,10 @@ UNSEEN: Final[dict[str, tuple[Outside, Inside]]] = {
         lambda within: within.deactivate(Match(id=of(2).id), LATER),
     ),
     "by its key": (lambda outside: insert(outside, of(2)), lambda within: within.deactivate(key(2), LATER)),
+    "by a key that is handed over": (
+        lambda outside: leave_a_key_on_its_way(outside),
+        lambda within: within.deactivate(key(62), LATER),
+    ),
     "a first token, and erase": (
         lambda outside: insert(outside, of(2)),
         lambda within: within.erase("auth.user", "2", b"o" * 16),

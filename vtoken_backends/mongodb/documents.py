@@ -295,7 +295,7 @@ class Stored:
     """Of the overlap that it asks for."""
     giver: str | None = None
     """The id of its predecessor, if that stands beside the line."""
-    given: tuple[StoredKey, ...] | None = None
+    given: tuple[StoredKey, ...] = ()
     """The keys that it gets from that one."""
     spill: list[Kept] = field(default_factory=list)
     spill_id: bytes | None = None
@@ -388,8 +388,8 @@ def stored_of(found: Document, *, is_whole: bool) -> Stored:
             former=[kept_of(one, shared) for one in found.get("former", ())] if is_whole else None,
             pending=kept_of(found["pending"], shared) if is_whole and "pending" in found else None,
             keep_until=int(found.get("keep_until", 0)),
-            giver=found.get("giver"),
-            given=_given(found) if is_whole and "giver" in found else None,
+            giver=found.get("giver") if is_whole and "pending" in found else None,
+            given=_given(found) if is_whole and "pending" in found and "giver" in found else (),
             spill=[kept_of(one, shared) for one in found.get("spill", ())] if is_whole else [],
             spill_id=found.get("spill_id"),
             oid=bytes(found["_id"]),
@@ -439,7 +439,7 @@ def whole(stored: Stored, claim: bytes) -> Document:
     if stored.pending is not None:
         document |= {"pending": token_document(stored.pending), "keep_until": Int64(stored.keep_until)}
     if stored.giver is not None:
-        document |= {"giver": stored.giver, "given": [_KEY.document(key) for key in stored.given or ()]}
+        document |= {"giver": stored.giver, "given": [_KEY.document(key) for key in stored.given]}
     if stored.spill:
         document["spill"] = [token_document(kept) for kept in stored.spill]
         document["spill_id"] = stored.spill_id
@@ -452,10 +452,14 @@ def whole(stored: Stored, claim: bytes) -> Document:
 def _moved_names(stored: Stored) -> list[object]:
     """The names that come from, or go to, another document: tombstones, and keys that were handed over."""
     tombstones = [*stored.spill, *(stored.former or () if stored.is_apart() else ())]
-    current = stored.kept.token if stored.kept is not None else None
-    keys = [*(stored.given or ()), *(current.keys if current is not None else ())]
-    handed_over = [key.digest for key in keys if current is None or key.origin != current.id]
-    return [*names_of([kept.token for kept in tombstones]), *handed_over]
+    handed_over = [
+        key.digest
+        for kept in stored.settled()
+        for key in kept.token.keys
+        if key.origin != kept.token.id and not stored.is_apart()
+    ]
+    given = [key.digest for key in stored.given]
+    return [*names_of([kept.token for kept in tombstones]), *handed_over, *given]
 
 
 def reserved_names(stored: Stored) -> list[object]:

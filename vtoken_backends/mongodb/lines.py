@@ -200,7 +200,7 @@ class Documents:
         if stored.line is not None:
             self.lines[stored.line] = stored
         self.reserved.update(reserved_names(stored))
-        for key in stored.given or ():
+        for key in stored.given:
             self.handed_over[key.digest] = stored
             self.reserved.add(key.digest)
         self.index(stored, names_of([kept.token for kept in stored.tokens()]))
@@ -421,12 +421,14 @@ def may_be_elsewhere(op: Insert) -> bool:
 
 
 def _begin(op: Insert, line: Stored, documents: Documents) -> None:
-    """Let the token be pending in its line, and the keys with it that a token beside the line is to give."""
+    """Let the token be pending in its line.
+
+    Which keys the giver has for it is written later, when everybody can see that the line is pending: nobody
+    deletes the giver then, so that it tells whether it gave a key away or was used with it.
+    """
     line.pending, line.keep_until = Kept(op.token), op.keep_until
     giver = _giver(line, documents.beside.get(op.line, ()))
-    if giver is not None:
-        line.giver = giver.kept.token.id
-        line.given = overlapping_keys(giver.kept.token, op.token, op.keep_until)
+    line.giver = giver.kept.token.id if giver is not None else None
     line.edits += 1
 
 
@@ -444,14 +446,14 @@ def _begun(
     """Go on with a replacement that has begun, from where it is. None: it begins.
 
     What stands beside the line ends first, and then the pending token becomes the line's own. Nobody decides
-    anything about the line in between. Else an ``IF_NONE_VALID`` would find no token where there never is
-    none.
+    anything about the line in between. Else an ``IF_NONE_VALID`` would find no token, though the line has a
+    valid one at every time.
     """
     if line is not None and pending is not None and pending.token.id == op.token.id:
         again = _end_beside(op, line, documents)
         inserted = _inserted(op, line, documents) if again is None else again
         if isinstance(inserted, Inserted):
-            line.pending = line.giver = line.given = None
+            line.pending, line.giver, line.given = None, None, ()
         return inserted
     done = documents.holder(id_name(op.token.id)) if op.is_begun else None
     if done is not None:  # and somebody may have used or replaced it since
@@ -491,7 +493,7 @@ def _end_beside(op: Insert, line: Stored, documents: Documents) -> Again | None:
     for holder in holders:
         token = holder.kept.token
         if token is giver:
-            token = _without(token, line.given or ())
+            token = _without(token, line.given)
         token = replaced(token, op.token.created_at)
         holder.stored.replace(holder.kept, holder.kept._replace(token=token))
     return AGAIN

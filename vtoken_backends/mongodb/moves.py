@@ -112,7 +112,7 @@ def _dropping(line: Stored) -> list[Document]:
     """The update of a line whose tombstones have a document of their own. What is due is what is left."""
     names: Document = {"$literal": names_of([kept.token for kept in line.spill])}
     others = {"$setDifference": ["$moved", names]}
-    ends = {"$min": ["$token.ends_at", "$pending.ends_at", {"$min": "$former.ends_at"}]}
+    ends = {"$min": ["$token.ends_at", {"$min": "$former.ends_at"}]}
     claims = {"$concatArrays": [{"$ifNull": ["$claims", []]}, [new_id()]]}
     return [
         {

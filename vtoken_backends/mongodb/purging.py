@@ -60,10 +60,10 @@ class Removals:
     async def _tidied(self, found: Sequence[Stored], before: int) -> bool:
         """Deal with what is in the way of going by ``due``; whether there was any such thing.
 
-        Tombstones on their way have to arrive before they are deleted. A document may be due by tokens that
+        What is on its way has to arrive before it is deleted. A document may be due by tokens that
         have left it: each purge would read it, and take its others for those that ended first.
         """
-        is_tidied = False
+        is_tidied = await self._has_finished_replacements(found)
         stale: list[Stored] = []
         for stored in found:
             if stored.spill:
@@ -75,6 +75,18 @@ class Removals:
                 stale.append(stored)
         await self._rewrite(stale)
         return is_tidied or bool(stale)
+
+    async def _has_finished_replacements(self, found: Sequence[Stored]) -> bool:
+        """Finish replacements of what stands beside lines; whether there were any.
+
+        They ask the document of a token whether it has given its keys away, or was used with them before.
+        """
+        lines = list({stored.beside_line for stored in found if stored.beside_line is not None})
+        query: Document = {"names": {"$in": lines}, "pending": {"$exists": True}}
+        begun = await self._writes.whole(query, len(lines)) if lines else []
+        for stored in begun:
+            await self._writes.finish(stored)
+        return bool(begun)
 
     async def _look_at_empty(self, stored: Stored, before: int) -> bool:
         """Delete a document without tokens, or let it be due later; whether it was to be changed.

@@ -164,7 +164,7 @@ class Schema:
         missing = await self._missing(collection, indexes)
         failure: BackendError | None = None
         for options in (SMALL_PAGES, {}):  # not every service takes the option
-            if not missing or isinstance(failure, BackendUnavailable | OutcomeUnknown):
+            if not missing or isinstance(failure, BackendUnavailable | OutcomeUnknown | Duplicate):
                 break
             failure = None
             models = [IndexModel(index["key"], **_options(index), **options) for index in missing]

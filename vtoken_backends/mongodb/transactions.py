@@ -15,7 +15,7 @@ commands run on the session's own client, and nothing is committed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -296,9 +296,9 @@ class Transaction(Store):
         """Make sure that the transaction sees what had been committed before this call, and not only before
         it began, where what it does not see would be passed over and not be a conflict."""
         if match.id is not None:
-            query: Document = {"names": id_name(match.id)}
+            query: Document = _named([id_name(match.id)])
         elif match.digests is not None:
-            query = {"names": {"$in": list(match.digests)}}
+            query = _named(match.digests)
         elif match.content_type is not None and match.object_id is not None:
             query = {"object": object_of(match.content_type, match.object_id)}
         else:
@@ -381,3 +381,9 @@ def _failure_of(answer: object) -> BackendError:
     if isinstance(answer, BackendError):
         return type(answer)(*answer.args)
     return BackendError(f"MongoDB: {type(answer).__name__} in the backend")
+
+
+def _named(names: Iterable[object]) -> Document:
+    """The query of the documents that have one of some names, or are about to."""
+    either = {"$in": list(names)}
+    return {"$or": [{"names": either}, {"moved": either}]}
