@@ -168,7 +168,8 @@ async def test_a_purge_that_began_before_a_replacement_revives_no_key(
     mongodb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has looked at the line before the token is pending, and deletes the giver afterwards."""
-    delete, is_pending, deletes = Removals._delete, asyncio.Event(), asyncio.Event()
+    delete = Removals._delete  # pyright: ignore[reportPrivateUsage]  # the purge stops in its middle
+    is_pending, deletes = asyncio.Event(), asyncio.Event()
     write = Writes.write
 
     async def delete_later(self: Removals, *args: Any) -> tuple[int, bool]:

@@ -82,8 +82,8 @@ class Removals:
         They ask the document of a token whether it has given its keys away, or was used with them before.
         """
         lines = list({stored.beside_line for stored in found if stored.beside_line is not None})
-        query: Document = {"names": {"$in": lines}, "pending": {"$exists": True}}
-        begun = await self._writes.whole(query, len(lines)) if lines else []
+        read = await self._writes.named(lines, is_whole=True) if lines else []
+        begun = [stored for stored in read if stored.pending is not None]
         for stored in begun:
             await self._writes.finish(stored)
         return bool(begun)
