@@ -201,6 +201,8 @@ class Mongod:
     def suspend(self) -> None:
         """Have it hang (SIGSTOP): its connections stay, and nothing comes from it until :meth:`resume`."""
         os.kill(self.pid, signal.SIGSTOP)
+        # On a busy machine a thread of it may still answer, until all of them have stopped.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Have it go on, if it hangs."""
